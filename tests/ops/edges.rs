@@ -179,6 +179,24 @@ fn one_channel_each_way_for_many_tokens() {
     }
 }
 
+#[test]
+fn heads_larger_than_256() {
+    for op in Op::ALL {
+        for (k, v) in [(300, 20), (20, 513), (384, 512)] {
+            Case {
+                op,
+                t: 70,
+                h: 1,
+                k,
+                v,
+                ..Case::default()
+            }
+            .check_modes(Graph::ALL)
+            .unwrap();
+        }
+    }
+}
+
 /// More lanes than any split over threads expects, each of them short.
 #[test]
 fn many_short_lanes() {

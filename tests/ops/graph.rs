@@ -3,7 +3,8 @@
 use crate::case::{ARGS, Case, Inputs, Op};
 use crate::compare::{Expected, close, inner, loss, values};
 use crate::run::{Graph, MODES};
-use candle_core::{DType, Result, Tensor, Var, backprop::GradStore};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, Var};
 use candle_linear_attn::{Mode, Output, State, linear_attn};
 
 fn cases() -> Vec<Case> {
@@ -307,5 +308,82 @@ fn threads_differentiate_one_graph() {
                 }
             });
         }
+    }
+}
+
+/// The same from tasks of a thread pool, where a thread that waits in one backward may start another.
+#[test]
+fn pool_tasks_differentiate_one_graph() {
+    use rayon::prelude::*;
+    for case in cases() {
+        let inputs = case.inputs().unwrap();
+        let losses = [[true; 3], [true, false, false], [false, true, false]];
+        let want = losses.map(|wanted| case.expected(&inputs, wanted).unwrap());
+        for mode in MODES {
+            let graph = forward(&case, &inputs, mode).unwrap();
+            (0..48usize).into_par_iter().for_each(|i| {
+                let wanted = losses[i % 3];
+                let loss = loss(&graph.outputs, &inputs.cotangents, wanted);
+                let store = loss.unwrap().unwrap().backward().unwrap();
+                let label = format!("{mode:?} of {case:?}, loss {wanted:?}");
+                check_grads(&graph.vars, &store, &want[i % 3], &label);
+            });
+        }
+    }
+}
+
+/// An op without a backward.
+struct OneWay;
+
+impl CustomOp1 for OneWay {
+    fn name(&self) -> &'static str {
+        "one-way"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((x.clone(), layout.shape().clone()))
+    }
+}
+
+/// A backward that stops halfway with an error leaves nothing behind that a later one would add to its own.
+#[test]
+fn a_failed_backward_leaves_nothing_behind() {
+    for case in cases() {
+        let inputs = case.inputs().unwrap();
+        for mode in MODES {
+            for (good, bad) in [(0, 1), (1, 0)] {
+                let Forward { vars, outputs } = forward(&case, &inputs, mode).unwrap();
+                let term = |i: usize, x: &Tensor| {
+                    inner(x, inputs.cotangents[i].as_ref().unwrap()).unwrap()
+                };
+                let output = |i: usize| outputs[i].as_ref().unwrap();
+                let fine = term(good, output(good));
+                let failing = term(bad, &output(bad).apply_op1(OneWay).unwrap());
+                for loss in [&fine + &failing, &failing + &fine] {
+                    assert!(loss.unwrap().backward().is_err());
+                }
+                let only_bad = std::array::from_fn(|i| i == bad);
+                let want = case.expected(&inputs, only_bad).unwrap();
+                let store = term(bad, output(bad)).backward().unwrap();
+                check_grads(&vars, &store, &want, &format!("{mode:?} of {case:?}"));
+            }
+        }
+    }
+}
+
+/// The number of threads decides who computes what, not what is computed.
+#[test]
+fn any_number_of_threads() {
+    for threads in [1, 2, 3, 7] {
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .build()
+            .unwrap();
+        pool.install(|| {
+            for case in cases() {
+                case.check_modes(Graph::ALL).unwrap();
+                case.check_modes(Graph::NONE).unwrap();
+            }
+        });
     }
 }

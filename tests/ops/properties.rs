@@ -71,8 +71,12 @@ prop_compose! {
             normalize: normalize && op == Op::LinearAttn,
             ..Case::default()
         };
+        // Normalised, a first token's o does not depend on q and k, and with K = 1 no token's on q: their gradients are
+        // zero but for rounding.
+        case.initial_state |= case.normalize && case.t < 4;
+        case.k += 2 * usize::from(case.normalize && case.k == 1);
         // The largest problems add time, not coverage.
-        while case.work() > 3_000_000 && (case.b > 1 || case.group > 1 || case.h > 1) {
+        while case.work() > 4_000_000 && (case.b > 1 || case.group > 1 || case.h > 1) {
             match case {
                 Case { b: 2.., .. } => case.b -= 1,
                 Case { group: 2.., .. } => case.group -= 1,
@@ -92,7 +96,7 @@ prop_compose! {
 macro_rules! agrees_with_the_reference {
     ($($name:ident: $op:expr;)*) => {
         proptest! {
-            #![proptest_config(config(24))]
+            #![proptest_config(config(120))]
             $(
                 #[test]
                 fn $name(case in case($op), graph in graph()) {
@@ -111,7 +115,7 @@ agrees_with_the_reference! {
 }
 
 proptest! {
-    #![proptest_config(config(24))]
+    #![proptest_config(config(120))]
 
     #[test]
     fn sixteen_bit_on_random_problems(
@@ -120,6 +124,8 @@ proptest! {
         f32_gate: bool,
     ) {
         let dtype = if half { DType::F16 } else { DType::BF16 };
+        // The gradient of a decay that all tokens share can pass f16's largest number, 65504.
+        let f32_gate = f32_gate || (half && case.op == Op::Retention);
         let gate_dtype = if f32_gate { DType::F32 } else { dtype };
         let case = Case { dtype, gate_dtype, ..case };
         // A relative RMS error says little about the rounding of a handful of numbers.
