@@ -7,11 +7,23 @@ pub fn linear_attn(_q: &Tensor, _k: &Tensor, _v: &Tensor, _opts: &Options) -> Re
     candle_core::bail!("being written")
 }
 /// Retention.
-pub fn retention(_q: &Tensor, _k: &Tensor, _v: &Tensor, _log_decay: &Tensor, _opts: &Options) -> Result<Output> {
+pub fn retention(
+    _q: &Tensor,
+    _k: &Tensor,
+    _v: &Tensor,
+    _log_decay: &Tensor,
+    _opts: &Options,
+) -> Result<Output> {
     candle_core::bail!("being written")
 }
 /// Scalar gates.
-pub fn simple_gla(_q: &Tensor, _k: &Tensor, _v: &Tensor, _g: &Tensor, _opts: &Options) -> Result<Output> {
+pub fn simple_gla(
+    _q: &Tensor,
+    _k: &Tensor,
+    _v: &Tensor,
+    _g: &Tensor,
+    _opts: &Options,
+) -> Result<Output> {
     candle_core::bail!("being written")
 }
 /// Per-channel gates.
