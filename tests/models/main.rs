@@ -2,8 +2,8 @@
 
 mod broken;
 mod golden;
-mod gradients;
 mod hub;
 mod layers;
+mod reference;
 mod support;
 mod variants;
