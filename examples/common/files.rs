@@ -1,7 +1,8 @@
 //! Files that are either the old version or the new one, never half of it, whenever the process is killed.
 
 use anyhow::{Context, Result, bail, ensure};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{CpuStorage, DType, Device, Storage, Tensor, backend::BackendStorage};
+use pulp::bytemuck::cast_slice;
 use serde_json::{Value, json};
 use std::{
     collections::BTreeMap,
@@ -15,17 +16,24 @@ use std::{
 /// There is no fsync: a killed process loses nothing that way (the pages are the kernel's by then), and a checkpoint a step
 /// could not be afforded with one.
 pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
+    write_atomically_with(path, |file| Ok(file.write_all(contents)?))
+}
+
+/// The same with the contents in pieces.
+pub fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<()>,
+) -> Result<()> {
     let folder = path.parent().context("a file needs a folder")?;
     let mut file = tempfile::Builder::new()
         .prefix(".partial-")
         .tempfile_in(folder)
         .with_context(|| format!("cannot create a file in {}", folder.display()))?;
-    file.write_all(contents)
+    write(file.as_file_mut()).with_context(|| format!("cannot write {}", path.display()))?;
+    make_readable(file.as_file())?;
+    file.persist(path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    let file = file
-        .persist(path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    make_readable(&file)
+    Ok(())
 }
 
 /// A temporary file is created for its owner alone; what it becomes is an ordinary file.
@@ -65,13 +73,13 @@ pub fn write_safetensors(
     }
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(8), b' ');
-    let mut contents = Vec::with_capacity(8 + header.len() + end);
-    contents.extend((header.len() as u64).to_le_bytes());
-    contents.extend(header);
-    for (_, tensor) in tensors {
-        append_bytes(&mut contents, tensor)?;
-    }
-    write_atomically(path, &contents)
+    write_atomically_with(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        tensors
+            .iter()
+            .try_for_each(|(_, tensor)| write_values(file, tensor))
+    })
 }
 
 fn dtype_name(dtype: DType) -> Result<&'static str> {
@@ -83,30 +91,30 @@ fn dtype_name(dtype: DType) -> Result<&'static str> {
     })
 }
 
-fn append_bytes(contents: &mut Vec<u8>, tensor: &Tensor) -> Result<()> {
-    let flat = tensor.flatten_all()?.to_device(&Device::Cpu)?;
-    match flat.dtype() {
-        DType::F32 => extend(contents, &flat.to_vec1::<f32>()?, |x| x.to_le_bytes()),
-        DType::F16 => extend(contents, &flat.to_vec1::<half::f16>()?, |x| x.to_le_bytes()),
-        DType::BF16 => extend(contents, &flat.to_vec1::<half::bf16>()?, |x| {
-            x.to_le_bytes()
-        }),
-        other => bail!("cannot store dtype {other:?}: expected f32, f16 or bf16"),
-    }
-    Ok(())
-}
-
-/// One resize and a loop over chunks becomes a plain copy; collecting an iterator of bytes does not.
-fn extend<T: Copy, const N: usize>(
-    contents: &mut Vec<u8>,
-    values: &[T],
-    to_bytes: impl Fn(T) -> [u8; N],
-) {
-    let start = contents.len();
-    contents.resize(start + N * values.len(), 0);
-    for (bytes, &value) in contents[start..].chunks_exact_mut(N).zip(values) {
-        bytes.copy_from_slice(&to_bytes(value));
-    }
+/// The values go to the kernel from where they are: a copy for each step of a training run would cost more than the write.
+fn write_values(file: &mut File, tensor: &Tensor) -> Result<()> {
+    const {
+        assert!(
+            cfg!(target_endian = "little"),
+            "safetensors are little-endian"
+        )
+    };
+    let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+    else {
+        bail!("cannot store a tensor that is not contiguous on the cpu");
+    };
+    let bytes: &[u8] = match storage {
+        CpuStorage::F32(values) => cast_slice(&values[start..end]),
+        CpuStorage::F16(values) => cast_slice(&values[start..end]),
+        CpuStorage::BF16(values) => cast_slice(&values[start..end]),
+        other => bail!(
+            "cannot store dtype {:?}: expected f32, f16 or bf16",
+            other.dtype()
+        ),
+    };
+    Ok(file.write_all(bytes)?)
 }
 
 /// The metadata of a safetensors file.

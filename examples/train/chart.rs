@@ -6,6 +6,8 @@ use plotters::{coord::Shift, prelude::*};
 use std::{ops::Range, path::Path};
 
 const SIZE: (u32, u32) = (1000, 720);
+/// Room for the labels of the values.
+const LEFT: i32 = 84;
 const GRID: RGBColor = RGBColor(225, 225, 225);
 const FAINT: RGBColor = RGBColor(200, 205, 215);
 const BLUE: RGBColor = RGBColor(31, 87, 164);
@@ -77,7 +79,7 @@ fn draw_panel(
     let mut chart = ChartBuilder::on(area)
         .margin_top(36)
         .margin_right(24)
-        .set_label_area_size(LabelAreaPosition::Left, 64)
+        .set_label_area_size(LabelAreaPosition::Left, LEFT)
         .set_label_area_size(LabelAreaPosition::Bottom, 32)
         .build_cartesian_2d(steps.clone(), values.clone())?;
     let (left, top) = area.get_base_pixel();
@@ -107,11 +109,10 @@ fn draw_panel(
             chart.draw_series([Circle::new(*point, 3, color.filled())])?;
         }
     }
-    text(title, left + 64, top + 12)
+    text(title, left + LEFT, top + 12)
 }
 
-/// From just under the lowest value to the highest of the last nine tenths, or a bit above the first smooth ones: the first
-/// steps would otherwise flatten all that follows.
+/// All values, and a little room around them.
 fn value_range(curves: &[(&Curve, RGBColor)]) -> Range<f64> {
     let all = || {
         curves

@@ -25,7 +25,7 @@ pub fn draw(area: &DrawingArea<BitMapBackend, Shift>, text: &str, at: (i32, i32)
         {
             if rows[row as usize] >> (COLUMNS - 1 - column) & 1 == 1 {
                 let (x, y) = (x + column * DOT, at.1 + row * DOT);
-                let dot = Rectangle::new([(x, y), (x + DOT - 1, y + DOT - 1)], BLACK.filled());
+                let dot = Rectangle::new([(x, y), (x + DOT, y + DOT)], BLACK.filled());
                 area.draw(&dot)?;
             }
         }
