@@ -1,10 +1,14 @@
 #![doc = include_str!("../README.md")]
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
-mod options;
-mod ops;
+mod autograd;
+mod backend;
+mod cpu;
 pub mod models;
 pub mod nn;
+mod ops;
+mod options;
+mod problem;
 
 pub use ops::*;
 pub use options::{Mode, Options, Output, State};

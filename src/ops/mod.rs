@@ -1,20 +1,13 @@
-//! The operators.
-use crate::{Options, Output};
-use candle_core::{Result, Tensor};
+//! The operators: each describes its call as a problem and hands it to the backend.
 
-/// Linear attention.
-pub fn linear_attn(_q: &Tensor, _k: &Tensor, _v: &Tensor, _opts: &Options) -> Result<Output> {
-    candle_core::bail!("being written")
-}
-/// Retention.
-pub fn retention(_q: &Tensor, _k: &Tensor, _v: &Tensor, _log_decay: &Tensor, _opts: &Options) -> Result<Output> {
-    candle_core::bail!("being written")
-}
-/// Scalar gates.
-pub fn simple_gla(_q: &Tensor, _k: &Tensor, _v: &Tensor, _g: &Tensor, _opts: &Options) -> Result<Output> {
-    candle_core::bail!("being written")
-}
-/// Per-channel gates.
-pub fn gla(_q: &Tensor, _k: &Tensor, _v: &Tensor, _g: &Tensor, _opts: &Options) -> Result<Output> {
-    candle_core::bail!("being written")
-}
+mod gla;
+mod linear_attn;
+mod retention;
+mod simple_gla;
+
+pub use gla::gla;
+pub use linear_attn::{
+    chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn, linear_attn,
+};
+pub use retention::retention;
+pub use simple_gla::simple_gla;

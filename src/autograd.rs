@@ -1,0 +1,364 @@
+//! Functions of many tensors with many results in Candle's graph.
+//!
+//! A Candle custom op has at most three tracked arguments and exactly one result. A [`Function`] with more is put in the
+//! graph as a chain of small ops that share one record of the call:
+//!
+//! ```text
+//! input 0 ─ link ─┐
+//! input 1 ─────── link ─┐                ┌─ result 0
+//! input 2 ───────────── link ─ … ─ token ┤
+//!                                        └─ result 1
+//! ```
+//!
+//! What flows along the chain is a token of one element: Candle zero-fills and adds up every gradient it is handed, so
+//! the small token makes that cheap. The tensors themselves pass through the record: going back, each result leaves its
+//! gradient there, the end of the chain, which Candle visits after all results, computes the gradients of all inputs, and
+//! each link hands its own to Candle.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::ThreadId;
+
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::op::BackpropOp;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result,
+    Shape, Storage, Tensor, bail,
+};
+
+/// A differentiable function.
+pub(crate) trait Function: Send + Sync + 'static {
+    fn name(&self) -> &'static str;
+
+    /// The results. The inputs carry no graph.
+    fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>>;
+
+    /// The gradient of each input that is `wanted`, given those of the results that have one.
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        results: &[Tensor],
+        grads: &[Option<Tensor>],
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>>;
+}
+
+/// Calls `f` and links its results to those inputs that are tracked. With none tracked nothing is kept.
+pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    let saved: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
+    let wanted: Vec<bool> = inputs.iter().map(Tensor::track_op).collect();
+    let mut results = f.forward(&saved)?;
+    if !wanted.contains(&true) {
+        let plain =
+            |(storage, shape)| Tensor::from_storage(storage, shape, BackpropOp::none(), false);
+        return Ok(results.into_iter().map(plain).collect());
+    }
+    if let ([a, b, c, rest @ ..], 1) = (inputs, results.len())
+        && !rest.iter().any(Tensor::track_op)
+        && let Some(result) = results.pop()
+    {
+        return Ok(vec![a.apply_op3(
+            b,
+            c,
+            Single {
+                f,
+                saved,
+                wanted,
+                result: Slot::new(result),
+            },
+        )?]);
+    }
+    let call = Arc::new(Call {
+        f,
+        saved,
+        wanted,
+        results: OnceLock::new(),
+        pending: Mutex::default(),
+    });
+    let tracked: Vec<usize> = (0..inputs.len())
+        .filter(|&i| inputs[i].track_op())
+        .collect();
+    let mut chain: Option<Tensor> = None;
+    for &input in &tracked {
+        let link = Link {
+            call: call.clone(),
+            input,
+            last: tracked.last() == Some(&input),
+        };
+        chain = Some(match chain {
+            None => inputs[input].apply_op1(link)?,
+            Some(token) => token.apply_op2(&inputs[input], link)?,
+        });
+    }
+    let Some(token) = chain else {
+        bail!("{}: no tracked input to link to", call.f.name())
+    };
+    let leave = |(at, result)| {
+        token.apply_op1(Leave {
+            call: call.clone(),
+            at,
+            result: Slot::new(result),
+        })
+    };
+    let results = results
+        .into_iter()
+        .enumerate()
+        .map(leave)
+        .collect::<Result<Vec<_>>>()?;
+    // Detached, they share the results' storage and not their graph: no cycle.
+    let _ = call
+        .results
+        .set(results.iter().map(Tensor::detach).collect());
+    Ok(results)
+}
+
+/// A result that was computed before its op was made; making the op takes it.
+struct Slot(Mutex<Option<(Storage, Shape)>>);
+
+impl Slot {
+    fn new(result: (Storage, Shape)) -> Self {
+        Self(Mutex::new(Some(result)))
+    }
+
+    fn take<S>(&self, name: &str, on: impl Fn(Storage) -> Option<S>) -> Result<(S, Shape)> {
+        let Some((storage, shape)) = lock(&self.0).take() else {
+            bail!("{name}: its op ran twice")
+        };
+        match on(storage) {
+            Some(storage) => Ok((storage, shape)),
+            None => bail!("{name}: the result is on another device than the inputs"),
+        }
+    }
+}
+
+fn cpu(storage: Storage) -> Option<CpuStorage> {
+    if let Storage::Cpu(s) = storage {
+        Some(s)
+    } else {
+        None
+    }
+}
+
+fn cuda(storage: Storage) -> Option<CudaStorage> {
+    if let Storage::Cuda(s) = storage {
+        Some(s)
+    } else {
+        None
+    }
+}
+
+fn metal(storage: Storage) -> Option<MetalStorage> {
+    if let Storage::Metal(s) = storage {
+        Some(s)
+    } else {
+        None
+    }
+}
+
+fn token<S>(like: &S) -> Result<(S, Shape)>
+where
+    S: BackendStorage,
+    S::Device: BackendDevice<Storage = S>,
+{
+    let shape = Shape::from(1);
+    Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What a panicking thread leaves behind here is whole: every change is a single insertion or removal.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The whole function as one op, for three tracked inputs and one result.
+struct Single<F> {
+    f: F,
+    saved: Vec<Tensor>,
+    wanted: Vec<bool>,
+    result: Slot,
+}
+
+impl<F: Function> CustomOp3 for Single<F> {
+    fn name(&self) -> &'static str {
+        self.f.name()
+    }
+
+    #[rustfmt::skip]
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout)
+        -> Result<(CpuStorage, Shape)> {
+        self.result.take(self.name(), cpu)
+    }
+
+    #[rustfmt::skip]
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout)
+        -> Result<(CudaStorage, Shape)> {
+        self.result.take(self.name(), cuda)
+    }
+
+    #[rustfmt::skip]
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout)
+        -> Result<(MetalStorage, Shape)> {
+        self.result.take(self.name(), metal)
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        result: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grads = [Some(grad.detach())];
+        let mut grads = self
+            .f
+            .backward(&self.saved, &[result.detach()], &grads, &self.wanted)?
+            .into_iter();
+        let mut next = || grads.next().flatten();
+        Ok((next(), next(), next()))
+    }
+}
+
+/// One call of a function with more inputs or results than an op can have.
+struct Call<F> {
+    f: F,
+    saved: Vec<Tensor>,
+    wanted: Vec<bool>,
+    results: OnceLock<Vec<Tensor>>,
+    /// Gradients on their way, by the thread that runs the backward pass: two threads may go through one graph.
+    pending: Mutex<HashMap<ThreadId, Pending>>,
+}
+
+#[derive(Default)]
+struct Pending {
+    of_results: HashMap<usize, Tensor>,
+    of_inputs: HashMap<usize, Tensor>,
+}
+
+impl<F: Function> Call<F> {
+    fn pending<R>(&self, change: impl FnOnce(&mut Pending) -> R) -> R {
+        let (mut all, me) = (lock(&self.pending), std::thread::current().id());
+        let pending = all.entry(me).or_default();
+        let answer = change(pending);
+        if pending.of_results.is_empty() && pending.of_inputs.is_empty() {
+            all.remove(&me);
+        }
+        answer
+    }
+
+    fn backward(&self) -> Result<()> {
+        let mut given = self.pending(|p| std::mem::take(&mut p.of_results));
+        let results = self.results.get().map(Vec::as_slice).unwrap_or_default();
+        let grads: Vec<_> = (0..results.len()).map(|i| given.remove(&i)).collect();
+        let grads = self
+            .f
+            .backward(&self.saved, results, &grads, &self.wanted)?;
+        let grads = grads
+            .into_iter()
+            .enumerate()
+            .filter_map(|(i, grad)| Some((i, grad?)));
+        self.pending(|p| p.of_inputs = grads.collect());
+        Ok(())
+    }
+}
+
+/// Puts one tracked input on the chain.
+struct Link<F> {
+    call: Arc<Call<F>>,
+    input: usize,
+    last: bool,
+}
+
+impl<F: Function> Link<F> {
+    fn gradient(&self) -> Result<Tensor> {
+        if self.last {
+            self.call.backward()?;
+        }
+        match self.call.pending(|p| p.of_inputs.remove(&self.input)) {
+            Some(grad) => Ok(grad),
+            None => bail!(
+                "{}: no gradient was computed for input {}",
+                self.call.f.name(),
+                self.input
+            ),
+        }
+    }
+}
+
+impl<F: Function> CustomOp1 for Link<F> {
+    fn name(&self) -> &'static str {
+        self.call.f.name()
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        token(x)
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        token(x)
+    }
+
+    fn metal_fwd(&self, x: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        token(x)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        self.gradient().map(Some)
+    }
+}
+
+impl<F: Function> CustomOp2 for Link<F> {
+    fn name(&self) -> &'static str {
+        self.call.f.name()
+    }
+
+    #[rustfmt::skip]
+    fn cpu_fwd(&self, x: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        token(x)
+    }
+
+    #[rustfmt::skip]
+    fn cuda_fwd(&self, x: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        token(x)
+    }
+
+    #[rustfmt::skip]
+    fn metal_fwd(&self, x: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        token(x)
+    }
+
+    #[rustfmt::skip]
+    fn bwd(&self, chain: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(chain.zeros_like()?), Some(self.gradient()?)))
+    }
+}
+
+/// Takes one result off the end of the chain.
+struct Leave<F> {
+    call: Arc<Call<F>>,
+    at: usize,
+    result: Slot,
+}
+
+impl<F: Function> CustomOp1 for Leave<F> {
+    fn name(&self) -> &'static str {
+        self.call.f.name()
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.result.take(self.name(), cpu)
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.result.take(self.name(), cuda)
+    }
+
+    fn metal_fwd(&self, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
+        self.result.take(self.name(), metal)
+    }
+
+    fn bwd(&self, chain: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        self.call
+            .pending(|p| p.of_results.insert(self.at, grad.detach()));
+        Ok(Some(chain.zeros_like()?))
+    }
+}

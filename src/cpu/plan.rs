@@ -1,0 +1,75 @@
+//! How a problem is cut into tasks and which algorithm runs them: plain functions of its sizes.
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::sweep::Algorithm;
+use crate::options::Mode;
+use crate::problem::{Problem, Sequence};
+
+/// Columns that a task has at least: a full tile of two AVX-512 vectors.
+const LEAST_COLUMNS: usize = 32;
+/// Multiply-adds under which handing a problem to other threads costs more than it saves.
+const LEAST_PARALLEL: usize = 200_000;
+/// Tokens up to which a sweep in blocks does not pay for packing its state.
+const SHORT: usize = 4;
+
+/// One sequence, one value head, and some of the columns of the state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Task<'a> {
+    /// The index of the sequence, which is that of its state.
+    pub n: usize,
+    pub sequence: &'a Sequence,
+    pub head: usize,
+    pub cols: Range<usize>,
+}
+
+/// All tasks of a sweep over states with `cols` columns, in as many slices as keep `threads` busy.
+pub(super) fn tasks(problem: &Problem, cols: usize, threads: usize) -> Vec<Task<'_>> {
+    let whole = problem.sequences.len() * problem.v_heads;
+    let wanted = threads.div_ceil(whole.max(1));
+    let width = cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS);
+    let mut tasks = Vec::with_capacity(whole * cols.div_ceil(width));
+    for (n, sequence) in problem.sequences.iter().enumerate() {
+        for head in 0..problem.v_heads {
+            for from in (0..cols).step_by(width) {
+                tasks.push(Task {
+                    n,
+                    sequence,
+                    head,
+                    cols: from..cols.min(from + width),
+                });
+            }
+        }
+    }
+    tasks
+}
+
+/// The algorithm for a problem.
+pub(super) fn algorithm(problem: &Problem) -> Algorithm {
+    match problem.mode {
+        Mode::Recurrent => Algorithm::Recurrent,
+        Mode::Chunk => Algorithm::Chunk,
+        Mode::FusedChunk => Algorithm::FusedChunk,
+        Mode::Auto => {
+            let longest = problem.sequences.iter().map(|s| s.tokens.len()).max();
+            if longest.unwrap_or(0) <= SHORT {
+                Algorithm::Recurrent
+            } else {
+                Algorithm::FusedChunk
+            }
+        }
+    }
+}
+
+/// Runs `task` on each of `tasks`, on all threads if there is enough to do.
+pub(super) fn for_each<T: Sync>(problem: &Problem, tasks: &[T], task: impl Fn(&T) + Send + Sync) {
+    let work = problem.batch * problem.tokens * problem.v_heads * problem.k_dim * problem.v_dim;
+    if work < LEAST_PARALLEL {
+        tasks.iter().for_each(task);
+    } else {
+        // Sequences differ in length: one task at a time goes to whoever is free.
+        tasks.par_iter().with_max_len(1).for_each(task);
+    }
+}

@@ -1,0 +1,131 @@
+//! The one computation that every forward and backward pass is made of.
+//!
+//! A sweep goes over the tokens of one sequence and one head, forwards or backwards, with a state of `rows x cols`:
+//!
+//! ```text
+//! state = decay * state
+//! state = state + write_t value_t^T
+//! out_t = state^T read_t               (before the write, if the sweep is exclusive)
+//! ```
+//!
+//! The forward pass of an additive operator is the sweep with q, k, v as read, write and value. Its gradients are three
+//! more (see [`super::backward`]). The three modes are three ways to run a sweep.
+
+use std::ops::Range;
+
+use super::view::{Rows, Writer};
+use super::{chunk, fused, recurrent};
+
+/// The decay of a sweep: logarithms, and what they scale.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Gate<'a> {
+    None,
+    /// One number a token.
+    Scalar(Rows<'a>),
+    /// One for each row of the state.
+    Rows(Rows<'a>),
+    /// One for each column of the state.
+    Cols(Rows<'a>),
+}
+
+/// Where the rows of the result go.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Out<'a> {
+    writer: Writer<'a>,
+    offset: usize,
+    stride: usize,
+}
+
+impl<'a> Out<'a> {
+    /// Token `t` goes to the elements from `offset + t * stride` on.
+    ///
+    /// # Safety
+    ///
+    /// As long as this is used, no other thread touches the elements that its rows cover.
+    pub unsafe fn new(writer: Writer<'a>, offset: usize, stride: usize) -> Self {
+        Self {
+            writer,
+            offset,
+            stride,
+        }
+    }
+
+    #[inline(always)]
+    pub fn store(&self, t: usize, row: &[f32]) {
+        // SAFETY: what `new` was promised.
+        unsafe { self.writer.store(self.offset + t * self.stride, row) }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Sweep<'a> {
+    pub rows: usize,
+    pub cols: usize,
+    pub tokens: Range<usize>,
+    /// From the last token to the first. The decay between two tokens is that of the later one either way, so a reverse
+    /// sweep applies each token's decay after its write.
+    pub reverse: bool,
+    /// Whether a token's read sees its own write.
+    pub inclusive: bool,
+    pub read: Rows<'a>,
+    pub read_scale: f32,
+    pub write: Rows<'a>,
+    pub write_scale: f32,
+    pub value: Rows<'a>,
+    pub gate: Gate<'a>,
+    pub out: Out<'a>,
+}
+
+impl<'a> Sweep<'a> {
+    /// The token of step `i`.
+    #[inline(always)]
+    pub fn token(&self, i: usize) -> usize {
+        if self.reverse {
+            self.tokens.end - 1 - i
+        } else {
+            self.tokens.start + i
+        }
+    }
+
+    /// The token whose decay is due before step `i`, for `i` up to the number of tokens: what is due then comes after
+    /// the last.
+    #[inline(always)]
+    pub fn decay_before(&self, i: usize) -> Option<usize> {
+        match self.reverse {
+            false => (i < self.tokens.len()).then(|| self.token(i)),
+            true => i.checked_sub(1).map(|i| self.token(i)),
+        }
+    }
+
+    /// The logarithms to exponentiate and how many there are; `None` without decay.
+    pub fn gate_rows(&self) -> Option<(Rows<'a>, usize)> {
+        match self.gate {
+            Gate::None => None,
+            Gate::Scalar(g) => Some((g, 1)),
+            Gate::Rows(g) => Some((g, self.rows)),
+            Gate::Cols(g) => Some((g, self.cols)),
+        }
+    }
+}
+
+/// How a sweep is run: [`crate::Mode`] without `Auto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Algorithm {
+    Recurrent,
+    Chunk,
+    FusedChunk,
+}
+
+/// Runs `sweep` from `state` (`rows x cols`, row-major) and leaves the last state there.
+pub(super) fn run(algorithm: Algorithm, sweep: &Sweep, state: &mut [f32]) {
+    assert_eq!(
+        state.len(),
+        sweep.rows * sweep.cols,
+        "a state that is not rows x cols"
+    );
+    match algorithm {
+        Algorithm::Recurrent => recurrent::run(sweep, state),
+        Algorithm::Chunk => chunk::run(sweep, state),
+        Algorithm::FusedChunk => fused::run(sweep, state),
+    }
+}
