@@ -72,10 +72,7 @@ fn memory_is_linear_in_the_length() {
     }
     for gated in [false, true] {
         for mode in MODES {
-            let (short, long) = (
-                backward_cost(2048, mode, gated),
-                backward_cost(16384, mode, gated),
-            );
+            let (short, long) = (backward_cost(2048, mode, gated), backward_cost(16384, mode, gated));
             // A state a token would be 32 times q, a T x T matrix 64 times and 512 times.
             let label = format!("{mode:?}, gated: {gated}: {short:.1} and {long:.1} times q");
             assert!(long < 24.0 && long < 1.5 * short + 1.0, "{label}");
@@ -89,9 +86,6 @@ fn memory_is_linear_in_the_length() {
         let times = bytes as f64 / (16384 * D * 4) as f64;
         // The output itself is 1; the states of Chunk are D / 64 more.
         println!("{mode:?}, forward alone: {times:.2} times q");
-        assert!(
-            times < 3.0,
-            "{mode:?}: the forward takes {times:.2} times q"
-        );
+        assert!(times < 3.0, "{mode:?}: the forward takes {times:.2} times q");
     }
 }

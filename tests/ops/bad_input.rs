@@ -88,119 +88,62 @@ fn refused_of(mut a: Args, words: &[&str], spoil: impl Fn(&mut Args)) {
 }
 
 fn state(n: usize, hv: usize, k: usize, v: usize) -> State {
-    State {
-        kv: zeros(&[n, hv, k, v], DType::F32),
-        z: None,
-    }
+    State { kv: zeros(&[n, hv, k, v], DType::F32), z: None }
 }
 
 #[test]
 fn wrong_rank() {
     for op in Op::ALL {
-        refused(op, &["q", "[2, 6, 4]"], |a| {
-            a.q = zeros(&[B, T, K], DType::F32)
-        });
-        refused(op, &["k", "[2, 6, 4]"], |a| {
-            a.k = zeros(&[B, T, K], DType::F32)
-        });
-        refused(op, &["v", "[2, 6, 5]"], |a| {
-            a.v = zeros(&[B, T, V], DType::F32)
-        });
-        refused(op, &["v", "[2, 6, 2, 5, 1]"], |a| {
-            a.v = zeros(&[B, T, H, V, 1], DType::F32)
-        });
+        refused(op, &["q", "[2, 6, 4]"], |a| a.q = zeros(&[B, T, K], DType::F32));
+        refused(op, &["k", "[2, 6, 4]"], |a| a.k = zeros(&[B, T, K], DType::F32));
+        refused(op, &["v", "[2, 6, 5]"], |a| a.v = zeros(&[B, T, V], DType::F32));
+        refused(op, &["v", "[2, 6, 2, 5, 1]"], |a| a.v = zeros(&[B, T, H, V, 1], DType::F32));
         refused(op, &["q", "[]"], |a| a.q = zeros(&[], DType::F32));
     }
-    refused(Op::Retention, &["log_decay", "[1, 2]"], |a| {
-        a.gate = zeros(&[1, H], DType::F32)
-    });
-    refused(Op::SimpleGla, &["g", "[2, 6, 2, 4]"], |a| {
-        a.gate = zeros(&[B, T, H, K], DType::F32)
-    });
-    refused(Op::Gla, &["g", "[2, 6, 2]"], |a| {
-        a.gate = zeros(&[B, T, H], DType::F32)
-    });
+    refused(Op::Retention, &["log_decay", "[1, 2]"], |a| a.gate = zeros(&[1, H], DType::F32));
+    refused(Op::SimpleGla, &["g", "[2, 6, 2, 4]"], |a| a.gate = zeros(&[B, T, H, K], DType::F32));
+    refused(Op::Gla, &["g", "[2, 6, 2]"], |a| a.gate = zeros(&[B, T, H], DType::F32));
 }
 
 #[test]
 fn shapes_that_disagree() {
     for op in Op::ALL {
         // Each dimension of k against q, and of v against q.
-        refused(op, &["k", "[1, 6, 2, 4]"], |a| {
-            a.k = zeros(&[1, T, H, K], DType::F32)
-        });
-        refused(op, &["k", "[2, 7, 2, 4]"], |a| {
-            a.k = zeros(&[B, 7, H, K], DType::F32)
-        });
-        refused(op, &["k", "[2, 6, 1, 4]"], |a| {
-            a.k = zeros(&[B, T, 1, K], DType::F32)
-        });
-        refused(op, &["k", "[2, 6, 2, 3]"], |a| {
-            a.k = zeros(&[B, T, H, 3], DType::F32)
-        });
-        refused(op, &["v", "[1, 6, 2, 5]"], |a| {
-            a.v = zeros(&[1, T, H, V], DType::F32)
-        });
-        refused(op, &["v", "[2, 1, 2, 5]"], |a| {
-            a.v = zeros(&[B, 1, H, V], DType::F32)
-        });
+        refused(op, &["k", "[1, 6, 2, 4]"], |a| a.k = zeros(&[1, T, H, K], DType::F32));
+        refused(op, &["k", "[2, 7, 2, 4]"], |a| a.k = zeros(&[B, 7, H, K], DType::F32));
+        refused(op, &["k", "[2, 6, 1, 4]"], |a| a.k = zeros(&[B, T, 1, K], DType::F32));
+        refused(op, &["k", "[2, 6, 2, 3]"], |a| a.k = zeros(&[B, T, H, 3], DType::F32));
+        refused(op, &["v", "[1, 6, 2, 5]"], |a| a.v = zeros(&[1, T, H, V], DType::F32));
+        refused(op, &["v", "[2, 1, 2, 5]"], |a| a.v = zeros(&[B, 1, H, V], DType::F32));
     }
     // The gate follows v's heads; a gate that would broadcast is refused too.
-    refused(Op::Retention, &["log_decay", "[3]"], |a| {
-        a.gate = zeros(&[3], DType::F32)
-    });
-    refused(Op::Retention, &["log_decay", "[1]"], |a| {
-        a.gate = zeros(&[1], DType::F32)
-    });
-    refused(Op::SimpleGla, &["g", "[2, 6, 1]"], |a| {
-        a.gate = zeros(&[B, T, 1], DType::F32)
-    });
-    refused(Op::SimpleGla, &["g", "[2, 2, 6]"], |a| {
-        a.gate = zeros(&[B, H, T], DType::F32)
-    });
-    refused(Op::Gla, &["g", "[2, 6, 2, 5]"], |a| {
-        a.gate = zeros(&[B, T, H, V], DType::F32)
-    });
-    refused(Op::Gla, &["g", "[2, 6, 2, 1]"], |a| {
-        a.gate = zeros(&[B, T, H, 1], DType::F32)
-    });
+    refused(Op::Retention, &["log_decay", "[3]"], |a| a.gate = zeros(&[3], DType::F32));
+    refused(Op::Retention, &["log_decay", "[1]"], |a| a.gate = zeros(&[1], DType::F32));
+    refused(Op::SimpleGla, &["g", "[2, 6, 1]"], |a| a.gate = zeros(&[B, T, 1], DType::F32));
+    refused(Op::SimpleGla, &["g", "[2, 2, 6]"], |a| a.gate = zeros(&[B, H, T], DType::F32));
+    refused(Op::Gla, &["g", "[2, 6, 2, 5]"], |a| a.gate = zeros(&[B, T, H, V], DType::F32));
+    refused(Op::Gla, &["g", "[2, 6, 2, 1]"], |a| a.gate = zeros(&[B, T, H, 1], DType::F32));
     // With grouped values, a gate for each key head is one for too few heads.
-    refused(Op::SimpleGla, &["g", "[2, 6, 2]"], |a| {
-        a.v = zeros(&[B, T, 2 * H, V], DType::F32)
-    });
+    refused(Op::SimpleGla, &["g", "[2, 6, 2]"], |a| a.v = zeros(&[B, T, 2 * H, V], DType::F32));
 }
 
 #[test]
 fn value_heads_that_are_no_multiple_of_the_key_heads() {
     for op in Op::ALL {
-        refused(op, &["v", "3", "2", "multiple"], |a| {
-            a.v = zeros(&[B, T, 3, V], DType::F32)
-        });
-        refused(op, &["v", "1", "2", "multiple"], |a| {
-            a.v = zeros(&[B, T, 1, V], DType::F32)
-        });
+        refused(op, &["v", "3", "2", "multiple"], |a| a.v = zeros(&[B, T, 3, V], DType::F32));
+        refused(op, &["v", "1", "2", "multiple"], |a| a.v = zeros(&[B, T, 1, V], DType::F32));
     }
 }
 
 #[test]
 fn mixed_dtypes() {
     for op in Op::ALL {
-        refused(op, &["k", "BF16", "F32"], |a| {
-            a.k = a.k.to_dtype(DType::BF16).unwrap()
-        });
-        refused(op, &["v", "F16", "F32"], |a| {
-            a.v = a.v.to_dtype(DType::F16).unwrap()
-        });
+        refused(op, &["k", "BF16", "F32"], |a| a.k = a.k.to_dtype(DType::BF16).unwrap());
+        refused(op, &["v", "F16", "F32"], |a| a.v = a.v.to_dtype(DType::F16).unwrap());
     }
     // Gates may be f32 or what q is, nothing else.
-    for (op, name) in [
-        (Op::Retention, "log_decay"),
-        (Op::SimpleGla, "g"),
-        (Op::Gla, "g"),
-    ] {
-        refused(op, &[name, "BF16", "F32"], |a| {
-            a.gate = a.gate.to_dtype(DType::BF16).unwrap()
-        });
+    for (op, name) in [(Op::Retention, "log_decay"), (Op::SimpleGla, "g"), (Op::Gla, "g")] {
+        refused(op, &[name, "BF16", "F32"], |a| a.gate = a.gate.to_dtype(DType::BF16).unwrap());
         refused(op, &[name, "F16"], |a| {
             for x in [&mut a.q, &mut a.k, &mut a.v] {
                 *x = x.to_dtype(DType::BF16).unwrap();
@@ -213,12 +156,9 @@ fn mixed_dtypes() {
 #[test]
 fn unsupported_dtype() {
     for op in Op::ALL {
-        for (dtype, name) in [
-            (DType::U32, "U32"),
-            (DType::F64, "F64"),
-            (DType::I64, "I64"),
-            (DType::U8, "U8"),
-        ] {
+        for (dtype, name) in
+            [(DType::U32, "U32"), (DType::F64, "F64"), (DType::I64, "I64"), (DType::U8, "U8")]
+        {
             refused(op, &["q", name], |a| {
                 for x in [&mut a.q, &mut a.k, &mut a.v] {
                     *x = x.to_dtype(dtype).unwrap();
@@ -227,23 +167,15 @@ fn unsupported_dtype() {
         }
     }
     for (op, name) in [(Op::Retention, "log_decay"), (Op::Gla, "g")] {
-        refused(op, &[name, "F64"], |a| {
-            a.gate = a.gate.to_dtype(DType::F64).unwrap()
-        });
+        refused(op, &[name, "F64"], |a| a.gate = a.gate.to_dtype(DType::F64).unwrap());
     }
 }
 
 #[test]
 fn scale_that_is_not_finite() {
     for op in Op::ALL {
-        for (scale, name) in [
-            (f64::NAN, "NaN"),
-            (f64::INFINITY, "inf"),
-            (f64::NEG_INFINITY, "-inf"),
-        ] {
-            refused(op, &["scale", name, "finite"], |a| {
-                a.opts = Options::default().with_scale(scale)
-            });
+        for (scale, name) in [(f64::NAN, "NaN"), (f64::INFINITY, "inf"), (f64::NEG_INFINITY, "-inf")] {
+            refused(op, &["scale", name, "finite"], |a| a.opts = Options::default().with_scale(scale));
         }
     }
 }
@@ -252,9 +184,7 @@ fn scale_that_is_not_finite() {
 fn cu_seqlens_that_do_not_pack_the_sequence() {
     for op in Op::ALL {
         let refused = |ends: &[u32], words: &[&str]| {
-            refused_of(with_batch(op, 1), words, |a| {
-                a.opts = Options::default().with_cu_seqlens(ends)
-            });
+            refused_of(with_batch(op, 1), words, |a| a.opts = Options::default().with_cu_seqlens(ends));
         };
         refused(&[1, 3, 6], &["cu_seqlens", "1", "0"]);
         refused(&[0, 4, 3, 6], &["cu_seqlens", "4", "3"]);
@@ -270,9 +200,7 @@ fn cu_seqlens_that_do_not_pack_the_sequence() {
 #[test]
 fn cu_seqlens_with_a_batch() {
     for op in Op::ALL {
-        refused(op, &["cu_seqlens", "2", "1"], |a| {
-            a.opts = Options::default().with_cu_seqlens(&[0, 2, 6])
-        });
+        refused(op, &["cu_seqlens", "2", "1"], |a| a.opts = Options::default().with_cu_seqlens(&[0, 2, 6]));
     }
 }
 
@@ -291,15 +219,9 @@ fn states_of_the_wrong_number_or_shape() {
             });
         }
         // One state for each packed sequence, empty ones too.
-        refused_of(
-            with_batch(op, 1),
-            &["kv", "[1, 2, 4, 5]", "[3, 2, 4, 5]"],
-            |a| {
-                a.opts = Options::default()
-                    .with_cu_seqlens(&[0, 2, 2, 6])
-                    .with_initial_state(&state(1, H, K, V))
-            },
-        );
+        refused_of(with_batch(op, 1), &["kv", "[1, 2, 4, 5]", "[3, 2, 4, 5]"], |a| {
+            a.opts = Options::default().with_cu_seqlens(&[0, 2, 2, 6]).with_initial_state(&state(1, H, K, V))
+        });
         refused(op, &["kv", "[2, 4, 5]"], |a| {
             let kv = zeros(&[2, K, V], DType::F32);
             a.opts = Options::default().with_initial_state(&State { kv, z: None })
@@ -320,18 +242,13 @@ fn states_that_are_not_f32() {
     refused(Op::LinearAttn, &["z", "F16", "F32"], |a| {
         let z = Some(zeros(&[B, H, K], DType::F16));
         let kv = zeros(&[B, H, K, V], DType::F32);
-        a.opts = Options::default()
-            .with_normalize(true)
-            .with_initial_state(&State { kv, z })
+        a.opts = Options::default().with_normalize(true).with_initial_state(&State { kv, z })
     });
 }
 
 #[test]
 fn z_where_it_does_not_belong_or_is_missing() {
-    let with_z = |shape: &[usize]| State {
-        z: Some(zeros(shape, DType::F32)),
-        ..state(B, H, K, V)
-    };
+    let with_z = |shape: &[usize]| State { z: Some(zeros(shape, DType::F32)), ..state(B, H, K, V) };
     for op in Op::ALL {
         refused(op, &["z", "normalize"], |a| {
             a.opts = Options::default().with_initial_state(&with_z(&[B, H, K]))
@@ -341,11 +258,9 @@ fn z_where_it_does_not_belong_or_is_missing() {
     refused(Op::LinearAttn, &["z", "normalize"], |a| {
         a.opts = normalized.clone().with_initial_state(&state(B, H, K, V))
     });
-    for (shape, name) in [
-        (vec![1, H, K], "[1, 2, 4]"),
-        (vec![B, H, V], "[2, 2, 5]"),
-        (vec![B, H, K, 1], "[2, 2, 4, 1]"),
-    ] {
+    for (shape, name) in
+        [(vec![1, H, K], "[1, 2, 4]"), (vec![B, H, V], "[2, 2, 5]"), (vec![B, H, K, 1], "[2, 2, 4, 1]")]
+    {
         refused(Op::LinearAttn, &["z", name, "[2, 2, 4]"], |a| {
             a.opts = normalized.clone().with_initial_state(&with_z(&shape))
         });
@@ -355,9 +270,7 @@ fn z_where_it_does_not_belong_or_is_missing() {
 #[test]
 fn normalize_where_it_does_not_exist() {
     for op in Op::GATED {
-        refused(op, &["normalize", "linear_attn"], |a| {
-            a.opts = Options::default().with_normalize(true)
-        });
+        refused(op, &["normalize", "linear_attn"], |a| a.opts = Options::default().with_normalize(true));
     }
 }
 
@@ -376,9 +289,6 @@ fn empty_problems_are_checked_too() {
         };
         refused(&["scale"], Options::default().with_scale(f64::NAN));
         refused(&["cu_seqlens"], Options::default().with_cu_seqlens(&[0, 1]));
-        refused(
-            &["kv"],
-            Options::default().with_initial_state(&state(2, H, K, V)),
-        );
+        refused(&["kv"], Options::default().with_initial_state(&state(2, H, K, V)));
     }
 }

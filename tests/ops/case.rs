@@ -5,14 +5,7 @@ use crate::reference::{Decay, Outputs, Problem, Sizes};
 use candle_core::{DType, Device, Result, Tensor};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
-pub const SCALES: [Option<f64>; 6] = [
-    None,
-    Some(-1.0),
-    Some(-0.37),
-    Some(0.0),
-    Some(1.0),
-    Some(3.0),
-];
+pub const SCALES: [Option<f64>; 6] = [None, Some(-1.0), Some(-0.37), Some(0.0), Some(1.0), Some(3.0)];
 /// Lengths on both sides of the boundaries of chunks of 16, 32 and 64.
 pub const LENGTHS: [usize; 14] = [0, 1, 15, 16, 17, 32, 33, 63, 64, 65, 127, 128, 129, 200];
 /// Head sizes: powers of two, odd ones, one, the largest.
@@ -168,22 +161,12 @@ impl Case {
             }
             data
         };
-        let q = tensor(
-            positive(normal(rng, b * t * h * k)),
-            &[b, t, h, k],
-            self.dtype,
-        )?;
-        let keys = tensor(
-            positive(normal(rng, b * t * h * k)),
-            &[b, t, h, k],
-            self.dtype,
-        )?;
+        let q = tensor(positive(normal(rng, b * t * h * k)), &[b, t, h, k], self.dtype)?;
+        let keys = tensor(positive(normal(rng, b * t * h * k)), &[b, t, h, k], self.dtype)?;
         let value = tensor(normal(rng, b * t * hv * v), &[b, t, hv, v], self.dtype)?;
         let gate = match self.gate_shape() {
             Some(shape) => {
-                let data = (0..shape.iter().product())
-                    .map(|_| gate_value(rng, self.gates))
-                    .collect();
+                let data = (0..shape.iter().product()).map(|_| gate_value(rng, self.gates)).collect();
                 Some(tensor(data, &shape, self.gate_dtype)?)
             }
             None => None,
@@ -203,14 +186,7 @@ impl Case {
         let d_out = tensor(normal(rng, b * t * hv * v), &[b, t, hv, v], self.dtype)?;
         let d_kv = kv_of(normal(rng, n * hv * k * v))?;
         Ok(Inputs {
-            args: [
-                Some(q),
-                Some(keys),
-                Some(value),
-                gate,
-                initial_kv,
-                initial_z,
-            ],
+            args: [Some(q), Some(keys), Some(value), gate, initial_kv, initial_z],
             cotangents: [Some(d_out), Some(d_kv), d_z],
         })
     }
@@ -224,18 +200,8 @@ impl Case {
         let flat = |i: usize| inputs.args[i].as_ref().map(values).transpose();
         let required = |i: usize| Ok::<_, candle_core::Error>(flat(i)?.unwrap_or_default());
         Ok(Problem {
-            sizes: Sizes {
-                b: self.b,
-                t: self.t,
-                h: self.h,
-                hv: self.hv(),
-                k: self.k,
-                v: self.v,
-            },
-            cu_seqlens: self
-                .cu_seqlens
-                .as_ref()
-                .map(|ends| ends.iter().map(|&e| e as usize).collect()),
+            sizes: Sizes { b: self.b, t: self.t, h: self.h, hv: self.hv(), k: self.k, v: self.v },
+            cu_seqlens: self.cu_seqlens.as_ref().map(|ends| ends.iter().map(|&e| e as usize).collect()),
             scale: self.scale(),
             normalize: self.normalize,
             q: required(0)?,

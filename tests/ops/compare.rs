@@ -69,12 +69,7 @@ impl Limits {
             DType::F16 => (5e-4, 1e-3, 1e-4),
             _ => (1e-5, 2e-5, 2e-5),
         };
-        Self {
-            out,
-            state: 1e-5,
-            grad,
-            f32_grad,
-        }
+        Self { out, state: 1e-5, grad, f32_grad }
     }
 }
 

@@ -14,18 +14,9 @@ fn half_precision_is_within_rounding() {
         for op in Op::ALL {
             for gate_dtype in [DType::F32, dtype] {
                 for t in [63, 64, 200] {
-                    Case {
-                        op,
-                        t,
-                        dtype,
-                        gate_dtype,
-                        group: 2,
-                        k: 33,
-                        v: 20,
-                        ..Case::default()
-                    }
-                    .check_modes(Graph::ALL)
-                    .unwrap();
+                    Case { op, t, dtype, gate_dtype, group: 2, k: 33, v: 20, ..Case::default() }
+                        .check_modes(Graph::ALL)
+                        .unwrap();
                 }
             }
         }
@@ -36,15 +27,9 @@ fn half_precision_is_within_rounding() {
 fn half_precision_normalized_is_within_rounding() {
     for dtype in HALVES {
         for scale in [None, Some(-0.37)] {
-            Case {
-                t: 150,
-                dtype,
-                scale,
-                normalize: true,
-                ..Case::default()
-            }
-            .check_modes(Graph::ALL)
-            .unwrap();
+            Case { t: 150, dtype, scale, normalize: true, ..Case::default() }
+                .check_modes(Graph::ALL)
+                .unwrap();
         }
     }
 }
@@ -53,16 +38,9 @@ fn half_precision_normalized_is_within_rounding() {
 fn half_precision_error_does_not_grow_with_the_length() {
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
-            Case {
-                op,
-                normalize,
-                t: 2048,
-                h: 1,
-                dtype: DType::BF16,
-                ..Case::default()
-            }
-            .check_modes(Graph::ALL)
-            .unwrap();
+            Case { op, normalize, t: 2048, h: 1, dtype: DType::BF16, ..Case::default() }
+                .check_modes(Graph::ALL)
+                .unwrap();
         }
     }
 }
@@ -71,16 +49,9 @@ fn half_precision_error_does_not_grow_with_the_length() {
 #[test]
 fn grouped_gradients_are_rounded_once() {
     for op in Op::ALL {
-        Case {
-            op,
-            t: 65,
-            group: 8,
-            dtype: DType::BF16,
-            gate_dtype: DType::BF16,
-            ..Case::default()
-        }
-        .check_modes(Graph::ALL)
-        .unwrap();
+        Case { op, t: 65, group: 8, dtype: DType::BF16, gate_dtype: DType::BF16, ..Case::default() }
+            .check_modes(Graph::ALL)
+            .unwrap();
     }
 }
 
@@ -90,18 +61,9 @@ fn states_of_half_precision_inputs_are_f32() {
     for dtype in HALVES {
         let ones = Tensor::ones((1, 4097, 1, 1), DType::F32, &Device::Cpu).unwrap();
         let x = ones.to_dtype(dtype).unwrap();
-        let case = Case {
-            dtype,
-            t: 4097,
-            h: 1,
-            k: 1,
-            v: 1,
-            ..Case::default()
-        };
+        let case = Case { dtype, t: 4097, h: 1, k: 1, v: 1, ..Case::default() };
         for mode in MODES {
-            let opts = case
-                .options(mode, &Default::default())
-                .with_final_state(true);
+            let opts = case.options(mode, &Default::default()).with_final_state(true);
             let got = linear_attn(&x, &x, &x, &opts).unwrap();
             let label = format!("{dtype:?} {mode:?}: sum of 4097 ones");
             let kv = got.state.unwrap().kv;

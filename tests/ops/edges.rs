@@ -8,35 +8,12 @@ use candle_core::{DType, Device, Tensor};
 const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 fn empty_cases(op: Op, normalize: bool) -> Vec<Case> {
-    let case = Case {
-        op,
-        normalize,
-        k: 5,
-        v: 3,
-        group: 2,
-        ..Case::default()
-    };
+    let case = Case { op, normalize, k: 5, v: 3, group: 2, ..Case::default() };
     vec![
-        Case {
-            b: 2,
-            t: 0,
-            ..case.clone()
-        },
-        Case {
-            b: 0,
-            t: 5,
-            ..case.clone()
-        },
-        Case {
-            b: 0,
-            t: 0,
-            ..case.clone()
-        },
-        Case {
-            t: 0,
-            cu_seqlens: Some(vec![0, 0, 0]),
-            ..case
-        },
+        Case { b: 2, t: 0, ..case.clone() },
+        Case { b: 0, t: 5, ..case.clone() },
+        Case { b: 0, t: 0, ..case.clone() },
+        Case { t: 0, cu_seqlens: Some(vec![0, 0, 0]), ..case },
     ]
 }
 
@@ -79,14 +56,7 @@ fn empty_problems_pass_the_state_through() {
 fn no_tokens_and_no_initial_state_give_a_state_of_zeros() {
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
-            let case = Case {
-                op,
-                normalize,
-                b: 2,
-                t: 0,
-                initial_state: false,
-                ..Case::default()
-            };
+            let case = Case { op, normalize, b: 2, t: 0, initial_state: false, ..Case::default() };
             let inputs = case.inputs().unwrap();
             for mode in MODES {
                 let opts = case.options(mode, &inputs.args).with_final_state(true);
@@ -107,24 +77,9 @@ fn no_tokens_and_no_initial_state_give_a_state_of_zeros() {
 #[test]
 fn dimensions_of_zero_do_not_panic() {
     for op in Op::ALL {
-        for (h, group, k, v) in [
-            (0, 1, 4, 4),
-            (2, 0, 4, 4),
-            (2, 1, 0, 4),
-            (2, 1, 4, 0),
-            (0, 0, 0, 0),
-        ] {
+        for (h, group, k, v) in [(0, 1, 4, 4), (2, 0, 4, 4), (2, 1, 0, 4), (2, 1, 4, 0), (0, 0, 0, 0)] {
             for cu_seqlens in [None, Some(vec![0u32, 3])] {
-                let case = Case {
-                    op,
-                    h,
-                    group,
-                    k,
-                    v,
-                    t: 3,
-                    cu_seqlens,
-                    ..Case::default()
-                };
+                let case = Case { op, h, group, k, v, t: 3, cu_seqlens, ..Case::default() };
                 let inputs = case.inputs().unwrap();
                 for mode in MODES {
                     let opts = case.options(mode, &inputs.args).with_final_state(true);
@@ -142,13 +97,7 @@ fn dimensions_of_zero_do_not_panic() {
 fn gates_of_minus_infinity_everywhere() {
     for op in Op::GATED {
         for dtype in DTYPES {
-            let case = Case {
-                op,
-                dtype,
-                gate_dtype: dtype,
-                t: 130,
-                ..Case::default()
-            };
+            let case = Case { op, dtype, gate_dtype: dtype, t: 130, ..Case::default() };
             let mut inputs = case.inputs().unwrap();
             let gate = inputs.args[3].take().unwrap();
             let forget = Tensor::full(f32::NEG_INFINITY, gate.shape(), &Device::Cpu).unwrap();
@@ -166,16 +115,7 @@ fn gates_of_minus_infinity_everywhere() {
 #[test]
 fn one_channel_each_way_for_many_tokens() {
     for op in Op::ALL {
-        Case {
-            op,
-            t: 20_000,
-            h: 1,
-            k: 1,
-            v: 1,
-            ..Case::default()
-        }
-        .check_modes(Graph::ALL)
-        .unwrap();
+        Case { op, t: 20_000, h: 1, k: 1, v: 1, ..Case::default() }.check_modes(Graph::ALL).unwrap();
     }
 }
 
@@ -183,16 +123,7 @@ fn one_channel_each_way_for_many_tokens() {
 fn heads_larger_than_256() {
     for op in Op::ALL {
         for (k, v) in [(300, 20), (20, 513), (384, 512)] {
-            Case {
-                op,
-                t: 70,
-                h: 1,
-                k,
-                v,
-                ..Case::default()
-            }
-            .check_modes(Graph::ALL)
-            .unwrap();
+            Case { op, t: 70, h: 1, k, v, ..Case::default() }.check_modes(Graph::ALL).unwrap();
         }
     }
 }
@@ -201,18 +132,9 @@ fn heads_larger_than_256() {
 #[test]
 fn many_short_lanes() {
     for op in Op::ALL {
-        Case {
-            op,
-            b: 37,
-            t: 2,
-            h: 5,
-            group: 3,
-            k: 4,
-            v: 6,
-            ..Case::default()
-        }
-        .check_modes(Graph::ALL)
-        .unwrap();
+        Case { op, b: 37, t: 2, h: 5, group: 3, k: 4, v: 6, ..Case::default() }
+            .check_modes(Graph::ALL)
+            .unwrap();
     }
 }
 
@@ -221,17 +143,9 @@ fn many_packed_sequences() {
     let ends: Vec<u32> = (0..=300u32).map(|n| n / 2 + n / 7).collect();
     for op in Op::ALL {
         let t = ends[ends.len() - 1] as usize;
-        Case {
-            op,
-            t,
-            cu_seqlens: Some(ends.clone()),
-            k: 6,
-            v: 5,
-            gates: Gates::Forgets,
-            ..Case::default()
-        }
-        .check_modes(Graph::ALL)
-        .unwrap();
+        Case { op, t, cu_seqlens: Some(ends.clone()), k: 6, v: 5, gates: Gates::Forgets, ..Case::default() }
+            .check_modes(Graph::ALL)
+            .unwrap();
     }
 }
 
@@ -239,27 +153,16 @@ fn many_packed_sequences() {
 #[test]
 fn nan_is_not_hidden() {
     for op in Op::ALL {
-        let case = Case {
-            op,
-            t: 70,
-            ..Case::default()
-        };
+        let case = Case { op, t: 70, ..Case::default() };
         for i in 0..3 {
             let mut inputs = case.inputs().unwrap();
-            let nan = inputs.args[i]
-                .take()
-                .unwrap()
-                .affine(0.0, f64::NAN)
-                .unwrap();
+            let nan = inputs.args[i].take().unwrap().affine(0.0, f64::NAN).unwrap();
             inputs.args[i] = Some(nan);
             for mode in MODES {
                 let opts = case.options(mode, &inputs.args);
                 let out = case.call(&inputs.args, &opts).unwrap().out;
                 let clean = values(&out).unwrap().iter().any(|x| !x.is_nan());
-                assert!(
-                    !clean,
-                    "{op:?} {mode:?}: argument {i} is NaN throughout, o is not"
-                );
+                assert!(!clean, "{op:?} {mode:?}: argument {i} is NaN throughout, o is not");
             }
         }
     }
@@ -269,21 +172,14 @@ fn nan_is_not_hidden() {
 #[test]
 fn calls_are_reproducible() {
     for op in Op::ALL {
-        let case = Case {
-            op,
-            t: 200,
-            h: 4,
-            k: 64,
-            v: 48,
-            ..Case::default()
-        };
+        let case = Case { op, t: 200, h: 4, k: 64, v: 48, ..Case::default() };
         let inputs = case.inputs().unwrap();
         for mode in MODES {
             let first = case.run(mode, &inputs, Graph::ALL).unwrap();
             for _ in 0..3 {
                 let again = case.run(mode, &inputs, Graph::ALL).unwrap();
-                let pairs = (first.outputs.iter().zip(&again.outputs))
-                    .chain(first.grads.iter().zip(&again.grads));
+                let pairs =
+                    (first.outputs.iter().zip(&again.outputs)).chain(first.grads.iter().zip(&again.grads));
                 for (a, b) in pairs {
                     if let (Some(a), Some(b)) = (a, b) {
                         let exact = values(a).unwrap();

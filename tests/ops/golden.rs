@@ -27,9 +27,8 @@ struct Golden {
 
 /// Reads `tests/data/ops/{name}.safetensors`; the header holds the operator and its options as metadata.
 fn load(name: &str) -> Golden {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data/ops")
-        .join(format!("{name}.safetensors"));
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/ops").join(format!("{name}.safetensors"));
     let bytes = std::fs::read(&path).expect("the golden files are in tests/data/ops");
     let (length, rest) = bytes.split_at(8);
     let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
@@ -68,24 +67,15 @@ fn load(name: &str) -> Golden {
         ..Case::default()
     };
     let get = |key: &str| tensors.get(key).cloned();
-    let inputs = Inputs {
-        args: ["q", "k", "v", "g", "h0", "z0"].map(get),
-        cotangents: ["do", "dht", "dzt"].map(get),
-    };
-    Golden {
-        case,
-        inputs,
-        tensors,
-    }
+    let inputs =
+        Inputs { args: ["q", "k", "v", "g", "h0", "z0"].map(get), cotangents: ["do", "dht", "dzt"].map(get) };
+    Golden { case, inputs, tensors }
 }
 
 impl Golden {
     /// The loss the file's gradients belong to: a cotangent that is not there is zero.
     fn graph(&self) -> Graph {
-        Graph {
-            loss: [0, 1, 2].map(|i| self.inputs.cotangents[i].is_some()),
-            ..Graph::ALL
-        }
+        Graph { loss: [0, 1, 2].map(|i| self.inputs.cotangents[i].is_some()), ..Graph::ALL }
     }
 
     /// What the file says; empty where it says nothing.
@@ -111,16 +101,7 @@ fn check(name: &str) {
     for mode in MODES {
         let label = format!("{name}, {mode:?}");
         let got = case.run(mode, inputs, graph).unwrap();
-        let forward = case
-            .run(
-                mode,
-                inputs,
-                Graph {
-                    loss: [true; 3],
-                    ..Graph::NONE
-                },
-            )
-            .unwrap();
+        let forward = case.run(mode, inputs, Graph { loss: [true; 3], ..Graph::NONE }).unwrap();
         for (i, output) in ["o", "ht", "zt"].into_iter().enumerate() {
             if want.outputs[i].is_empty() {
                 continue;
@@ -148,18 +129,11 @@ fn the_reference_reproduces_every_case() {
     for name in CASES {
         let golden = load(name);
         let want = golden.expected();
-        let got = golden
-            .case
-            .expected(&golden.inputs, golden.graph().loss)
-            .unwrap();
-        let pairs =
-            (got.outputs.iter().zip(&want.outputs)).chain(got.grads.iter().zip(&want.grads));
+        let got = golden.case.expected(&golden.inputs, golden.graph().loss).unwrap();
+        let pairs = (got.outputs.iter().zip(&want.outputs)).chain(got.grads.iter().zip(&want.grads));
         for (i, (x, want)) in pairs.enumerate() {
             let error = relative_error(x, want);
-            assert!(
-                want.is_empty() || error < 1e-7,
-                "{name}, number {i}: {error:.3e}"
-            );
+            assert!(want.is_empty() || error < 1e-7, "{name}, number {i}: {error:.3e}");
         }
     }
 }

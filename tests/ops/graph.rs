@@ -8,21 +8,9 @@ use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, V
 use candle_linear_attn::{Mode, Output, State, linear_attn};
 
 fn cases() -> Vec<Case> {
-    let mut cases: Vec<Case> = Op::ALL
-        .into_iter()
-        .map(|op| Case {
-            op,
-            t: 70,
-            group: 2,
-            k: 8,
-            v: 12,
-            ..Case::default()
-        })
-        .collect();
-    cases.push(Case {
-        normalize: true,
-        ..cases[0].clone()
-    });
+    let mut cases: Vec<Case> =
+        Op::ALL.into_iter().map(|op| Case { op, t: 70, group: 2, k: 8, v: 12, ..Case::default() }).collect();
+    cases.push(Case { normalize: true, ..cases[0].clone() });
     cases
 }
 
@@ -33,10 +21,7 @@ struct Forward {
 }
 
 fn forward(case: &Case, inputs: &Inputs, mode: Mode) -> Result<Forward> {
-    let vars = inputs
-        .args
-        .clone()
-        .map(|x| x.map(|x| Var::from_tensor(&x).unwrap()));
+    let vars = inputs.args.clone().map(|x| x.map(|x| Var::from_tensor(&x).unwrap()));
     let args = vars.clone().map(|v| v.map(|v| v.as_tensor().clone()));
     let opts = case.options(mode, &args).with_final_state(true);
     let Output { out, state } = case.call(&args, &opts)?;
@@ -51,10 +36,7 @@ fn check_grads(vars: &[Option<Var>; 6], store: &GradStore, want: &Expected, labe
         let label = format!("{label}: gradient of {}", ARGS[i]);
         match store.get(var) {
             Some(grad) => close(grad, &want.grads[i], DType::F32, 2e-5, &label).unwrap(),
-            None => assert!(
-                want.grads[i].iter().all(|&g| g == 0.0),
-                "{label} is missing"
-            ),
+            None => assert!(want.grads[i].iter().all(|&g| g == 0.0), "{label} is missing"),
         }
     }
 }
@@ -66,9 +48,7 @@ fn a_second_backward_gives_the_same_gradients() {
         let want = case.expected(&inputs, [true; 3]).unwrap();
         for mode in MODES {
             let Forward { vars, outputs } = forward(&case, &inputs, mode).unwrap();
-            let loss = loss(&outputs, &inputs.cotangents, [true; 3])
-                .unwrap()
-                .unwrap();
+            let loss = loss(&outputs, &inputs.cotangents, [true; 3]).unwrap().unwrap();
             for pass in ["first", "second", "third"] {
                 let label = format!("{mode:?} of {case:?}, {pass} backward");
                 check_grads(&vars, &loss.backward().unwrap(), &want, &label);
@@ -119,16 +99,12 @@ fn an_output_may_be_dropped_before_the_backward() {
         for mode in MODES {
             for kept in 0..3 {
                 let Forward { vars, outputs } = forward(&case, &inputs, mode).unwrap();
-                let [Some(d), Some(x)] =
-                    [&inputs.cotangents[kept], &outputs[kept]].map(Clone::clone)
-                else {
+                let [Some(d), Some(x)] = [&inputs.cotangents[kept], &outputs[kept]].map(Clone::clone) else {
                     continue;
                 };
                 drop(outputs);
                 let store = inner(&x, &d).unwrap().backward().unwrap();
-                let want = case
-                    .expected(&inputs, std::array::from_fn(|i| i == kept))
-                    .unwrap();
+                let want = case.expected(&inputs, std::array::from_fn(|i| i == kept)).unwrap();
                 let label = format!("{mode:?} of {case:?}, only output {kept} kept");
                 check_grads(&vars, &store, &want, &label);
             }
@@ -161,32 +137,20 @@ fn an_output_may_be_used_twice() {
 /// q, k and v may be one tensor: its gradient is the sum of the three.
 #[test]
 fn one_tensor_as_q_k_and_v() {
-    let case = Case {
-        t: 70,
-        initial_state: false,
-        ..Case::default()
-    };
+    let case = Case { t: 70, initial_state: false, ..Case::default() };
     let mut inputs = case.inputs().unwrap();
     let x = inputs.args[0].clone();
     [inputs.args[1], inputs.args[2]] = [x.clone(), x.clone()];
     let want = case.expected(&inputs, [true, false, false]).unwrap();
-    let sum: Vec<f64> = (0..want.grads[0].len())
-        .map(|i| want.grads[0][i] + want.grads[1][i] + want.grads[2][i])
-        .collect();
+    let sum: Vec<f64> =
+        (0..want.grads[0].len()).map(|i| want.grads[0][i] + want.grads[1][i] + want.grads[2][i]).collect();
     for mode in MODES {
         let var = Var::from_tensor(x.as_ref().unwrap()).unwrap();
         let opts = case.options(mode, &Default::default());
         let out = linear_attn(&var, &var, &var, &opts).unwrap().out;
         let d = inputs.cotangents[0].as_ref().unwrap();
         let store = inner(&out, d).unwrap().backward().unwrap();
-        close(
-            store.get(&var).unwrap(),
-            &sum,
-            DType::F32,
-            2e-5,
-            &format!("{mode:?}"),
-        )
-        .unwrap();
+        close(store.get(&var).unwrap(), &sum, DType::F32, 2e-5, &format!("{mode:?}")).unwrap();
     }
 }
 
@@ -194,29 +158,16 @@ fn one_tensor_as_q_k_and_v() {
 #[test]
 fn one_operator_feeds_another() {
     for op in Op::ALL {
-        let case = Case {
-            op,
-            t: 70,
-            k: 16,
-            v: 16,
-            ..Case::default()
-        };
+        let case = Case { op, t: 70, k: 16, v: 16, ..Case::default() };
         let first = case.inputs().unwrap();
-        let mut second = Case {
-            seed: 1,
-            ..case.clone()
-        }
-        .inputs()
-        .unwrap();
+        let mut second = Case { seed: 1, ..case.clone() }.inputs().unwrap();
         for mode in MODES {
             let Forward { vars, outputs } = forward(&case, &first, mode).unwrap();
             let mut args = second.args.clone();
             args[0] = outputs[0].clone();
             args[4] = outputs[1].clone();
             let label = format!("{op:?} {mode:?}");
-            let (_, store) = case
-                .run_on(mode, &args, &second.cotangents, [true, true, false])
-                .unwrap();
+            let (_, store) = case.run_on(mode, &args, &second.cotangents, [true, true, false]).unwrap();
 
             second.args[0] = outputs[0].as_ref().map(|x| x.detach());
             second.args[4] = outputs[1].as_ref().map(|x| x.detach());
@@ -353,9 +304,7 @@ fn a_failed_backward_leaves_nothing_behind() {
         for mode in MODES {
             for (good, bad) in [(0, 1), (1, 0)] {
                 let Forward { vars, outputs } = forward(&case, &inputs, mode).unwrap();
-                let term = |i: usize, x: &Tensor| {
-                    inner(x, inputs.cotangents[i].as_ref().unwrap()).unwrap()
-                };
+                let term = |i: usize, x: &Tensor| inner(x, inputs.cotangents[i].as_ref().unwrap()).unwrap();
                 let output = |i: usize| outputs[i].as_ref().unwrap();
                 let fine = term(good, output(good));
                 let failing = term(bad, &output(bad).apply_op1(OneWay).unwrap());
@@ -375,10 +324,7 @@ fn a_failed_backward_leaves_nothing_behind() {
 #[test]
 fn any_number_of_threads() {
     for threads in [1, 2, 3, 7] {
-        let pool = rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .build()
-            .unwrap();
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             for case in cases() {
                 case.check_modes(Graph::ALL).unwrap();

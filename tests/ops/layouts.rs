@@ -76,9 +76,7 @@ impl Layout {
         match self {
             Layout::Swapped(..) | Layout::Reversed => self.base(grad),
             Layout::Repeated(dim) => grad.sum_keepdim(dim),
-            Layout::Window => {
-                (0..grad.rank()).try_fold(grad.clone(), |x, dim| x.pad_with_zeros(dim, 1, 2))
-            }
+            Layout::Window => (0..grad.rank()).try_fold(grad.clone(), |x, dim| x.pad_with_zeros(dim, 1, 2)),
         }
     }
 }
@@ -104,10 +102,7 @@ fn check(case: &Case, layout: Layout, chosen: &[usize]) {
     }
     inputs.args = args.clone().map(|x| x.map(|x| x.detach()));
     let want = case.expected(&inputs, [true; 3]).unwrap();
-    let outputs_only = Graph {
-        loss: [true; 3],
-        ..Graph::NONE
-    };
+    let outputs_only = Graph { loss: [true; 3], ..Graph::NONE };
     for mode in MODES {
         let label = format!("{layout:?} of {chosen:?}, {mode:?}, {case:?}");
         let (outputs, store) = case
@@ -138,17 +133,7 @@ fn check(case: &Case, layout: Layout, chosen: &[usize]) {
 }
 
 fn case(op: Op) -> Case {
-    Case {
-        op,
-        b: 2,
-        t: 67,
-        h: 2,
-        group: 2,
-        k: 9,
-        v: 12,
-        gates: Gates::Mild,
-        ..Case::default()
-    }
+    Case { op, b: 2, t: 67, h: 2, group: 2, k: 9, v: 12, gates: Gates::Mild, ..Case::default() }
 }
 
 #[test]
@@ -166,14 +151,7 @@ fn one_input_in_every_layout() {
         for only in 0..6 {
             let op = if only == 3 { Op::Gla } else { Op::LinearAttn };
             let normalize = op == Op::LinearAttn && only == 5;
-            check(
-                &Case {
-                    normalize,
-                    ..case(op)
-                },
-                layout,
-                &[only],
-            );
+            check(&Case { normalize, ..case(op) }, layout, &[only]);
         }
         for op in [Op::Retention, Op::SimpleGla] {
             check(&case(op), layout, &[3]);
@@ -184,11 +162,7 @@ fn one_input_in_every_layout() {
 #[test]
 fn packed_sequences_in_every_layout() {
     for layout in ALL {
-        let case = Case {
-            b: 1,
-            cu_seqlens: Some(vec![0, 0, 1, 50, 67]),
-            ..case(Op::SimpleGla)
-        };
+        let case = Case { b: 1, cu_seqlens: Some(vec![0, 0, 1, 50, 67]), ..case(Op::SimpleGla) };
         check(&case, layout, &[0, 1, 2, 3, 4]);
     }
 }
@@ -205,10 +179,7 @@ fn cotangents_in_every_layout() {
             inner(&turn(x), &turn(d.as_ref().unwrap())).unwrap()
         };
         for mode in MODES {
-            let vars = inputs
-                .args
-                .clone()
-                .map(|x| x.map(|x| Var::from_tensor(&x).unwrap()));
+            let vars = inputs.args.clone().map(|x| x.map(|x| Var::from_tensor(&x).unwrap()));
             let args = vars.clone().map(|v| v.map(|v| v.as_tensor().clone()));
             let opts = case.options(mode, &args).with_final_state(true);
             let result = case.call(&args, &opts).unwrap();
@@ -219,14 +190,7 @@ fn cotangents_in_every_layout() {
             for (i, var) in vars.iter().enumerate() {
                 if let Some(var) = var {
                     let label = format!("{op:?} {mode:?}: gradient of {}", ARGS[i]);
-                    close(
-                        store.get(var).unwrap(),
-                        &want.grads[i],
-                        DType::F32,
-                        2e-5,
-                        &label,
-                    )
-                    .unwrap();
+                    close(store.get(var).unwrap(), &want.grads[i], DType::F32, 2e-5, &label).unwrap();
                 }
             }
         }
@@ -248,14 +212,7 @@ fn cotangent_of_a_plain_sum() {
             let out = case.call(&args, &case.options(mode, &args)).unwrap().out;
             let store = out.sum_all().unwrap().backward().unwrap();
             let dv = store.get(&var).unwrap();
-            close(
-                dv,
-                &want.grads[2],
-                DType::F32,
-                2e-5,
-                &format!("{op:?} {mode:?}"),
-            )
-            .unwrap();
+            close(dv, &want.grads[2], DType::F32, 2e-5, &format!("{op:?} {mode:?}")).unwrap();
         }
     }
 }

@@ -11,17 +11,9 @@ use candle_linear_attn::{
 fn every_scale_and_length(op: Op) {
     for scale in SCALES {
         for t in LENGTHS {
-            Case {
-                op,
-                t,
-                scale,
-                k: 16,
-                v: 8,
-                seed: t as u64,
-                ..Case::default()
-            }
-            .check_modes(Graph::ALL)
-            .unwrap();
+            Case { op, t, scale, k: 16, v: 8, seed: t as u64, ..Case::default() }
+                .check_modes(Graph::ALL)
+                .unwrap();
         }
     }
 }
@@ -52,13 +44,7 @@ fn gla_agrees_for_every_scale_and_length() {
 fn issue_47_dv_beyond_one_chunk_with_scale_not_one() {
     for op in Op::ALL {
         for scale in [None, Some(-1.0), Some(-0.37), Some(0.5), Some(3.0)] {
-            let case = Case {
-                op,
-                scale,
-                t: 200,
-                initial_state: false,
-                ..Case::default()
-            };
+            let case = Case { op, scale, t: 200, initial_state: false, ..Case::default() };
             let inputs = case.inputs().unwrap();
             let loss = [true, false, false];
             let want = case.expected(&inputs, loss).unwrap();
@@ -92,24 +78,11 @@ fn masked_before(x: &candle_core::Tensor, t: usize) -> Result<candle_core::Tenso
 
 #[test]
 fn gates_of_every_strength() {
-    let gates = [
-        Gates::Strong,
-        Gates::Forgets,
-        Gates::Huge,
-        Gates::Zero,
-        Gates::Positive,
-    ];
+    let gates = [Gates::Strong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive];
     for op in Op::GATED {
         for gates in gates {
             for t in [1, 33, 64, 150] {
-                Case {
-                    op,
-                    t,
-                    gates,
-                    ..Case::default()
-                }
-                .check_modes(Graph::ALL)
-                .unwrap();
+                Case { op, t, gates, ..Case::default() }.check_modes(Graph::ALL).unwrap();
             }
         }
     }
@@ -122,12 +95,7 @@ fn gates_of_minus_80_everywhere() {
     for op in Op::GATED {
         for t in [1, 33, 64, 150] {
             let gates = Gates::AllStrong;
-            let case = Case {
-                op,
-                t,
-                gates,
-                ..Case::default()
-            };
+            let case = Case { op, t, gates, ..Case::default() };
             let inputs = case.inputs().unwrap();
             let mut want = case.expected(&inputs, Graph::ALL.loss).unwrap();
             let [dk, dg] = [1, GATE].map(|i| std::mem::take(&mut want.grads[i]));
@@ -149,11 +117,7 @@ fn gates_of_minus_80_everywhere() {
 #[test]
 fn gates_that_swing_between_decay_and_growth() {
     for op in [Op::SimpleGla, Op::Gla] {
-        let case = Case {
-            op,
-            t: 150,
-            ..Case::default()
-        };
+        let case = Case { op, t: 150, ..Case::default() };
         let mut inputs = case.inputs().unwrap();
         let gate = inputs.args[3].take().unwrap();
         let per_token = gate.elem_count() / case.t;
@@ -179,28 +143,18 @@ fn gates_that_swing_between_decay_and_growth() {
 
 #[test]
 fn named_wrappers_are_the_modes() {
-    let case = Case {
-        t: 100,
-        group: 2,
-        scale: Some(-0.37),
-        ..Case::default()
-    };
+    let case = Case { t: 100, group: 2, scale: Some(-0.37), ..Case::default() };
     let inputs = case.inputs().unwrap();
     let want = case.expected(&inputs, Graph::NONE.loss).unwrap();
-    let [Some(q), Some(k), Some(v), ..] = &inputs.args else {
-        unreachable!()
-    };
+    let [Some(q), Some(k), Some(v), ..] = &inputs.args else { unreachable!() };
     type Wrapper = fn(
         &candle_core::Tensor,
         &candle_core::Tensor,
         &candle_core::Tensor,
         &Options,
     ) -> Result<candle_linear_attn::Output>;
-    let wrappers: [(Wrapper, usize); 3] = [
-        (fused_recurrent_linear_attn, 1),
-        (chunk_linear_attn, 2),
-        (fused_chunk_linear_attn, 3),
-    ];
+    let wrappers: [(Wrapper, usize); 3] =
+        [(fused_recurrent_linear_attn, 1), (chunk_linear_attn, 2), (fused_chunk_linear_attn, 3)];
     for (wrapper, mode) in wrappers {
         // Whatever mode the options name, the wrapper's own counts.
         for given in MODES {
@@ -221,15 +175,7 @@ fn named_wrappers_are_the_modes() {
 fn error_does_not_grow_with_the_length() {
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
-            Case {
-                op,
-                normalize,
-                t: 4096,
-                h: 1,
-                ..Case::default()
-            }
-            .check_modes(Graph::ALL)
-            .unwrap();
+            Case { op, normalize, t: 4096, h: 1, ..Case::default() }.check_modes(Graph::ALL).unwrap();
         }
     }
 }

@@ -7,10 +7,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candle_linear_attn::{Options, linear_attn};
 
 fn case() -> Case {
-    Case {
-        normalize: true,
-        ..Case::default()
-    }
+    Case { normalize: true, ..Case::default() }
 }
 
 #[test]
@@ -22,16 +19,7 @@ fn agrees_for_every_scale_and_length() {
                 if t == 1 && !initial_state {
                     continue;
                 }
-                Case {
-                    t,
-                    scale,
-                    initial_state,
-                    k: 7,
-                    group: 2,
-                    ..case()
-                }
-                .check_modes(Graph::ALL)
-                .unwrap();
+                Case { t, scale, initial_state, k: 7, group: 2, ..case() }.check_modes(Graph::ALL).unwrap();
             }
         }
     }
@@ -46,28 +34,15 @@ fn gradient_goes_through_the_denominator() {
     inputs.args[4] = None;
     inputs.args[5] = None;
     for mode in MODES {
-        let graph = Graph {
-            loss: [true, false, false],
-            ..Graph::ALL
-        };
+        let graph = Graph { loss: [true, false, false], ..Graph::ALL };
         let got = case.run(mode, &inputs, graph).unwrap();
         let ones = vec![1.0; case.t * case.hv() * case.v];
         let label = format!("{mode:?}: o of constant values");
-        close(
-            got.outputs[0].as_ref().unwrap(),
-            &ones,
-            DType::F32,
-            1e-5,
-            &label,
-        )
-        .unwrap();
+        close(got.outputs[0].as_ref().unwrap(), &ones, DType::F32, 1e-5, &label).unwrap();
         for (i, name) in [(0, "dq"), (1, "dk")] {
             let grad = values(got.grads[i].as_ref().unwrap()).unwrap();
             let largest = grad.iter().fold(0.0f64, |m, x| m.max(x.abs()));
-            assert!(
-                largest < 1e-5,
-                "{mode:?}: {name} should vanish, is {largest:e}"
-            );
+            assert!(largest < 1e-5, "{mode:?}: {name} should vanish, is {largest:e}");
         }
     }
 }
@@ -85,17 +60,10 @@ fn sum_of_keys_does_not_stall() {
         let rest = x.narrow(1, 1, 4096).unwrap().zeros_like().unwrap();
         let v = Tensor::cat(&[&first, &rest], 1).unwrap();
         for mode in MODES {
-            let opts = Options::default()
-                .with_mode(mode)
-                .with_normalize(true)
-                .with_final_state(true);
+            let opts = Options::default().with_mode(mode).with_normalize(true).with_final_state(true);
             let got = linear_attn(&x, &x, &v, &opts).unwrap();
             let label = format!("{dtype:?} {mode:?}");
-            let z = got
-                .state
-                .unwrap()
-                .z
-                .expect("normalised: z is part of the state");
+            let z = got.state.unwrap().z.expect("normalised: z is part of the state");
             assert_eq!(z.dims(), [1, 1, 1]);
             close(&z, &[4097.0], DType::F32, 0.0, &label).unwrap();
             let want: Vec<f64> = (1..=4097).map(|t| 1.0 / t as f64).collect();
@@ -125,17 +93,10 @@ fn eps_is_applied_in_f32() {
         let k = tensor(&[tiny, tiny, tiny]);
         let v = tensor(&[1.0, 1.0, 3.0]);
         for mode in MODES {
-            let opts = Options::default()
-                .with_mode(mode)
-                .with_scale(100.0)
-                .with_normalize(true);
+            let opts = Options::default().with_mode(mode).with_scale(100.0).with_normalize(true);
             let out = linear_attn(&q, &k, &v, &opts).unwrap().out;
             let t = f64::from(tiny) * f64::from(tiny) * 100.0;
-            let want = [
-                0.0,
-                2.0 * t / (2.0 * t + 1e-10),
-                5.0 * t / (3.0 * t + 1e-10),
-            ];
+            let want = [0.0, 2.0 * t / (2.0 * t + 1e-10), 5.0 * t / (3.0 * t + 1e-10)];
             let limit = match dtype {
                 DType::BF16 => 4e-3,
                 DType::F16 => 5e-4,
@@ -148,11 +109,7 @@ fn eps_is_applied_in_f32() {
 
 #[test]
 fn a_first_token_gives_its_value() {
-    let case = Case {
-        t: 1,
-        initial_state: false,
-        ..case()
-    };
+    let case = Case { t: 1, initial_state: false, ..case() };
     let inputs = case.inputs().unwrap();
     let want = values(inputs.args[2].as_ref().unwrap()).unwrap();
     for mode in MODES {
@@ -173,9 +130,7 @@ fn zero_queries_and_keys_are_not_nan() {
         for mode in MODES {
             let vars = [q, k, &ones].map(|x| Var::from_tensor(x).unwrap());
             let opts = Options::default().with_mode(mode).with_normalize(true);
-            let out = linear_attn(&vars[0], &vars[1], &vars[2], &opts)
-                .unwrap()
-                .out;
+            let out = linear_attn(&vars[0], &vars[1], &vars[2], &opts).unwrap().out;
             let grads = out.sum_all().unwrap().backward().unwrap();
             assert!(values(&out).unwrap().iter().all(|&x| x == 0.0), "{mode:?}");
             for var in &vars {

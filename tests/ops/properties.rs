@@ -19,14 +19,7 @@ pub fn config(cases: u32) -> ProptestConfig {
 }
 
 fn gates() -> impl Strategy<Value = Gates> {
-    select(vec![
-        Gates::Mild,
-        Gates::Strong,
-        Gates::Forgets,
-        Gates::Huge,
-        Gates::Zero,
-        Gates::Positive,
-    ])
+    select(vec![Gates::Mild, Gates::Strong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive])
 }
 
 /// Either a batch of whole sequences or packed ones, empty and single-token ones among them.
@@ -151,21 +144,9 @@ fn each_input_alone_for_each_loss() {
                 for only in 0..6 {
                     for leaves in [true, false] {
                         let tracked = std::array::from_fn(|i| i == only);
-                        Case {
-                            op,
-                            normalize,
-                            t: 70,
-                            k: 5,
-                            v: 9,
-                            group: 2,
-                            ..Case::default()
-                        }
-                        .check_modes(Graph {
-                            loss,
-                            tracked,
-                            leaves,
-                        })
-                        .unwrap();
+                        Case { op, normalize, t: 70, k: 5, v: 9, group: 2, ..Case::default() }
+                            .check_modes(Graph { loss, tracked, leaves })
+                            .unwrap();
                     }
                 }
             }
@@ -176,12 +157,7 @@ fn each_input_alone_for_each_loss() {
 /// Head sizes that no vector width divides, K and V apart.
 #[test]
 fn every_pair_of_head_sizes() {
-    for (i, op) in Op::ALL
-        .into_iter()
-        .cycle()
-        .take(HEAD_SIZES.len())
-        .enumerate()
-    {
+    for (i, op) in Op::ALL.into_iter().cycle().take(HEAD_SIZES.len()).enumerate() {
         for j in 0..HEAD_SIZES.len() {
             Case {
                 op,

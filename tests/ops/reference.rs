@@ -145,10 +145,7 @@ impl Problem {
             Some(all) => all[lane.state * n..][..n].to_vec(),
             None => vec![0.0; n],
         };
-        State {
-            s: part(&self.kv, k * v),
-            z: part(&self.z, k),
-        }
+        State { s: part(&self.kv, k * v), z: part(&self.z, k) }
     }
 
     /// The state after token `t`, from the state before it.
@@ -184,11 +181,7 @@ impl Problem {
 
     pub fn forward(&self) -> Outputs {
         let Sizes { b, t, hv, k, v, .. } = self.sizes;
-        let mut result = Outputs {
-            out: vec![0.0; b * t * hv * v],
-            kv: Vec::new(),
-            z: Vec::new(),
-        };
+        let mut result = Outputs { out: vec![0.0; b * t * hv * v], kv: Vec::new(), z: Vec::new() };
         for lane in self.lanes() {
             let mut state = self.initial(&lane);
             for t in lane.tokens.clone() {
@@ -265,8 +258,8 @@ impl Problem {
         };
         for (c, query) in query.iter().enumerate() {
             let row = c * vn..(c + 1) * vn;
-            grads.q[key_at + c] += self.scale
-                * (dot(&state.s[row.clone()], &d_numerator) + d_denominator * state.z[c]);
+            grads.q[key_at + c] +=
+                self.scale * (dot(&state.s[row.clone()], &d_numerator) + d_denominator * state.z[c]);
             for (ds, dn) in d_state.s[row].iter_mut().zip(&d_numerator) {
                 *ds += self.scale * query * dn;
             }

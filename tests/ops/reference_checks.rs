@@ -24,11 +24,7 @@ fn check(case: &Case) {
         Some(d) => crate::compare::values(d).unwrap(),
         None => vec![0.0; case.n_states() * case.hv() * case.k],
     };
-    let d = Outputs {
-        out: d(0),
-        kv: d(1),
-        z: d(2),
-    };
+    let d = Outputs { out: d(0), kv: d(1), z: d(2) };
     let grads = problem.backward(&d);
     type Pick = fn(&mut Problem) -> &mut [f64];
     let inputs: [(&str, Pick, &[f64]); 6] = [
@@ -61,17 +57,7 @@ fn check(case: &Case) {
 }
 
 fn small(op: Op) -> Case {
-    Case {
-        op,
-        b: 2,
-        t: 5,
-        h: 2,
-        group: 2,
-        k: 3,
-        v: 2,
-        scale: Some(-0.37),
-        ..Case::default()
-    }
+    Case { op, b: 2, t: 5, h: 2, group: 2, k: 3, v: 2, scale: Some(-0.37), ..Case::default() }
 }
 
 #[test]
@@ -93,22 +79,13 @@ fn backward_with_positive_gates() {
 fn backward_with_normalization() {
     for scale in [None, Some(-0.37), Some(3.0)] {
         let normalize = true;
-        check(&Case {
-            scale,
-            normalize,
-            ..small(Op::LinearAttn)
-        });
+        check(&Case { scale, normalize, ..small(Op::LinearAttn) });
     }
 }
 
 #[test]
 fn backward_of_packed_sequences() {
     for op in Op::ALL {
-        check(&Case {
-            b: 1,
-            t: 6,
-            cu_seqlens: Some(vec![0, 2, 2, 5, 6]),
-            ..small(op)
-        });
+        check(&Case { b: 1, t: 6, cu_seqlens: Some(vec![0, 2, 2, 5, 6]), ..small(op) });
     }
 }

@@ -18,16 +18,8 @@ pub struct Graph {
 }
 
 impl Graph {
-    pub const ALL: Graph = Graph {
-        loss: [true; 3],
-        tracked: [true; 6],
-        leaves: true,
-    };
-    pub const NONE: Graph = Graph {
-        loss: [false; 3],
-        tracked: [false; 6],
-        leaves: true,
-    };
+    pub const ALL: Graph = Graph { loss: [true; 3], tracked: [true; 6], leaves: true };
+    pub const NONE: Graph = Graph { loss: [false; 3], tracked: [false; 6], leaves: true };
 
     fn needs_state(&self) -> bool {
         self.loss[1] || self.loss[2]
@@ -44,15 +36,10 @@ pub struct Outcome {
 impl Case {
     /// The options of this case, initial state included.
     pub fn options(&self, mode: Mode, args: &[Option<Tensor>; 6]) -> Options {
-        let mut opts = Options::default()
-            .with_mode(mode)
-            .with_scale(self.scale)
-            .with_normalize(self.normalize);
+        let mut opts =
+            Options::default().with_mode(mode).with_scale(self.scale).with_normalize(self.normalize);
         if let Some(kv) = &args[4] {
-            opts = opts.with_initial_state(&State {
-                kv: kv.clone(),
-                z: args[5].clone(),
-            });
+            opts = opts.with_initial_state(&State { kv: kv.clone(), z: args[5].clone() });
         }
         if let Some(ends) = &self.cu_seqlens {
             opts = opts.with_cu_seqlens(ends);
@@ -106,9 +93,7 @@ impl Case {
         cotangents: &[Option<Tensor>; 3],
         wanted: [bool; 3],
     ) -> Result<([Option<Tensor>; 3], Option<GradStore>)> {
-        let opts = self
-            .options(mode, args)
-            .with_final_state(wanted[1] || wanted[2]);
+        let opts = self.options(mode, args).with_final_state(wanted[1] || wanted[2]);
         let Output { out, state } = self.call(args, &opts)?;
         let (kv, z) = match state {
             Some(State { kv, z }) => (Some(kv), z),
@@ -135,19 +120,12 @@ impl Case {
             match &got.outputs[i] {
                 Some(x) if wanted => {
                     let limit = if i == 0 { limits.out } else { limits.state };
-                    close(
-                        x,
-                        &want.outputs[i],
-                        dtype,
-                        limit,
-                        &format!("{label}: {name}"),
-                    )?;
+                    close(x, &want.outputs[i], dtype, limit, &format!("{label}: {name}"))?;
                 }
                 None if !wanted => {}
-                other => candle_core::bail!(
-                    "{label}: {name} should be there: {wanted}, is: {}",
-                    other.is_some()
-                ),
+                other => {
+                    candle_core::bail!("{label}: {name} should be there: {wanted}, is: {}", other.is_some())
+                }
             }
         }
         if !graph.loss.contains(&true) {
@@ -162,11 +140,7 @@ impl Case {
                 GATE => self.gate_dtype,
                 _ => DType::F32,
             };
-            let limit = if dtype == DType::F32 {
-                limits.f32_grad
-            } else {
-                limits.grad
-            };
+            let limit = if dtype == DType::F32 { limits.f32_grad } else { limits.grad };
             let label = format!("{label}: gradient of {name}");
             match &got.grads[i] {
                 Some(x) => {

@@ -22,10 +22,7 @@ fn cut(case: &Case, args: &[Option<Tensor>; 6], from: usize, len: usize) -> [Opt
 
 /// Runs the pieces one after the other, each in its own mode, state carried, and differentiates through all of it.
 fn run_in_pieces(case: &Case, inputs: &Inputs, pieces: &[(usize, Mode)]) -> Result<Outcome> {
-    let vars = inputs
-        .args
-        .clone()
-        .map(|arg| arg.map(|x| Var::from_tensor(&x).unwrap()));
+    let vars = inputs.args.clone().map(|arg| arg.map(|x| Var::from_tensor(&x).unwrap()));
     let args = vars.clone().map(|v| v.map(|v| v.as_tensor().clone()));
     let mut carried = [args[4].clone(), args[5].clone()];
     let (mut outs, mut from) = (Vec::new(), 0);
@@ -39,11 +36,7 @@ fn run_in_pieces(case: &Case, inputs: &Inputs, pieces: &[(usize, Mode)]) -> Resu
         carried = [Some(kv), z];
         from += len;
     }
-    let outputs = [
-        Some(Tensor::cat(&outs, 1)?),
-        carried[0].clone(),
-        carried[1].clone(),
-    ];
+    let outputs = [Some(Tensor::cat(&outs, 1)?), carried[0].clone(), carried[1].clone()];
     let loss = crate::compare::loss(&outputs, &inputs.cotangents, [true; 3])?;
     let store = loss.expect("o is always there").backward()?;
     let grads = vars.map(|v| v.and_then(|v| store.get(v.as_tensor()).cloned()));
@@ -92,19 +85,13 @@ fn prefill_then_one_token_at_a_time() {
     for op in Op::ALL {
         for mode in MODES {
             for normalize in [false, op == Op::LinearAttn] {
-                let case = Case {
-                    op,
-                    normalize,
-                    t: 90,
-                    ..Case::default()
-                };
+                let case = Case { op, normalize, t: 90, ..Case::default() };
                 let inputs = case.inputs().unwrap();
                 let mut pieces = vec![(65, Mode::Chunk)];
                 pieces.extend([(1, mode); 25]);
                 let got = run_in_pieces(&case, &inputs, &pieces).unwrap();
                 let label = format!("{op:?} decoded in {mode:?}");
-                case.check(&got, &expected(&case, &inputs), Graph::ALL, &label)
-                    .unwrap();
+                case.check(&got, &expected(&case, &inputs), Graph::ALL, &label).unwrap();
             }
         }
     }
@@ -114,10 +101,7 @@ fn prefill_then_one_token_at_a_time() {
 fn with_token(x: &Tensor, t: usize, by: f64) -> Tensor {
     let len = x.dim(1).unwrap();
     let token = x.narrow(1, t, 1).unwrap().affine(0.0, by).unwrap();
-    let (head, tail) = (
-        x.narrow(1, 0, t).unwrap(),
-        x.narrow(1, t + 1, len - t - 1).unwrap(),
-    );
+    let (head, tail) = (x.narrow(1, 0, t).unwrap(), x.narrow(1, t + 1, len - t - 1).unwrap());
     Tensor::cat(&[&head, &token, &tail], 1).unwrap()
 }
 
@@ -135,8 +119,7 @@ fn check_causality(case: &Case, which: &[usize], tokens: &[usize], by: f64) {
             let out = case.call(&changed, &opts).unwrap().out;
             let [before, after] = [&base, &out].map(|x| bits(&x.narrow(1, 0, t).unwrap()));
             let Case { op, dtype, .. } = case;
-            let label =
-                format!("{op:?} {dtype:?} {mode:?}: arguments {which:?} at {t} set to {by}");
+            let label = format!("{op:?} {dtype:?} {mode:?}: arguments {which:?} at {t} set to {by}");
             assert!(before == after, "{label}: o before differs");
         }
     }
@@ -151,15 +134,7 @@ fn causal_cases() -> Vec<Case> {
     for op in Op::ALL {
         for dtype in [DType::F32, DType::BF16] {
             for normalize in [false, op == Op::LinearAttn] {
-                cases.push(Case {
-                    op,
-                    dtype,
-                    normalize,
-                    t: 140,
-                    k: 19,
-                    v: 21,
-                    ..Case::default()
-                });
+                cases.push(Case { op, dtype, normalize, t: 140, k: 19, v: 21, ..Case::default() });
             }
         }
     }
@@ -210,29 +185,15 @@ fn no_output_depends_on_a_later_token_that_is_not_finite() {
 fn linear_in_v_and_the_initial_state() {
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
-            let case = Case {
-                op,
-                normalize,
-                t: 100,
-                ..Case::default()
-            };
+            let case = Case { op, normalize, t: 100, ..Case::default() };
             let inputs = case.inputs().unwrap();
             // Same q, k, gates and z: only v and the initial kv differ.
-            let other = Case {
-                seed: 1,
-                ..case.clone()
-            }
-            .inputs()
-            .unwrap();
+            let other = Case { seed: 1, ..case.clone() }.inputs().unwrap();
             let [mut second, mut mixed] = [inputs.args.clone(), inputs.args.clone()];
             for i in [2, 4] {
-                let (a, b) = (
-                    inputs.args[i].as_ref().unwrap(),
-                    other.args[i].as_ref().unwrap(),
-                );
+                let (a, b) = (inputs.args[i].as_ref().unwrap(), other.args[i].as_ref().unwrap());
                 second[i] = Some(b.clone());
-                mixed[i] =
-                    Some((a.affine(2.0, 0.0).unwrap() - b.affine(0.5, 0.0).unwrap()).unwrap());
+                mixed[i] = Some((a.affine(2.0, 0.0).unwrap() - b.affine(0.5, 0.0).unwrap()).unwrap());
             }
             for mode in MODES {
                 let out = |args: &[Option<Tensor>; 6]| {
@@ -252,13 +213,7 @@ fn linear_in_v_and_the_initial_state() {
 #[test]
 fn heads_and_batch_entries_are_independent() {
     for op in Op::ALL {
-        let case = Case {
-            op,
-            b: 3,
-            h: 3,
-            t: 70,
-            ..Case::default()
-        };
+        let case = Case { op, b: 3, h: 3, t: 70, ..Case::default() };
         let inputs = case.inputs().unwrap();
         for (batch_dim, order) in [(false, [2u32, 0, 1]), (true, [1, 2, 0])] {
             let order = Tensor::new(&order, &candle_core::Device::Cpu).unwrap();
@@ -275,20 +230,12 @@ fn heads_and_batch_entries_are_independent() {
                 Some(x.index_select(&order, dim).unwrap())
             });
             for mode in MODES {
-                let out = |args: &[Option<Tensor>; 6]| {
-                    case.call(args, &case.options(mode, args)).unwrap().out
-                };
+                let out =
+                    |args: &[Option<Tensor>; 6]| case.call(args, &case.options(mode, args)).unwrap().out;
                 let dim = if batch_dim { 0 } else { 2 };
                 let want = out(&inputs.args).index_select(&order, dim).unwrap();
                 let label = format!("{op:?} {mode:?} batch: {batch_dim}");
-                close(
-                    &out(&permuted),
-                    &values(&want).unwrap(),
-                    DType::F32,
-                    1e-6,
-                    &label,
-                )
-                .unwrap();
+                close(&out(&permuted), &values(&want).unwrap(), DType::F32, 1e-6, &label).unwrap();
             }
         }
     }
@@ -298,9 +245,7 @@ fn heads_and_batch_entries_are_independent() {
 #[test]
 fn packed_sequences_equal_one_by_one() {
     let lengths = [0usize, 1, 70, 0, 64, 3, 1, 0];
-    let ends: Vec<u32> = (0..=lengths.len())
-        .map(|n| lengths[..n].iter().sum::<usize>() as u32)
-        .collect();
+    let ends: Vec<u32> = (0..=lengths.len()).map(|n| lengths[..n].iter().sum::<usize>() as u32).collect();
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
             let case = Case {
@@ -334,15 +279,9 @@ fn packed_sequences_equal_one_by_one() {
 }
 
 fn one_by_one(case: &Case, inputs: &Inputs, mode: Mode, lengths: &[usize]) -> Result<Outcome> {
-    let vars = inputs
-        .args
-        .clone()
-        .map(|arg| arg.map(|x| Var::from_tensor(&x).unwrap()));
+    let vars = inputs.args.clone().map(|arg| arg.map(|x| Var::from_tensor(&x).unwrap()));
     let args = vars.clone().map(|v| v.map(|v| v.as_tensor().clone()));
-    let alone = Case {
-        cu_seqlens: None,
-        ..case.clone()
-    };
+    let alone = Case { cu_seqlens: None, ..case.clone() };
     let (mut outs, mut kvs, mut zs, mut from) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for (n, &len) in lengths.iter().enumerate() {
         let mut piece = cut(case, &args, from, len);
