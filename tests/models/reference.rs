@@ -39,8 +39,7 @@ pub fn model(config: &Value, params: &Params, ids: &[u32]) -> Sequence {
     let mut xs: Sequence = ids.iter().map(|id| row(params, "model.embeddings", *id as usize)).collect();
     for layer in 0..number(config, "num_hidden_layers", 24.) as usize {
         let prefix = format!("model.layers.{layer}");
-        let mixed =
-            mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
+        let mixed = mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
         xs = add(&xs, &mixed);
         let ys = norm(&xs, &format!("{prefix}.mlp_norm"));
         xs = add(&xs, &mlp(config, params, &format!("{prefix}.mlp"), &ys));
@@ -75,8 +74,7 @@ pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequ
 pub fn gated_linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let sizes = Sizes::new(config, [0.5, 1.]);
     let [q, k, v] = projections(config, params, prefix, xs);
-    let gates =
-        linear(params, &format!("{prefix}.gk_proj.1"), &linear(params, &format!("{prefix}.gk_proj.0"), xs));
+    let gates = linear(params, &format!("{prefix}.gk_proj.1"), &linear(params, &format!("{prefix}.gk_proj.0"), xs));
     let (normalizer, least) = (number(config, "gate_logit_normalizer", 16.), config["clamp_min"].as_f64());
     let decay = |t: usize, h: usize, i: usize| {
         let logit = gates[t][h / sizes.group * sizes.k + i];
@@ -244,8 +242,7 @@ fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
         "elementwise_product" => layer("layer1").iter().zip(layer("layer2")).map(|(a, b)| a * b).collect(),
         "hedgehog" => {
             let y = layer("layer");
-            let powers: Vec<f64> =
-                y.iter().map(|y| (2. * y).exp()).chain(y.iter().map(|y| (-2. * y).exp())).collect();
+            let powers: Vec<f64> = y.iter().map(|y| (2. * y).exp()).chain(y.iter().map(|y| (-2. * y).exp())).collect();
             let sum: f64 = powers.iter().sum();
             powers.iter().map(|power| power / sum).collect()
         }
@@ -253,9 +250,7 @@ fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
         "dpfp" => {
             let both: Vec<f64> = x.iter().map(|x| x.max(0.)).chain(x.iter().map(|x| (-x).max(0.))).collect();
             let n = both.len();
-            (1..=4)
-                .flat_map(|shift| (0..n).map(|i| both[i] * both[(i + n - shift) % n]).collect::<Vec<_>>())
-                .collect()
+            (1..=4).flat_map(|shift| (0..n).map(|i| both[i] * both[(i + n - shift) % n]).collect::<Vec<_>>()).collect()
         }
         "elu" => x.iter().map(|x| if *x < 0. { x.exp() } else { x + 1. }).collect(),
         "relu" => x.iter().map(|x| x.max(0.)).collect(),

@@ -78,12 +78,7 @@ fn logits_are_those_of_the_definition() -> Result<()> {
         let expected = case.reference(&case.params()?)?;
         for mode in [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::FusedChunk] {
             case.model.set_mode(mode);
-            assert_close(
-                &format!("{fields} {mode:?}"),
-                &case.model.forward(&case.ids, None)?,
-                &expected,
-                2e-5,
-            )?;
+            assert_close(&format!("{fields} {mode:?}"), &case.model.forward(&case.ids, None)?, &expected, 2e-5)?;
         }
     }
     Ok(())
@@ -174,8 +169,7 @@ fn sixteen_bits_run_every_variant() -> Result<()> {
         let case = Case::new(fields)?;
         let whole = case.model.forward(&case.ids, None)?;
         for (dtype, limit) in [(DType::F16, 2e-2), (DType::BF16, 1.5e-1)] {
-            let tensors =
-                sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+            let tensors = sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
             let vb = candle_nn::VarBuilder::from_tensors(tensors, dtype, &CPU);
             let model = Model::new(case.model.config(), vb)?;
             let mut cache = model.new_cache();
@@ -198,8 +192,7 @@ fn sixteen_bit_parameters_get_gradients() -> Result<()> {
         let logits = model.forward(&pseudo_tokens(1, TOKENS, 11)?, None)?.to_dtype(DType::F32)?;
         let gradients = candle_nn::ops::log_softmax(&logits, D::Minus1)?.sum_all()?.backward()?;
         for (name, var) in sorted(&varmap) {
-            let gradient =
-                gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
+            let gradient = gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
             assert_eq!(gradient.dtype(), DType::BF16, "{model_type}: {name}");
         }
     }
@@ -209,10 +202,7 @@ fn sixteen_bit_parameters_get_gradients() -> Result<()> {
 /// A parameter that has changed shows in the next forward: no layer works on a copy.
 #[test]
 fn updates_of_parameters_take_effect() -> Result<()> {
-    for fields in [
-        r#""model_type": "linear_attn", "feature_map": "hedgehog""#,
-        r#""model_type": "gla", "use_short_conv": true"#,
-    ] {
+    for fields in [r#""model_type": "linear_attn", "feature_map": "hedgehog""#, r#""model_type": "gla", "use_short_conv": true"#] {
         let case = Case::new(fields)?;
         case.model.forward(&case.ids, None)?;
         for (_, var) in sorted(&case.varmap) {
