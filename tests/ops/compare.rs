@@ -85,6 +85,7 @@ pub fn relative_error(x: &[f64], want: &[f64]) -> f64 {
     match norm(want) {
         _ if x.len() != want.len() || error.is_nan() => f64::INFINITY,
         0.0 if x.iter().all(|x| x.abs() <= 1e-6) => 0.0,
+        0.0 => f64::INFINITY,
         // Below 1.2e-38 an f32 has ever fewer digits.
         size => error / size.max(1e-36),
     }
