@@ -55,9 +55,8 @@ pub(super) struct DecoderConfig {
 
 impl DecoderConfig {
     /// Reads and checks the fields. `hidden_ratio` is the one default that differs from model to model.
-    pub fn parse(fields: &mut Fields, hidden_ratio: f64) -> Result<Self> {
+    pub fn parse(fields: &mut Fields, hidden_ratio: u32) -> Result<Self> {
         let hidden_size = fields.size("hidden_size", 2048)?;
-        // The head checks its shape when it is loaded; a bound on the product keeps a fresh model's size sane.
         let vocab_size = fields.size("vocab_size", 32000)?;
         let num_layers = fields.size("num_hidden_layers", 24)?;
         let norm_eps = fields.positive("norm_eps", 1e-6)?;
@@ -99,12 +98,12 @@ impl DecoderConfig {
     }
 }
 
-fn intermediate_size(fields: &mut Fields, hidden_size: usize, default_ratio: f64) -> Result<usize> {
+fn intermediate_size(fields: &mut Fields, hidden_size: usize, default_ratio: u32) -> Result<usize> {
     let given = fields.optional_size("intermediate_size", None)?;
+    // Written as the integer that it is to the authors.
+    fields.value("hidden_ratio", default_ratio.into());
     // An explicit null means 4, whatever the model's own default.
-    let ratio = fields
-        .optional_number("hidden_ratio", Some(default_ratio))?
-        .unwrap_or(4.);
+    let ratio = fields.optional_number("hidden_ratio", None)?.unwrap_or(4.);
     if !(0. ..=1024.).contains(&ratio) || ratio == 0. {
         bail!("field `hidden_ratio` is {ratio}, it must be above 0 and at most 1024");
     }

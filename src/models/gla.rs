@@ -13,7 +13,7 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 4.)?;
+    let decoder = DecoderConfig::parse(fields, 4)?;
     fields.choice(
         "attn_mode",
         "chunk",

@@ -29,7 +29,7 @@ impl Heads {
             }
         }
         let num_kv_heads = num_kv_heads.unwrap_or(num_heads);
-        if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+        if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
             bail!("num_kv_heads is {num_kv_heads}, it must divide num_heads, which is {num_heads}");
         }
         let head_k_dim = head_dim("expand_k", hidden_size, expand_k, num_heads)?;
@@ -72,7 +72,7 @@ fn head_dim(name: &str, hidden_size: usize, expand: f64, num_heads: usize) -> Re
         );
     }
     let width = width as usize;
-    if width % num_heads != 0 {
+    if !width.is_multiple_of(num_heads) {
         bail!("num_heads is {num_heads}, it must divide hidden_size * {name}, which is {width}");
     }
     Ok(width / num_heads)

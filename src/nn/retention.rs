@@ -82,7 +82,7 @@ impl MultiScaleRetentionConfig {
             self.num_heads,
             self.num_kv_heads,
         )?;
-        if heads.head_k_dim % 2 != 0 {
+        if !heads.head_k_dim.is_multiple_of(2) {
             bail!(
                 "expand_k is {} and num_heads {}: a head has {} key channels, it must have an even number to be rotated",
                 self.expand_k,

@@ -15,7 +15,7 @@ pub struct RotaryEmbedding {
 impl RotaryEmbedding {
     /// For heads of `dim` channels, an even number.
     pub fn new(dim: usize, base: f64) -> Result<Self> {
-        if dim == 0 || dim % 2 != 0 {
+        if dim == 0 || !dim.is_multiple_of(2) {
             bail!(
                 "rotary embedding: the head has {dim} channels, it must have an even number of them"
             );
