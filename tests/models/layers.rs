@@ -1,6 +1,7 @@
 //! What layers can do beyond what the models' configurations ask of them.
 
 use crate::reference;
+use crate::scalar;
 use crate::support::*;
 use candle_core::{DType, Result, Tensor};
 use candle_linear_attn::Mode;
@@ -176,7 +177,7 @@ fn activations_hold_at_the_edges() -> Result<()> {
             let at = |x: f64| match name {
                 // Where exp(-x) would overflow.
                 "logsigmoid" => x.min(0.) - (-x.abs()).exp().ln_1p(),
-                _ => reference::fla_activation(name, x),
+                _ => scalar::fla_activation(name, x),
             };
             let expected = at(*x as f64);
             assert!(

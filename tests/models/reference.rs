@@ -1,6 +1,7 @@
 //! The three models once more, from their definition: one sequence, scalar loops, f64. Slow, and nothing in common with
 //! the crate but the names of fields and parameters.
 
+use crate::scalar::{fla_activation, sigmoid, silu, transformers_activation};
 use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -139,7 +140,7 @@ pub fn multi_scale_retention(
             let mut y = x.clone();
             for at in (0..x.len())
                 .step_by(sizes.k)
-                .flat_map(|head| (head..head + half))
+                .flat_map(|head| head..head + half)
             {
                 let angle = t as f64 / 10000f64.powf((at % sizes.k) as f64 / half as f64);
                 y[at] = x[at] * angle.cos() - x[at + half] * angle.sin();
@@ -365,54 +366,6 @@ fn pointwise(name: &Value, activation: fn(&str, f64) -> f64, xs: Sequence) -> Se
             .collect(),
         None => xs,
     }
-}
-
-pub fn fla_activation(name: &str, x: f64) -> f64 {
-    match name {
-        "gelu" => gelu_tanh(x),
-        "sqrelu" => x.max(0.).powi(2),
-        "logsigmoid" => -(-x).exp().ln_1p(),
-        "relu" | "sigmoid" | "silu" | "swish" => transformers_activation(name, x),
-        _ => panic!("activation {name}"),
-    }
-}
-
-pub fn transformers_activation(name: &str, x: f64) -> f64 {
-    match name {
-        "relu" => x.max(0.),
-        "relu2" => x.max(0.).powi(2),
-        "sigmoid" => sigmoid(x),
-        "silu" | "swish" => silu(x),
-        "tanh" => x.tanh(),
-        "linear" => x,
-        "mish" => x * x.exp().ln_1p().tanh(),
-        "quick_gelu" => x * sigmoid(1.702 * x),
-        "gelu" | "gelu_python" => x * 0.5 * (1. + erf(x / 2f64.sqrt())),
-        _ if name.starts_with("gelu") => gelu_tanh(x),
-        _ => panic!("activation {name}"),
-    }
-}
-
-fn gelu_tanh(x: f64) -> f64 {
-    x * 0.5 * (1. + ((2. / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
-}
-
-/// By its series, which converges fast enough for the arguments here.
-fn erf(x: f64) -> f64 {
-    let (mut term, mut sum) = (x, x);
-    for n in 1..100 {
-        term *= -x * x / n as f64;
-        sum += term / (2 * n + 1) as f64;
-    }
-    sum * 2. / std::f64::consts::PI.sqrt()
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1. / (1. + (-x).exp())
-}
-
-fn silu(x: f64) -> f64 {
-    x * sigmoid(x)
 }
 
 fn row(params: &Params, name: &str, index: usize) -> Vec<f64> {
