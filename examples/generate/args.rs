@@ -1,0 +1,122 @@
+//! The command line.
+
+use crate::common::runtime::{DTypeArg, ModeArg};
+use anyhow::{Context, Result, bail, ensure};
+use candle_linear_attn::models::hub;
+use clap::Parser;
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+const DEFAULT_PROMPT: &str = "Once upon a time, there was a little girl named Lily.";
+
+/// Writes a text with a linear-attention model: without arguments, a story by the model that comes with this repository.
+#[derive(Parser, Debug)]
+pub struct Args {
+    /// Folder with config.json, model.safetensors and tokenizer.json.
+    #[arg(long, value_name = "DIR", conflicts_with = "model_id")]
+    model: Option<PathBuf>,
+    /// A model on the Hugging Face Hub, e.g. fla-hub/gla-1.3B-100B; downloaded once.
+    #[arg(long, value_name = "ID")]
+    model_id: Option<String>,
+    /// Branch, tag or commit of --model-id.
+    #[arg(long, requires = "model_id")]
+    revision: Option<String>,
+    /// Text to go on from; "-" reads it from stdin.
+    #[arg(long, default_value = DEFAULT_PROMPT)]
+    prompt: String,
+    /// Below 1 the likely tokens become likelier; 0 always takes the likeliest.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f64,
+    /// Choose among this many of the likeliest tokens.
+    #[arg(long)]
+    pub top_k: Option<usize>,
+    /// Above 1, makes tokens of the last --repeat-last-n less likely.
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    #[arg(long, default_value_t = 64)]
+    pub repeat_last_n: usize,
+    /// The same seed writes the same text.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop after this many tokens if the text has not ended.
+    #[arg(short = 'n', long, default_value_t = 400)]
+    pub max_new_tokens: usize,
+    /// Number format to compute in; f32 on a CPU and the stored one on a GPU unless given.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DTypeArg>,
+    /// The algorithm of the operators.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub mode: ModeArg,
+    /// Stay on the CPU.
+    #[arg(long)]
+    pub cpu: bool,
+}
+
+impl Args {
+    /// Refuses numbers that no text can be sampled with.
+    pub fn validate(&self) -> Result<()> {
+        ensure!(
+            self.temperature.is_finite() && self.temperature >= 0.0,
+            "--temperature is {}, must be 0 or a positive number",
+            self.temperature
+        );
+        ensure!(
+            self.top_p > 0.0 && self.top_p <= 1.0,
+            "--top-p is {}, must be more than 0 and at most 1",
+            self.top_p
+        );
+        ensure!(self.top_k != Some(0), "--top-k is 0, must be at least 1");
+        ensure!(
+            self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0,
+            "--repeat-penalty is {}, must be a positive number",
+            self.repeat_penalty
+        );
+        ensure!(
+            self.max_new_tokens > 0,
+            "--max-new-tokens is 0, must be at least 1"
+        );
+        Ok(())
+    }
+
+    pub fn prompt(&self) -> Result<String> {
+        let prompt = if self.prompt == "-" {
+            let mut text = String::new();
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("cannot read the prompt from stdin")?;
+            // The newline that ends a piped line is not the user's.
+            text.trim_end_matches(['\n', '\r']).to_owned()
+        } else {
+            self.prompt.clone()
+        };
+        ensure!(
+            !prompt.is_empty(),
+            "--prompt is empty, must have at least one character"
+        );
+        Ok(prompt)
+    }
+
+    /// Where the model is, after a download if need be.
+    pub fn model_folder(&self) -> Result<PathBuf> {
+        if let Some(id) = &self.model_id {
+            return Ok(hub::fetch(id, self.revision.as_deref())?);
+        }
+        if let Some(folder) = &self.model {
+            return Ok(folder.clone());
+        }
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
+        if !folder.join("model.safetensors").is_file() {
+            bail!(
+                "the bundled checkpoint is not in {}: the package on crates.io leaves it out. Pass the assets folder of the \
+                 project's repository as --model, or name a model on the Hub with --model-id",
+                folder.display(),
+            );
+        }
+        Ok(folder)
+    }
+}

@@ -1,0 +1,252 @@
+//! The command line, and which part of it a training run cannot be resumed without.
+
+use crate::common::{
+    runtime::{DTypeArg, ModeArg},
+    text::END_OF_TEXT,
+};
+use anyhow::{Context, Result, bail, ensure};
+use candle_linear_attn::models::{Config, SUPPORTED};
+use clap::Parser;
+use serde_json::{Map, Value, json};
+use std::path::PathBuf;
+
+/// Trains a linear-attention language model on text and writes it in Hugging Face form.
+///
+/// Texts in a data file are separated by a line `<|endoftext|>`. Killed at any moment and started again with the same
+/// arguments, it goes on where it was.
+#[derive(Parser, Debug)]
+pub struct Args {
+    /// Text to train on.
+    #[arg(long, value_name = "TXT", required_unless_present = "eval_only")]
+    pub data: Option<PathBuf>,
+    /// Text to validate on, in bits per byte.
+    #[arg(long, value_name = "TXT")]
+    pub valid: Option<PathBuf>,
+    /// Folder for the model, the training state, the log and the loss curve.
+    #[arg(long, value_name = "DIR", required_unless_present = "eval_only")]
+    pub out: Option<PathBuf>,
+    /// Train nothing: print the bits per byte of the model in this folder on --valid.
+    #[arg(long, value_name = "DIR", requires = "valid")]
+    pub eval_only: Option<PathBuf>,
+
+    /// Which model: gla, linear_attn or retnet.
+    #[arg(long, default_value = "gla")]
+    pub model_type: String,
+    /// A config.json to start from, instead of --model-type and the sizes.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["model_type", "hidden_size", "layers", "heads"])]
+    pub config: Option<PathBuf>,
+    #[arg(long, default_value_t = 256)]
+    pub hidden_size: usize,
+    #[arg(long, default_value_t = 4)]
+    pub layers: usize,
+    #[arg(long, default_value_t = 4)]
+    pub heads: usize,
+    /// Share one matrix between the embedding and the output head.
+    #[arg(long)]
+    pub tie_embeddings: bool,
+    /// Any other field of config.json, e.g. --set expand_k=1.0; the value is JSON.
+    #[arg(long = "set", value_name = "FIELD=JSON")]
+    pub fields: Vec<String>,
+
+    /// A tokenizer.json to use; without it a byte-level BPE is trained on the data.
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Size of the BPE to train.
+    #[arg(long, default_value_t = 4096)]
+    pub vocab_size: usize,
+    /// How much of the data the BPE is trained on.
+    #[arg(long, default_value_t = 10_000_000)]
+    pub bpe_bytes: usize,
+    /// The token between texts. A loaded tokenizer must have it.
+    #[arg(long, default_value = END_OF_TEXT)]
+    pub end_token: String,
+
+    #[arg(long, default_value_t = 2000)]
+    pub steps: usize,
+    /// Sequences in a batch.
+    #[arg(long, default_value_t = 8)]
+    pub batch_size: usize,
+    /// Batches whose gradients are averaged for one step.
+    #[arg(long, default_value_t = 1)]
+    pub grad_accum: usize,
+    /// Tokens in a sequence.
+    #[arg(long, default_value_t = 256)]
+    pub seq_len: usize,
+    /// Peak learning rate, reached after --warmup steps.
+    #[arg(long, default_value_t = 2e-3)]
+    pub lr: f64,
+    /// Learning rate at the last step; a tenth of --lr unless given.
+    #[arg(long)]
+    pub min_lr: Option<f64>,
+    #[arg(long, default_value_t = 100)]
+    pub warmup: usize,
+    #[arg(long, default_value_t = 0.1)]
+    pub weight_decay: f64,
+    #[arg(long, default_value_t = 0.9)]
+    pub beta1: f64,
+    #[arg(long, default_value_t = 0.95)]
+    pub beta2: f64,
+    /// The norm of the gradient over all parameters is cut down to this.
+    #[arg(long, default_value_t = 1.0)]
+    pub clip: f64,
+    /// Decides the initial parameters and the order of the data.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+
+    /// Validate, and write the model and the curve, every so many steps; 0: at the end only.
+    #[arg(long, default_value_t = 200)]
+    pub eval_every: usize,
+    /// Write the training state every so many steps. More than 1 loses up to that many steps when killed.
+    #[arg(long, default_value_t = 1)]
+    pub save_every: usize,
+    /// Stop after this time, in a state to go on from.
+    #[arg(long)]
+    pub max_minutes: Option<f64>,
+    /// Number format of the written model.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub dtype: DTypeArg,
+    /// The algorithm of the operators.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub mode: ModeArg,
+    /// Stay on the CPU.
+    #[arg(long)]
+    pub cpu: bool,
+}
+
+impl Args {
+    /// Refuses numbers that no run can be made of.
+    pub fn validate(&self) -> Result<()> {
+        for (name, value) in [
+            ("steps", self.steps),
+            ("batch-size", self.batch_size),
+            ("grad-accum", self.grad_accum),
+            ("seq-len", self.seq_len),
+            ("save-every", self.save_every),
+            ("bpe-bytes", self.bpe_bytes),
+        ] {
+            ensure!(value > 0, "--{name} is 0, must be at least 1");
+        }
+        for (name, value) in [("lr", self.lr), ("clip", self.clip)] {
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "--{name} is {value}, must be a positive number"
+            );
+        }
+        for (name, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            ensure!(
+                (0.0..1.0).contains(&value),
+                "--{name} is {value}, must be in [0, 1)"
+            );
+        }
+        for (name, value) in [
+            ("min-lr", self.min_lr()),
+            ("weight-decay", self.weight_decay),
+        ] {
+            ensure!(
+                value.is_finite() && value >= 0.0,
+                "--{name} is {value}, must be 0 or a positive number"
+            );
+        }
+        ensure!(
+            self.vocab_size > 256,
+            "--vocab-size is {}, must be at least 257: a token for each byte and {}",
+            self.vocab_size,
+            self.end_token
+        );
+        if let Some(minutes) = self.max_minutes {
+            ensure!(
+                minutes > 0.0,
+                "--max-minutes is {minutes}, must be more than 0"
+            );
+        }
+        Ok(())
+    }
+
+    pub fn min_lr(&self) -> f64 {
+        self.min_lr.unwrap_or(self.lr / 10.0)
+    }
+
+    /// The model to train, for a vocabulary of `vocab_size` where `end_token` opens and closes a text.
+    pub fn model_config(&self, vocab_size: usize, end_token: u32) -> Result<Config> {
+        let mut fields = match &self.config {
+            Some(file) => read_object(file)?,
+            None => self.fields_from_sizes()?,
+        };
+        for assignment in &self.fields {
+            let (name, value) = parse_field(assignment)?;
+            fields.insert(name, value);
+        }
+        let wanted = fields
+            .get("vocab_size")
+            .and_then(Value::as_u64)
+            .unwrap_or(0);
+        fields.insert("vocab_size".into(), json!(vocab_size.max(wanted as usize)));
+        fields.insert("bos_token_id".into(), json!(end_token));
+        fields.insert("eos_token_id".into(), json!(end_token));
+        Ok(Config::from_json_str(&Value::Object(fields).to_string())?)
+    }
+
+    fn fields_from_sizes(&self) -> Result<Map<String, Value>> {
+        ensure!(
+            SUPPORTED.contains(&self.model_type.as_str()),
+            "--model-type is {:?}, must be one of {}",
+            self.model_type,
+            SUPPORTED.join(", ")
+        );
+        let fields = json!({
+            "model_type": self.model_type,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.layers,
+            "num_heads": self.heads,
+            "tie_word_embeddings": self.tie_embeddings,
+        });
+        let Value::Object(fields) = fields else {
+            unreachable!("an object literal")
+        };
+        Ok(fields)
+    }
+
+    /// Everything that decides the parameters after a given step. A run is resumed only where all of it is the same.
+    pub fn recipe(&self, config: &Config, tokenizer: u64, data: u64) -> Result<Map<String, Value>> {
+        let mut recipe = Map::new();
+        let model: Map<String, Value> = serde_json::from_str(&config.to_json())?;
+        for (field, value) in model {
+            recipe.insert(format!("config.{field}"), value);
+        }
+        for (name, value) in [
+            ("tokenizer", json!(format!("{tokenizer:016x}"))),
+            ("data", json!(format!("{data:016x}"))),
+            ("steps", json!(self.steps)),
+            ("batch-size", json!(self.batch_size)),
+            ("grad-accum", json!(self.grad_accum)),
+            ("seq-len", json!(self.seq_len)),
+            ("lr", json!(self.lr)),
+            ("min-lr", json!(self.min_lr())),
+            ("warmup", json!(self.warmup)),
+            ("weight-decay", json!(self.weight_decay)),
+            ("beta1", json!(self.beta1)),
+            ("beta2", json!(self.beta2)),
+            ("clip", json!(self.clip)),
+            ("seed", json!(self.seed)),
+        ] {
+            recipe.insert(name.into(), value);
+        }
+        Ok(recipe)
+    }
+}
+
+fn read_object(file: &PathBuf) -> Result<Map<String, Value>> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read --config {}", file.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("--config {} is not a JSON object", file.display()))
+}
+
+fn parse_field(assignment: &str) -> Result<(String, Value)> {
+    let Some((name, value)) = assignment.split_once('=') else {
+        bail!("--set is {assignment:?}, must be FIELD=JSON, e.g. expand_k=1.0");
+    };
+    let value = serde_json::from_str(value)
+        .with_context(|| format!("--set {name}: {value:?} is not JSON (a string needs quotes)"))?;
+    Ok((name.to_owned(), value))
+}

@@ -1,0 +1,236 @@
+//! The `generate` and `logits` examples.
+
+mod examples;
+
+use candle_core::{Device, Tensor};
+use examples::{example, fail, succeed, train_tiny};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::LazyLock,
+};
+
+/// A folder with a tiny model in `model`, trained once for all tests here.
+static FOLDER: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    succeed(&mut train_tiny(folder.path(), "model", &["--steps", "60"]).0);
+    folder
+});
+
+fn model() -> PathBuf {
+    FOLDER.path().join("model")
+}
+
+fn generate(arguments: &[&str]) -> Command {
+    let mut command = example("generate");
+    command.arg("--model").arg(model()).args(arguments);
+    command
+}
+
+#[test]
+fn the_same_seed_writes_the_same_text_and_another_one_another() {
+    let text = |seed: &str| {
+        succeed(&mut generate(&[
+            "--prompt",
+            "Once",
+            "--temperature",
+            "1.5",
+            "-n",
+            "40",
+            "--seed",
+            seed,
+        ]))
+    };
+    assert_eq!(text("1"), text("1"));
+    assert_ne!(text("1"), text("2"));
+}
+
+#[test]
+fn all_modes_write_the_same_greedy_text() {
+    let text = |mode: &str| {
+        succeed(&mut generate(&[
+            "--temperature",
+            "0",
+            "-n",
+            "30",
+            "--mode",
+            mode,
+        ]))
+    };
+    let auto = text("auto");
+    assert!(auto.len() > 60, "{auto}");
+    for mode in ["recurrent", "chunk", "fused-chunk"] {
+        assert_eq!(text(mode), auto, "{mode}");
+    }
+}
+
+#[test]
+fn a_prompt_may_come_from_stdin() {
+    let arguments = |prompt| generate(&["--temperature", "0", "-n", "5", "--prompt", prompt]);
+    let mut child = arguments("-")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all("A little fox ❄\n".as_bytes())
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success());
+    assert_eq!(
+        String::from_utf8(output.stdout).unwrap(),
+        succeed(&mut arguments("A little fox ❄"))
+    );
+}
+
+#[test]
+fn speeds_and_state_size_are_reported() {
+    let output = generate(&["-n", "3"]).output().unwrap();
+    let report = String::from_utf8(output.stderr).unwrap();
+    for part in ["prompt: ", "decode: 2 tokens", "tokens/s", "peak state: "] {
+        assert!(report.contains(part), "{report}");
+    }
+}
+
+#[test]
+fn bad_arguments_of_generate_are_named() {
+    for (arguments, part) in [
+        (
+            &["--temperature=-1"][..],
+            "--temperature is -1, must be 0 or a positive number",
+        ),
+        (&["--temperature", "nan"], "--temperature is NaN"),
+        (
+            &["--top-p", "0"],
+            "--top-p is 0, must be more than 0 and at most 1",
+        ),
+        (&["--top-p", "1.5"], "--top-p is 1.5"),
+        (&["--top-k", "0"], "--top-k is 0, must be at least 1"),
+        (
+            &["--repeat-penalty", "0"],
+            "--repeat-penalty is 0, must be a positive number",
+        ),
+        (&["-n", "0"], "--max-new-tokens is 0, must be at least 1"),
+        (&["--prompt", ""], "--prompt is empty"),
+        (&["--revision", "main"], "--model-id"),
+        (&["--mode", "sideways"], "fused-chunk"),
+    ] {
+        let message = fail(&mut generate(arguments));
+        assert!(message.contains(part), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
+    let broken = FOLDER.path().join("broken");
+    let message = |folder: &Path| fail(example("generate").arg("--model").arg(folder));
+    assert!(message(Path::new("nowhere")).contains("nowhere"));
+    std::fs::create_dir_all(&broken).unwrap();
+    assert!(message(&broken).contains("no tokenizer at"));
+    std::fs::copy(
+        model().join("tokenizer.json"),
+        broken.join("tokenizer.json"),
+    )
+    .unwrap();
+    assert!(message(&broken).contains("config.json"));
+    std::fs::write(broken.join("config.json"), r#"{"model_type": "gpt2"}"#).unwrap();
+    let unsupported = message(&broken);
+    for part in ["gpt2", "gla", "linear_attn", "retnet"] {
+        assert!(unsupported.contains(part), "{unsupported}");
+    }
+    std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
+    assert!(message(&broken).contains("cannot read the tokenizer"));
+}
+
+fn logits(model: &Path, tokens: &str, more: &[&str], output: &Path) -> Command {
+    let mut command = example("logits");
+    command
+        .arg("--model")
+        .arg(model)
+        .args(["--tokens", tokens])
+        .args(more)
+        .arg("--output")
+        .arg(output);
+    command
+}
+
+/// `||x - reference|| / ||reference||`
+fn error(x: &Tensor, reference: &Tensor) -> f32 {
+    let norm = |x: &Tensor| {
+        x.sqr()
+            .unwrap()
+            .sum_all()
+            .unwrap()
+            .sqrt()
+            .unwrap()
+            .to_scalar::<f32>()
+            .unwrap()
+    };
+    norm(&(x - reference).unwrap()) / norm(reference)
+}
+
+#[test]
+fn logits_are_those_of_the_original_implementation_however_they_are_split() {
+    for name in [
+        "gla",
+        "gla-tied",
+        "linear_attn",
+        "linear_attn-elu",
+        "retnet",
+    ] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/data/models")
+            .join(name);
+        let golden =
+            candle_core::safetensors::load(folder.join("golden.safetensors"), &Device::Cpu)
+                .unwrap();
+        let ids = golden["input_ids"]
+            .flatten_all()
+            .unwrap()
+            .to_dtype(candle_core::DType::U32)
+            .unwrap();
+        let ids: Vec<String> = ids
+            .to_vec1::<u32>()
+            .unwrap()
+            .iter()
+            .map(u32::to_string)
+            .collect();
+        let output = FOLDER.path().join(format!("{name}.safetensors"));
+        for split in [&[][..], &["--split", "67"], &["--split", "0"]] {
+            succeed(&mut logits(&folder, &ids.join(","), split, &output));
+            let written = candle_core::safetensors::load(&output, &Device::Cpu).unwrap();
+            let error = error(&written["logits"], &golden["logits"].squeeze(0).unwrap());
+            assert!(error < 1e-4, "{name} {split:?}: {error}");
+        }
+    }
+}
+
+#[test]
+fn bad_arguments_of_logits_are_named() {
+    let output = FOLDER.path().join("logits.safetensors");
+    for (tokens, more, part) in [
+        (
+            "1,2,3",
+            &["--split", "4"][..],
+            "--split is 4, must be at most the number of tokens, 3",
+        ),
+        (
+            "1,999999",
+            &[],
+            "--tokens has 999999, must be less than the vocabulary size",
+        ),
+        ("1,x", &[], "invalid digit"),
+        ("", &[], "--tokens"),
+    ] {
+        let message = fail(&mut logits(&model(), tokens, more, &output));
+        assert!(message.contains(part), "{tokens}: {message}");
+    }
+    let nowhere = FOLDER.path().join("no/such/folder/logits.safetensors");
+    let message = fail(&mut logits(&model(), "1", &[], &nowhere));
+    assert!(message.contains("cannot write --output"), "{message}");
+    assert!(fail(&mut logits(Path::new("nowhere"), "1", &[], &output)).contains("nowhere"));
+}
