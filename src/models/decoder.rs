@@ -5,9 +5,7 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
 use crate::models::registry::{CausalLm, Parsed};
-use crate::nn::{
-    GatedMlp, GatedMlpConfig, GluKind, LayerCache, RmsNorm, normal, project, resident,
-};
+use crate::nn::{GatedMlp, GatedMlpConfig, GluKind, LayerCache, RmsNorm, normal, project, resident};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -35,11 +33,7 @@ macro_rules! mixers {
         }
     )*};
 }
-mixers!(
-    crate::nn::LinearAttention,
-    crate::nn::GatedLinearAttention,
-    crate::nn::MultiScaleRetention
-);
+mixers!(crate::nn::LinearAttention, crate::nn::GatedLinearAttention, crate::nn::MultiScaleRetention);
 
 /// The fields that all models of this shape have.
 #[derive(Debug, Clone)]
@@ -64,10 +58,7 @@ impl DecoderConfig {
         let mlp = GatedMlpConfig {
             hidden_size,
             intermediate_size: intermediate_size(fields, hidden_size, hidden_ratio)?,
-            kind: match fields
-                .choice("hidden_act", "swish", &["swish", "silu", "powlu"])?
-                .as_str()
-            {
+            kind: match fields.choice("hidden_act", "swish", &["swish", "silu", "powlu"])?.as_str() {
                 "powlu" => GluKind::PowLu,
                 _ => GluKind::Swish,
             },
@@ -120,9 +111,7 @@ fn refuse_attention(fields: &mut Fields) -> Result<()> {
     };
     let empty = |spec: &&serde_json::Value| spec["layers"].as_array().is_some_and(Vec::is_empty);
     if !specs.iter().all(empty) {
-        bail!(
-            "field `attn` is {value}, it must be null: layers of softmax attention are not supported"
-        );
+        bail!("field `attn` is {value}, it must be null: layers of softmax attention are not supported");
     }
     Ok(())
 }
@@ -165,9 +154,8 @@ impl Decoder {
     fn new(cfg: &DecoderConfig, mixer: &BuildMixer, vb: VarBuilder) -> Result<Self> {
         let (embeddings, lm_head) = embeddings_and_head(cfg, &vb)?;
         let model = vb.pp("model");
-        let layers: Result<Vec<_>> = (0..cfg.num_layers)
-            .map(|i| Block::new(cfg, mixer, model.pp(format!("layers.{i}"))))
-            .collect();
+        let layers: Result<Vec<_>> =
+            (0..cfg.num_layers).map(|i| Block::new(cfg, mixer, model.pp(format!("layers.{i}")))).collect();
         Ok(Self {
             embeddings,
             layers: layers?,

@@ -34,13 +34,7 @@ impl Heads {
         }
         let head_k_dim = head_dim("expand_k", hidden_size, expand_k, num_heads)?;
         let head_v_dim = head_dim("expand_v", hidden_size, expand_v, num_heads)?;
-        Ok(Self {
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_k_dim,
-            head_v_dim,
-        })
+        Ok(Self { hidden_size, num_heads, num_kv_heads, head_k_dim, head_v_dim })
     }
 
     /// The width of the output of all heads.
@@ -56,9 +50,12 @@ impl Heads {
             return Ok(xs.clone());
         }
         let (batch, tokens, heads, dim) = xs.dims4()?;
-        xs.unsqueeze(3)?
-            .broadcast_as((batch, tokens, heads, group, dim))?
-            .reshape((batch, tokens, heads * group, dim))
+        xs.unsqueeze(3)?.broadcast_as((batch, tokens, heads, group, dim))?.reshape((
+            batch,
+            tokens,
+            heads * group,
+            dim,
+        ))
     }
 }
 

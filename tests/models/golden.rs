@@ -59,12 +59,7 @@ fn prompt_then_token_by_token_in_every_mode() -> Result<()> {
             model.set_mode(mode);
             let logits = stepwise(&model, &input_ids, prompt)?;
             let what = format!("{name} {mode:?}");
-            assert_close(
-                &what,
-                &logits.narrow(1, prompt, steps)?,
-                &golden["logits_step"],
-                LIMIT,
-            )?;
+            assert_close(&what, &logits.narrow(1, prompt, steps)?, &golden["logits_step"], LIMIT)?;
             assert_close(&what, &logits, &golden["logits"], LIMIT)?;
         }
     }
@@ -75,12 +70,7 @@ fn prompt_then_token_by_token_in_every_mode() -> Result<()> {
 fn token_by_token_from_the_start() -> Result<()> {
     for name in GOLDEN {
         let (model, input_ids, golden) = open(name, None)?;
-        assert_close(
-            name,
-            &stepwise(&model, &input_ids, 0)?,
-            &golden["logits"],
-            LIMIT,
-        )?;
+        assert_close(name, &stepwise(&model, &input_ids, 0)?, &golden["logits"], LIMIT)?;
     }
     Ok(())
 }
@@ -93,12 +83,7 @@ fn a_batch_gives_what_its_rows_give() -> Result<()> {
         let batch = Tensor::cat(&[&input_ids, &other], 0)?;
         let logits = stepwise(&model, &batch, 70)?;
         assert_close(name, &logits.narrow(0, 0, 1)?, &golden["logits"], LIMIT)?;
-        assert_close(
-            name,
-            &logits.narrow(0, 1, 1)?,
-            &model.forward(&other, None)?,
-            LIMIT,
-        )?;
+        assert_close(name, &logits.narrow(0, 1, 1)?, &model.forward(&other, None)?, LIMIT)?;
     }
     Ok(())
 }
@@ -113,12 +98,7 @@ fn sixteen_bits_stay_close() -> Result<()> {
             assert_eq!(logits.dtype(), dtype);
             let what = format!("{name} {dtype:?}");
             assert_close(&what, &logits, &golden["logits"], limit)?;
-            assert_close(
-                &what,
-                &stepwise(&model, &input_ids, 40)?,
-                &golden["logits"],
-                limit,
-            )?;
+            assert_close(&what, &stepwise(&model, &input_ids, 40)?, &golden["logits"], limit)?;
         }
     }
     Ok(())
@@ -130,10 +110,7 @@ fn the_stored_dtype_is_the_default() -> Result<()> {
     assert_eq!(model.dtype(), DType::F32);
     let folder = tempfile::tempdir()?;
     let source = golden_folder("gla");
-    std::fs::copy(
-        source.join("config.json"),
-        folder.path().join("config.json"),
-    )?;
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json"))?;
     let mut tensors = candle_core::safetensors::load(source.join("model.safetensors"), &CPU)?;
     for (name, tensor) in &mut tensors {
         // Norms are often kept wide.
@@ -152,16 +129,8 @@ fn hidden_states_then_head_is_the_whole() -> Result<()> {
     let hidden = model.hidden_states(&input_ids, None)?;
     assert_eq!(hidden.dims(), [1, 80, model.config().hidden_size()]);
     let last = hidden.narrow(1, 79, 1)?;
-    assert_close(
-        "last",
-        &model.logits(&last)?,
-        &golden["logits"].narrow(1, 79, 1)?,
-        LIMIT,
-    )?;
-    assert_eq!(
-        model.logits(&last.squeeze(1)?)?.dim(D::Minus1)?,
-        model.config().vocab_size()
-    );
+    assert_close("last", &model.logits(&last)?, &golden["logits"].narrow(1, 79, 1)?, LIMIT)?;
+    assert_eq!(model.logits(&last.squeeze(1)?)?.dim(D::Minus1)?, model.config().vocab_size());
     Ok(())
 }
 
@@ -178,10 +147,5 @@ fn the_cache_keeps_its_size_and_can_be_reset() -> Result<()> {
     assert_eq!((cache.bytes(), cache.tokens()), (2 * 2 * 16 * 32 * 4, 81));
     cache.reset();
     assert_eq!((cache.bytes(), cache.tokens()), (0, 0));
-    assert_close(
-        "after reset",
-        &model.forward(&input_ids, Some(&mut cache))?,
-        &golden["logits"],
-        LIMIT,
-    )
+    assert_close("after reset", &model.forward(&input_ids, Some(&mut cache))?, &golden["logits"], LIMIT)
 }

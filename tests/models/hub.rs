@@ -11,10 +11,7 @@ const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
 /// Nothing listens there.
 fn offline(cache: &Path) -> Hub {
-    Hub::default()
-        .with_cache_dir(cache)
-        .with_endpoint("http://127.0.0.1:9")
-        .with_progress(false)
+    Hub::default().with_cache_dir(cache).with_endpoint("http://127.0.0.1:9").with_progress(false)
 }
 
 /// A cache as the Hub's tools leave it, with one model in it.
@@ -36,10 +33,7 @@ fn fill(cache: &Path, files: &[&str]) -> Result<PathBuf> {
 #[test]
 fn a_cached_model_needs_no_network() -> Result<()> {
     let cache = tempfile::tempdir()?;
-    let snapshot = fill(
-        cache.path(),
-        &["config.json", "tokenizer.json", "model.safetensors"],
-    )?;
+    let snapshot = fill(cache.path(), &["config.json", "tokenizer.json", "model.safetensors"])?;
     for revision in [None, Some("main"), Some(COMMIT)] {
         let folder = offline(cache.path()).fetch("someone/tiny-gla", revision)?;
         assert_eq!(folder, snapshot);
@@ -52,10 +46,7 @@ fn a_cached_model_needs_no_network() -> Result<()> {
 fn a_cached_model_without_a_tokenizer_is_better_than_none() -> Result<()> {
     let cache = tempfile::tempdir()?;
     let snapshot = fill(cache.path(), &["config.json", "model.safetensors"])?;
-    assert_eq!(
-        offline(cache.path()).fetch("someone/tiny-gla", None)?,
-        snapshot
-    );
+    assert_eq!(offline(cache.path()).fetch("someone/tiny-gla", None)?, snapshot);
     Ok(())
 }
 
@@ -63,16 +54,11 @@ fn a_cached_model_without_a_tokenizer_is_better_than_none() -> Result<()> {
 fn without_a_network_the_message_says_what_to_do() -> Result<()> {
     let cache = tempfile::tempdir()?;
     fill(cache.path(), &["config.json"])?;
-    for (id, revision) in [
-        ("someone/tiny-gla", None),
-        ("someone/else", None),
-        ("someone/tiny-gla", Some("v2")),
-    ] {
+    for (id, revision) in
+        [("someone/tiny-gla", None), ("someone/else", None), ("someone/tiny-gla", Some("v2"))]
+    {
         let message = message(offline(cache.path()).fetch(id, revision));
-        assert_says(
-            &message,
-            &[id, "no connection", "check the network", "give its folder"],
-        );
+        assert_says(&message, &[id, "no connection", "check the network", "give its folder"]);
     }
     Ok(())
 }
@@ -80,20 +66,8 @@ fn without_a_network_the_message_says_what_to_do() -> Result<()> {
 #[test]
 fn ids_and_revisions_stay_in_the_cache() {
     let cache = tempfile::tempdir().expect("a folder");
-    for id in [
-        "",
-        "../../etc",
-        "a/../b",
-        "a//b",
-        "/a",
-        "a b",
-        "a\\b",
-        "a?b=c",
-    ] {
-        assert_says(
-            &message(offline(cache.path()).fetch(id, None)),
-            &["model id is", "letters, digits"],
-        );
+    for id in ["", "../../etc", "a/../b", "a//b", "/a", "a b", "a\\b", "a?b=c"] {
+        assert_says(&message(offline(cache.path()).fetch(id, None)), &["model id is", "letters, digits"]);
     }
     assert_says(
         &message(offline(cache.path()).fetch("a/b", Some("../x"))),

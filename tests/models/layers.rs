@@ -28,20 +28,11 @@ fn fresh(varmap: &VarMap) -> VarBuilder<'static> {
 }
 
 /// Output, output in pieces, and that every parameter and the input have a gradient.
-fn check(
-    what: &str,
-    forward: Forward,
-    varmap: &VarMap,
-    config: &Value,
-    reference: Reference,
-) -> Result<()> {
+fn check(what: &str, forward: Forward, varmap: &VarMap, config: &Value, reference: Reference) -> Result<()> {
     vary(varmap)?;
     let xs = candle_core::Var::from_tensor(&pseudo_random(&[1, TOKENS, HIDDEN], 5)?)?;
     let vars = sorted(varmap);
-    let params = reference::params(
-        vars.iter()
-            .map(|(name, var)| (name.clone(), var.as_tensor())),
-    )?;
+    let params = reference::params(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor())))?;
     let rows = xs.squeeze(0)?.to_dtype(DType::F64)?.to_vec2::<f64>()?;
     let expected = Tensor::new(reference(config, &params, "layer", &rows), &CPU)?.unsqueeze(0)?;
     let ys = forward(&xs, None)?;
@@ -57,19 +48,11 @@ fn check(
     assert_close(what, &Tensor::cat(&pieces, 1)?, &expected, 1e-5)?;
 
     let gradients = ys.sqr()?.sum_all()?.backward()?;
-    let all = vars
-        .iter()
-        .map(|(name, var)| (name.as_str(), var))
-        .chain([("input", &xs)]);
+    let all = vars.iter().map(|(name, var)| (name.as_str(), var)).chain([("input", &xs)]);
     for (name, var) in all {
-        let gradient = gradients
-            .get(var)
-            .unwrap_or_else(|| panic!("{what}: {name} has no gradient"));
+        let gradient = gradients.get(var).unwrap_or_else(|| panic!("{what}: {name} has no gradient"));
         let size = gradient.sqr()?.sum_all()?.to_scalar::<f32>()?;
-        assert!(
-            size.is_finite() && size > 0.,
-            "{what}: gradient of {name} is {size}"
-        );
+        assert!(size.is_finite() && size > 0., "{what}: gradient of {name} is {size}");
     }
     Ok(())
 }
@@ -77,22 +60,12 @@ fn check(
 #[test]
 fn linear_attention_without_an_output_norm() -> Result<()> {
     let varmap = VarMap::new();
-    let config = LinearAttentionConfig {
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        output_norm: false,
-        ..Default::default()
-    };
+    let config =
+        LinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, output_norm: false, ..Default::default() };
     let layer = LinearAttention::new(&config, fresh(&varmap))?;
     let json = json!({ "hidden_size": HIDDEN, "num_heads": 2, "feature_map": "elementwise_product",
         "output_norm": "identity" });
-    check(
-        "no norm",
-        &|xs, cache| layer.forward(xs, cache),
-        &varmap,
-        &json,
-        reference::linear_attention,
-    )
+    check("no norm", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::linear_attention)
 }
 
 #[test]
@@ -127,17 +100,7 @@ fn gated_linear_attention_with_every_gate_function() -> Result<()> {
 
 #[test]
 fn retention_with_short_convolutions_and_every_gate_function() -> Result<()> {
-    let names = [
-        "gelu",
-        "gelu_new",
-        "linear",
-        "mish",
-        "quick_gelu",
-        "relu",
-        "relu2",
-        "sigmoid",
-        "tanh",
-    ];
+    let names = ["gelu", "gelu_new", "linear", "mish", "quick_gelu", "relu", "relu2", "sigmoid", "tanh"];
     for gate_fn in names {
         let varmap = VarMap::new();
         let config = MultiScaleRetentionConfig {
@@ -180,10 +143,7 @@ fn activations_hold_at_the_edges() -> Result<()> {
                 _ => scalar::fla_activation(name, x),
             };
             let expected = at(*x as f64);
-            assert!(
-                (y as f64 - expected).abs() <= 1e-6 * (1. + expected.abs()),
-                "{name}({x}) is {y}"
-            );
+            assert!((y as f64 - expected).abs() <= 1e-6 * (1. + expected.abs()), "{name}({x}) is {y}");
             let difference = (at(*x as f64 + 1e-6) - at(*x as f64 - 1e-6)) / 2e-6;
             let kink = *x == 0. && name == "relu";
             assert!(
@@ -201,12 +161,7 @@ fn elu_plus_one_keeps_small_features() -> Result<()> {
     let ys = Activation::EluPlusOne.forward(&xs)?;
     let expected = Tensor::new(&[(-30f64).exp(), (-3f64).exp(), 1., 3.], &CPU)?;
     for i in 0..4 {
-        assert_close(
-            "elu + 1",
-            &ys.get(i)?.unsqueeze(0)?,
-            &expected.get(i)?.unsqueeze(0)?,
-            1e-6,
-        )?;
+        assert_close("elu + 1", &ys.get(i)?.unsqueeze(0)?, &expected.get(i)?.unsqueeze(0)?, 1e-6)?;
     }
     let gradient = ys.sum_all()?.backward()?;
     let gradient = gradient.get(&xs).expect("a gradient").to_vec1::<f32>()?;
@@ -219,11 +174,7 @@ fn elu_plus_one_keeps_small_features() -> Result<()> {
 #[test]
 fn caches_hold_no_graph() -> Result<()> {
     let varmap = VarMap::new();
-    let config = GatedLinearAttentionConfig {
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        ..Default::default()
-    };
+    let config = GatedLinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
     let layer = GatedLinearAttention::new(&config, fresh(&varmap))?;
     let mut cache = LayerCache::new();
     layer.forward(&pseudo_random(&[1, 3, HIDDEN], 1)?, Some(&mut cache))?;
@@ -234,52 +185,25 @@ fn caches_hold_no_graph() -> Result<()> {
 #[test]
 fn inputs_need_not_be_contiguous() -> Result<()> {
     let varmap = VarMap::new();
-    let config = GatedLinearAttentionConfig {
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        ..Default::default()
-    };
+    let config = GatedLinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
     let layer = GatedLinearAttention::new(&config, fresh(&varmap))?;
     let xs = pseudo_random(&[HIDDEN, TOKENS, 2], 3)?.transpose(0, 2)?;
-    assert_close(
-        "transposed",
-        &layer.forward(&xs, None)?,
-        &layer.forward(&xs.contiguous()?, None)?,
-        1e-6,
-    )
+    assert_close("transposed", &layer.forward(&xs, None)?, &layer.forward(&xs.contiguous()?, None)?, 1e-6)
 }
 
 #[test]
 fn wrong_inputs_are_named() -> Result<()> {
     let varmap = VarMap::new();
-    let config = GatedLinearAttentionConfig {
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        ..Default::default()
-    };
+    let config = GatedLinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
     let layer = GatedLinearAttention::new(&config, fresh(&varmap))?;
-    for dims in [
-        &[1, 3, HIDDEN + 1][..],
-        &[3, HIDDEN],
-        &[1, 0, HIDDEN],
-        &[0, 3, HIDDEN],
-    ] {
+    for dims in [&[1, 3, HIDDEN + 1][..], &[3, HIDDEN], &[1, 0, HIDDEN], &[0, 3, HIDDEN]] {
         let xs = Tensor::zeros(dims, DType::F32, &CPU)?;
-        assert_says(
-            &message(layer.forward(&xs, None)),
-            &["xs", &format!("{dims:?}"), "[B, T, 8]"],
-        );
+        assert_says(&message(layer.forward(&xs, None)), &["xs", &format!("{dims:?}"), "[B, T, 8]"]);
     }
     let mut cache = LayerCache::new();
-    layer.forward(
-        &Tensor::zeros((2, 1, HIDDEN), DType::F32, &CPU)?,
-        Some(&mut cache),
-    )?;
+    layer.forward(&Tensor::zeros((2, 1, HIDDEN), DType::F32, &CPU)?, Some(&mut cache))?;
     let one = Tensor::zeros((1, 1, HIDDEN), DType::F32, &CPU)?;
-    assert_says(
-        &message(layer.forward(&one, Some(&mut cache))),
-        &["batch size is 1", "2 sequences"],
-    );
+    assert_says(&message(layer.forward(&one, Some(&mut cache))), &["batch size is 1", "2 sequences"]);
     assert_eq!(cache.tokens(), 1);
     Ok(())
 }
@@ -287,50 +211,23 @@ fn wrong_inputs_are_named() -> Result<()> {
 #[test]
 fn wrong_sizes_are_named() {
     let vb = || fresh(&VarMap::new());
-    let gla =
-        |config: GatedLinearAttentionConfig| message(GatedLinearAttention::new(&config, vb()));
-    let base = GatedLinearAttentionConfig {
-        hidden_size: HIDDEN,
-        num_heads: 2,
-        ..Default::default()
-    };
+    let gla = |config: GatedLinearAttentionConfig| message(GatedLinearAttention::new(&config, vb()));
+    let base = GatedLinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
     let with = |change: &dyn Fn(&mut GatedLinearAttentionConfig)| {
         let mut config = base.clone();
         change(&mut config);
         gla(config)
     };
     assert_says(&with(&|c| c.num_heads = 0), &["num_heads is 0"]);
-    assert_says(
-        &with(&|c| c.num_heads = 3),
-        &["num_heads is 3", "must divide"],
-    );
+    assert_says(&with(&|c| c.num_heads = 3), &["num_heads is 3", "must divide"]);
     assert_says(&with(&|c| c.hidden_size = 0), &["hidden_size is 0"]);
     assert_says(&with(&|c| c.num_kv_heads = Some(0)), &["num_kv_heads is 0"]);
-    assert_says(
-        &with(&|c| c.num_kv_heads = Some(4)),
-        &["num_kv_heads is 4", "must divide num_heads"],
-    );
-    assert_says(
-        &with(&|c| c.expand_k = 0.3),
-        &["expand_k is 0.3", "whole number"],
-    );
+    assert_says(&with(&|c| c.num_kv_heads = Some(4)), &["num_kv_heads is 4", "must divide num_heads"]);
+    assert_says(&with(&|c| c.expand_k = 0.3), &["expand_k is 0.3", "whole number"]);
     assert_says(&with(&|c| c.expand_v = f64::NAN), &["expand_v is NaN"]);
-    assert_says(
-        &with(&|c| c.gate_low_rank_dim = 0),
-        &["gate_low_rank_dim is 0"],
-    );
-    assert_says(
-        &with(&|c| c.gate_logit_normalizer = 0.),
-        &["gate_logit_normalizer is 0"],
-    );
+    assert_says(&with(&|c| c.gate_low_rank_dim = 0), &["gate_low_rank_dim is 0"]);
+    assert_says(&with(&|c| c.gate_logit_normalizer = 0.), &["gate_logit_normalizer is 0"]);
     assert_says(&with(&|c| c.conv_size = 0), &["conv_size is 0"]);
-    let odd = MultiScaleRetentionConfig {
-        hidden_size: 6,
-        num_heads: 2,
-        ..Default::default()
-    };
-    assert_says(
-        &message(MultiScaleRetention::new(&odd, vb())),
-        &["3 key channels", "even"],
-    );
+    let odd = MultiScaleRetentionConfig { hidden_size: 6, num_heads: 2, ..Default::default() };
+    assert_says(&message(MultiScaleRetention::new(&odd, vb())), &["3 key channels", "even"]);
 }

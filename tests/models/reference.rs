@@ -14,10 +14,7 @@ pub type Params = BTreeMap<String, (Vec<usize>, Vec<f64>)>;
 
 pub fn params<'a>(tensors: impl IntoIterator<Item = (String, &'a Tensor)>) -> Result<Params> {
     let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
-    tensors
-        .into_iter()
-        .map(|(name, tensor)| Ok((name, (tensor.dims().to_vec(), values(tensor)?))))
-        .collect()
+    tensors.into_iter().map(|(name, tensor)| Ok((name, (tensor.dims().to_vec(), values(tensor)?)))).collect()
 }
 
 /// Logits of a whole model, `[T][vocab_size]`.
@@ -38,31 +35,18 @@ pub fn model(config: &Value, params: &Params, ids: &[u32]) -> Sequence {
     let tied = flag(config, "tie_word_embeddings", false);
     let norm = |xs: &Sequence, name: &str| {
         let weight = params[&format!("{name}.weight")].1.as_slice();
-        xs.iter()
-            .map(|x| rms_norm(x, Some(weight), number(config, "norm_eps", 1e-6)))
-            .collect::<Sequence>()
+        xs.iter().map(|x| rms_norm(x, Some(weight), number(config, "norm_eps", 1e-6))).collect::<Sequence>()
     };
-    let mut xs: Sequence = ids
-        .iter()
-        .map(|id| row(params, "model.embeddings", *id as usize))
-        .collect();
+    let mut xs: Sequence = ids.iter().map(|id| row(params, "model.embeddings", *id as usize)).collect();
     for layer in 0..number(config, "num_hidden_layers", 24.) as usize {
         let prefix = format!("model.layers.{layer}");
-        let mixed = mixer(
-            config,
-            params,
-            &format!("{prefix}.attn"),
-            &norm(&xs, &format!("{prefix}.attn_norm")),
-        );
+        let mixed =
+            mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
         xs = add(&xs, &mixed);
         let ys = norm(&xs, &format!("{prefix}.mlp_norm"));
         xs = add(&xs, &mlp(config, params, &format!("{prefix}.mlp"), &ys));
     }
-    linear(
-        params,
-        if tied { "model.embeddings" } else { "lm_head" },
-        &norm(&xs, "model.norm"),
-    )
+    linear(params, if tied { "model.embeddings" } else { "lm_head" }, &norm(&xs, "model.norm"))
 }
 
 pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
@@ -74,25 +58,14 @@ pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequ
         let kind = config["feature_map"].as_str().unwrap();
         let mapped = |x: &[f64]| {
             let ys = feature_map(params, kind, &name, x);
-            let sum = if norm {
-                ys.iter().sum::<f64>() + 1e-4
-            } else {
-                1.
-            };
+            let sum = if norm { ys.iter().sum::<f64>() + 1e-4 } else { 1. };
             ys.into_iter().map(move |y| y / sum).collect::<Vec<_>>()
         };
-        xs.iter()
-            .map(|x| x.chunks(sizes.k).flat_map(mapped).collect())
-            .collect()
+        xs.iter().map(|x| x.chunks(sizes.k).flat_map(mapped).collect()).collect()
     };
     let q = map(&q, "q", flag(config, "norm_q", false));
     let k = map(&k, "k", flag(config, "norm_k", false));
-    let out = attend(
-        &sizes,
-        [&q, &k, &v],
-        flag(config, "norm_feature_map", false),
-        |_, _, _| 0.,
-    );
+    let out = attend(&sizes, [&q, &k, &v], flag(config, "norm_feature_map", false), |_, _, _| 0.);
     let out = match config["output_norm"].as_str() {
         Some("identity") => out,
         _ => head_norm(config, params, &format!("{prefix}.norm"), sizes.v, &out),
@@ -100,23 +73,12 @@ pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequ
     linear(params, &format!("{prefix}.o_proj"), &out)
 }
 
-pub fn gated_linear_attention(
-    config: &Value,
-    params: &Params,
-    prefix: &str,
-    xs: &Sequence,
-) -> Sequence {
+pub fn gated_linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let sizes = Sizes::new(config, [0.5, 1.]);
     let [q, k, v] = projections(config, params, prefix, xs);
-    let gates = linear(
-        params,
-        &format!("{prefix}.gk_proj.1"),
-        &linear(params, &format!("{prefix}.gk_proj.0"), xs),
-    );
-    let (normalizer, least) = (
-        number(config, "gate_logit_normalizer", 16.),
-        config["clamp_min"].as_f64(),
-    );
+    let gates =
+        linear(params, &format!("{prefix}.gk_proj.1"), &linear(params, &format!("{prefix}.gk_proj.0"), xs));
+    let (normalizer, least) = (number(config, "gate_logit_normalizer", 16.), config["clamp_min"].as_f64());
     let decay = |t: usize, h: usize, i: usize| {
         let logit = gates[t][h / sizes.group * sizes.k + i];
         (-(-logit).exp().ln_1p() / normalizer).max(least.unwrap_or(f64::NEG_INFINITY))
@@ -126,22 +88,14 @@ pub fn gated_linear_attention(
     gated_output(config, params, prefix, &sizes, fla_activation, &out, xs)
 }
 
-pub fn multi_scale_retention(
-    config: &Value,
-    params: &Params,
-    prefix: &str,
-    xs: &Sequence,
-) -> Sequence {
+pub fn multi_scale_retention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let sizes = Sizes::new(config, [1., 2.]);
     let [q, k, v] = projections(config, params, prefix, xs);
     let half = sizes.k / 2;
     let rotate = |xs: Sequence| -> Sequence {
         let turned = |(t, x): (usize, Vec<f64>)| {
             let mut y = x.clone();
-            for at in (0..x.len())
-                .step_by(sizes.k)
-                .flat_map(|head| head..head + half)
-            {
+            for at in (0..x.len()).step_by(sizes.k).flat_map(|head| head..head + half) {
                 let angle = t as f64 / 10000f64.powf((at % sizes.k) as f64 / half as f64);
                 y[at] = x[at] * angle.cos() - x[at + half] * angle.sin();
                 y[at + half] = x[at + half] * angle.cos() + x[at] * angle.sin();
@@ -150,25 +104,9 @@ pub fn multi_scale_retention(
         };
         xs.into_iter().enumerate().map(turned).collect()
     };
-    let [q, k] = [q, k].map(|x| {
-        rotate(pointwise(
-            &config["feature_map"],
-            transformers_activation,
-            x,
-        ))
-    });
-    let out = attend(&sizes, [&q, &k, &v], false, |_, h, _| {
-        (1. - 2f64.powf(-5. - h as f64)).ln()
-    });
-    gated_output(
-        config,
-        params,
-        prefix,
-        &sizes,
-        transformers_activation,
-        &out,
-        xs,
-    )
+    let [q, k] = [q, k].map(|x| rotate(pointwise(&config["feature_map"], transformers_activation, x)));
+    let out = attend(&sizes, [&q, &k, &v], false, |_, h, _| (1. - 2f64.powf(-5. - h as f64)).ln());
+    gated_output(config, params, prefix, &sizes, transformers_activation, &out, xs)
 }
 
 struct Sizes {
@@ -221,9 +159,7 @@ fn attend(
                 }
             }
             if normalize {
-                out[t][h * sizes.v..][..sizes.v]
-                    .iter_mut()
-                    .for_each(|o| *o /= denominator);
+                out[t][h * sizes.v..][..sizes.v].iter_mut().for_each(|o| *o /= denominator);
             }
         }
     }
@@ -246,14 +182,10 @@ fn short_conv(params: &Params, name: &str, xs: &Sequence) -> Sequence {
     let width = shape[2];
     let at = |t: usize, c: usize| {
         let taps = (0..width).filter(|i| t + i + 1 >= width);
-        let sum: f64 = taps
-            .map(|i| weight[c * width + i] * xs[t + i + 1 - width][c])
-            .sum();
+        let sum: f64 = taps.map(|i| weight[c * width + i] * xs[t + i + 1 - width][c]).sum();
         silu(sum + bias.map_or(0., |(_, bias)| bias[c]))
     };
-    (0..xs.len())
-        .map(|t| (0..shape[0]).map(|c| at(t, c)).collect())
-        .collect()
+    (0..xs.len()).map(|t| (0..shape[0]).map(|c| at(t, c)).collect()).collect()
 }
 
 fn gated_output(
@@ -283,13 +215,7 @@ fn head_norm(config: &Value, params: &Params, name: &str, width: usize, xs: &Seq
     let affine = flag(config, "elementwise_affine", true);
     let weight = affine.then(|| params[&format!("{name}.weight")].1.as_slice());
     let eps = number(config, "norm_eps", 1e-5);
-    xs.iter()
-        .map(|x| {
-            x.chunks(width)
-                .flat_map(|head| rms_norm(head, weight, eps))
-                .collect()
-        })
-        .collect()
+    xs.iter().map(|x| x.chunks(width).flat_map(|head| rms_norm(head, weight, eps)).collect()).collect()
 }
 
 fn rms_norm(x: &[f64], weight: Option<&[f64]>, eps: f64) -> Vec<f64> {
@@ -314,44 +240,25 @@ fn mlp(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence
 }
 
 fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
-    let layer =
-        |layer: &str| linear(params, &format!("{name}.{layer}"), &vec![x.to_vec()]).remove(0);
+    let layer = |layer: &str| linear(params, &format!("{name}.{layer}"), &vec![x.to_vec()]).remove(0);
     match kind {
-        "elementwise_product" => layer("layer1")
-            .iter()
-            .zip(layer("layer2"))
-            .map(|(a, b)| a * b)
-            .collect(),
+        "elementwise_product" => layer("layer1").iter().zip(layer("layer2")).map(|(a, b)| a * b).collect(),
         "hedgehog" => {
             let y = layer("layer");
-            let powers: Vec<f64> = y
-                .iter()
-                .map(|y| (2. * y).exp())
-                .chain(y.iter().map(|y| (-2. * y).exp()))
-                .collect();
+            let powers: Vec<f64> =
+                y.iter().map(|y| (2. * y).exp()).chain(y.iter().map(|y| (-2. * y).exp())).collect();
             let sum: f64 = powers.iter().sum();
             powers.iter().map(|power| power / sum).collect()
         }
         "t2r" => layer("layer").iter().map(|y| y.max(0.)).collect(),
         "dpfp" => {
-            let both: Vec<f64> = x
-                .iter()
-                .map(|x| x.max(0.))
-                .chain(x.iter().map(|x| (-x).max(0.)))
-                .collect();
+            let both: Vec<f64> = x.iter().map(|x| x.max(0.)).chain(x.iter().map(|x| (-x).max(0.))).collect();
             let n = both.len();
             (1..=4)
-                .flat_map(|shift| {
-                    (0..n)
-                        .map(|i| both[i] * both[(i + n - shift) % n])
-                        .collect::<Vec<_>>()
-                })
+                .flat_map(|shift| (0..n).map(|i| both[i] * both[(i + n - shift) % n]).collect::<Vec<_>>())
                 .collect()
         }
-        "elu" => x
-            .iter()
-            .map(|x| if *x < 0. { x.exp() } else { x + 1. })
-            .collect(),
+        "elu" => x.iter().map(|x| if *x < 0. { x.exp() } else { x + 1. }).collect(),
         "relu" => x.iter().map(|x| x.max(0.)).collect(),
         "identity" => x.to_vec(),
         _ => panic!("feature map {kind}"),
@@ -360,10 +267,7 @@ fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
 
 fn pointwise(name: &Value, activation: fn(&str, f64) -> f64, xs: Sequence) -> Sequence {
     match name.as_str() {
-        Some(name) => xs
-            .into_iter()
-            .map(|x| x.into_iter().map(|x| activation(name, x)).collect())
-            .collect(),
+        Some(name) => xs.into_iter().map(|x| x.into_iter().map(|x| activation(name, x)).collect()).collect(),
         None => xs,
     }
 }
@@ -377,15 +281,10 @@ fn linear(params: &Params, name: &str, xs: &Sequence) -> Sequence {
     let (shape, weight) = &params[&format!("{name}.weight")];
     let bias = params.get(&format!("{name}.bias"));
     let at = |x: &[f64], o: usize| {
-        let products = weight[o * shape[1]..][..shape[1]]
-            .iter()
-            .zip(x)
-            .map(|(w, x)| w * x);
+        let products = weight[o * shape[1]..][..shape[1]].iter().zip(x).map(|(w, x)| w * x);
         products.sum::<f64>() + bias.map_or(0., |(_, bias)| bias[o])
     };
-    xs.iter()
-        .map(|x| (0..shape[0]).map(|o| at(x, o)).collect())
-        .collect()
+    xs.iter().map(|x| (0..shape[0]).map(|o| at(x, o)).collect()).collect()
 }
 
 fn add(xs: &Sequence, ys: &Sequence) -> Sequence {

@@ -8,18 +8,10 @@ use std::path::PathBuf;
 pub const CPU: Device = Device::Cpu;
 
 /// The checkpoints of the original implementation, with the logits it computed.
-pub const GOLDEN: [&str; 5] = [
-    "linear_attn",
-    "linear_attn-elu",
-    "gla",
-    "gla-tied",
-    "retnet",
-];
+pub const GOLDEN: [&str; 5] = ["linear_attn", "linear_attn-elu", "gla", "gla-tied", "retnet"];
 
 pub fn golden_folder(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/data/models")
-        .join(name)
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name)
 }
 
 /// `||x - reference|| / ||reference||`
@@ -33,10 +25,7 @@ pub fn relative_error(x: &Tensor, reference: &Tensor) -> Result<f64> {
 pub fn assert_close(what: &str, x: &Tensor, reference: &Tensor, limit: f64) -> Result<()> {
     assert_eq!(x.dims(), reference.dims(), "{what}: shape");
     let error = relative_error(x, reference)?;
-    assert!(
-        error <= limit,
-        "{what}: relative error {error:.3e}, at most {limit:.1e} is allowed"
-    );
+    assert!(error <= limit, "{what}: relative error {error:.3e}, at most {limit:.1e} is allowed");
     Ok(())
 }
 
@@ -63,19 +52,14 @@ pub fn small_config(fields: &str) -> Result<Config> {
 /// The parameters by name.
 pub fn sorted(varmap: &VarMap) -> Vec<(String, candle_core::Var)> {
     let data = varmap.data().lock().unwrap();
-    let mut vars: Vec<_> = data
-        .iter()
-        .map(|(name, var)| (name.clone(), var.clone()))
-        .collect();
+    let mut vars: Vec<_> = data.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
     vars.sort_by(|a, b| a.0.cmp(&b.0));
     vars
 }
 
 /// About uniform in [-1, 1], the same every time: Candle's generator cannot be seeded on a CPU.
 pub fn pseudo_random(dims: &[usize], seed: u64) -> Result<Tensor> {
-    let mut state = seed
-        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
-        .wrapping_add(0x1234_5678);
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
     let mut next = || {
         state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = state;
@@ -83,18 +67,12 @@ pub fn pseudo_random(dims: &[usize], seed: u64) -> Result<Tensor> {
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.
     };
-    Tensor::from_vec(
-        (0..dims.iter().product()).map(|_| next()).collect(),
-        dims,
-        &CPU,
-    )
+    Tensor::from_vec((0..dims.iter().product()).map(|_| next()).collect(), dims, &CPU)
 }
 
 /// Token ids below `vocab`, `[batch, tokens]`.
 pub fn pseudo_tokens(batch: usize, tokens: usize, vocab: u32) -> Result<Tensor> {
-    let ids = (0..batch * tokens)
-        .map(|i| (i as u32 * 7 + i as u32 / 5) % vocab)
-        .collect();
+    let ids = (0..batch * tokens).map(|i| (i as u32 * 7 + i as u32 / 5) % vocab).collect();
     Tensor::from_vec::<_, u32>(ids, (batch, tokens), &CPU)
 }
 
@@ -109,9 +87,6 @@ pub fn message<T>(result: Result<T>) -> String {
 /// Fails unless the message holds every part.
 pub fn assert_says(message: &str, parts: &[&str]) {
     for part in parts {
-        assert!(
-            message.contains(part),
-            "\"{message}\" does not say \"{part}\""
-        );
+        assert!(message.contains(part), "\"{message}\" does not say \"{part}\"");
     }
 }

@@ -56,20 +56,12 @@ impl Case {
     fn new(fields: &str) -> Result<Self> {
         let (model, varmap) = small_model(fields)?;
         let config = serde_json::from_str(&model.config().to_json()).expect("to_json is JSON");
-        Ok(Self {
-            model,
-            varmap,
-            config,
-            ids: pseudo_tokens(1, TOKENS, 11)?,
-        })
+        Ok(Self { model, varmap, config, ids: pseudo_tokens(1, TOKENS, 11)? })
     }
 
     fn params(&self) -> Result<reference::Params> {
         let vars = sorted(&self.varmap);
-        reference::params(
-            vars.iter()
-                .map(|(name, var)| (name.clone(), var.as_tensor())),
-        )
+        reference::params(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor())))
     }
 
     fn reference(&self, params: &reference::Params) -> Result<Tensor> {
@@ -106,15 +98,11 @@ fn every_parameter_gets_its_gradient() -> Result<()> {
         let weights = pseudo_random(logits.dims(), 77)?;
         let gradients = (&logits * &weights)?.sum_all()?.backward()?;
         let loss = |params: &reference::Params| -> Result<f64> {
-            (case.reference(params)? * weights.to_dtype(DType::F64)?)?
-                .sum_all()?
-                .to_scalar::<f64>()
+            (case.reference(params)? * weights.to_dtype(DType::F64)?)?.sum_all()?.to_scalar::<f64>()
         };
         let mut params = case.params()?;
         for (name, var) in sorted(&case.varmap) {
-            let Some(gradient) = gradients.get(&var) else {
-                panic!("{fields}: {name} has no gradient")
-            };
+            let Some(gradient) = gradients.get(&var) else { panic!("{fields}: {name} has no gradient") };
             let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
             let (mut error, mut size) = (0., 0.);
             for at in (0..4).map(|i| (i * 37 + 5) % gradient.len()) {
@@ -124,10 +112,7 @@ fn every_parameter_gets_its_gradient() -> Result<()> {
             }
             // The floor is for parameters whose gradient is small beside the others', and its rounding is not.
             let relative = error.sqrt() / size.sqrt().max(1e-3);
-            assert!(
-                relative < 1e-4,
-                "{fields}: gradient of {name}: relative error {relative:.2e}"
-            );
+            assert!(relative < 1e-4, "{fields}: gradient of {name}: relative error {relative:.2e}");
         }
     }
     Ok(())
@@ -156,26 +141,14 @@ fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
         let case = Case::new(fields)?;
         let ids = pseudo_tokens(2, TOKENS, 11)?;
         let whole = case.model.forward(&ids, None)?;
-        for pieces in [
-            &[1, 8][..],
-            &[2, 7],
-            &[5, 4],
-            &[8, 1],
-            &[3, 0, 2, 1, 3],
-            &[1; TOKENS],
-        ] {
+        for pieces in [&[1, 8][..], &[2, 7], &[5, 4], &[8, 1], &[3, 0, 2, 1, 3], &[1; TOKENS]] {
             let mut cache = case.model.new_cache();
             let mut logits = Vec::new();
             for piece in pieces.iter().filter(|piece| **piece > 0) {
                 let ids = ids.narrow(1, cache.tokens(), *piece)?;
                 logits.push(case.model.forward(&ids, Some(&mut cache))?);
             }
-            assert_close(
-                &format!("{fields} {pieces:?}"),
-                &Tensor::cat(&logits, 1)?,
-                &whole,
-                3e-5,
-            )?;
+            assert_close(&format!("{fields} {pieces:?}"), &Tensor::cat(&logits, 1)?, &whole, 3e-5)?;
         }
     }
     Ok(())
@@ -201,22 +174,15 @@ fn sixteen_bits_run_every_variant() -> Result<()> {
         let case = Case::new(fields)?;
         let whole = case.model.forward(&case.ids, None)?;
         for (dtype, limit) in [(DType::F16, 2e-2), (DType::BF16, 1.5e-1)] {
-            let tensors = sorted(&case.varmap)
-                .into_iter()
-                .map(|(name, var)| (name, var.as_tensor().clone()))
-                .collect();
+            let tensors =
+                sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
             let vb = candle_nn::VarBuilder::from_tensors(tensors, dtype, &CPU);
             let model = Model::new(case.model.config(), vb)?;
             let mut cache = model.new_cache();
             let first = model.forward(&case.ids.narrow(1, 0, 6)?, Some(&mut cache))?;
             let rest = model.forward(&case.ids.narrow(1, 6, 3)?, Some(&mut cache))?;
             assert_eq!(first.dtype(), dtype);
-            assert_close(
-                &format!("{fields} {dtype:?}"),
-                &Tensor::cat(&[first, rest], 1)?,
-                &whole,
-                limit,
-            )?;
+            assert_close(&format!("{fields} {dtype:?}"), &Tensor::cat(&[first, rest], 1)?, &whole, limit)?;
         }
     }
     Ok(())
@@ -228,20 +194,12 @@ fn sixteen_bit_parameters_get_gradients() -> Result<()> {
     for model_type in ["linear_attn", "gla", "retnet"] {
         let config = small_config(&format!(r#""model_type": "{model_type}""#))?;
         let varmap = VarMap::new();
-        let model = Model::new(
-            &config,
-            candle_nn::VarBuilder::from_varmap(&varmap, DType::BF16, &CPU),
-        )?;
-        let logits = model
-            .forward(&pseudo_tokens(1, TOKENS, 11)?, None)?
-            .to_dtype(DType::F32)?;
-        let gradients = candle_nn::ops::log_softmax(&logits, D::Minus1)?
-            .sum_all()?
-            .backward()?;
+        let model = Model::new(&config, candle_nn::VarBuilder::from_varmap(&varmap, DType::BF16, &CPU))?;
+        let logits = model.forward(&pseudo_tokens(1, TOKENS, 11)?, None)?.to_dtype(DType::F32)?;
+        let gradients = candle_nn::ops::log_softmax(&logits, D::Minus1)?.sum_all()?.backward()?;
         for (name, var) in sorted(&varmap) {
-            let gradient = gradients
-                .get(&var)
-                .unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
+            let gradient =
+                gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
             assert_eq!(gradient.dtype(), DType::BF16, "{model_type}: {name}");
         }
     }
@@ -261,12 +219,7 @@ fn updates_of_parameters_take_effect() -> Result<()> {
             var.set(&(var.as_tensor() * 0.7)?)?;
         }
         let expected = case.reference(&case.params()?)?;
-        assert_close(
-            fields,
-            &case.model.forward(&case.ids, None)?,
-            &expected,
-            2e-5,
-        )?;
+        assert_close(fields, &case.model.forward(&case.ids, None)?, &expected, 2e-5)?;
     }
     Ok(())
 }
