@@ -20,7 +20,10 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
 }
 
 /// The same with the contents in pieces.
-pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+pub fn write_atomically_with(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<()>,
+) -> Result<()> {
     let folder = path.parent().context("a file needs a folder")?;
     let mut file = tempfile::Builder::new()
         .prefix(".partial-")
@@ -28,7 +31,8 @@ pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> Resul
         .with_context(|| format!("cannot create a file in {}", folder.display()))?;
     write(file.as_file_mut()).with_context(|| format!("cannot write {}", path.display()))?;
     make_readable(file.as_file())?;
-    file.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
+    file.persist(path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
     Ok(())
 }
 
@@ -72,7 +76,9 @@ pub fn write_safetensors(
     write_atomically_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        tensors.iter().try_for_each(|(_, tensor)| write_values(file, tensor))
+        tensors
+            .iter()
+            .try_for_each(|(_, tensor)| write_values(file, tensor))
     })
 }
 
@@ -87,17 +93,26 @@ fn dtype_name(dtype: DType) -> Result<&'static str> {
 
 /// The values go to the kernel from where they are: a copy for each step of a training run would cost more than the write.
 fn write_values(file: &mut File, tensor: &Tensor) -> Result<()> {
-    const { assert!(cfg!(target_endian = "little"), "safetensors are little-endian") };
+    const {
+        assert!(
+            cfg!(target_endian = "little"),
+            "safetensors are little-endian"
+        )
+    };
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
-    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+    else {
         bail!("cannot store a tensor that is not contiguous on the cpu");
     };
     let bytes: &[u8] = match storage {
         CpuStorage::F32(values) => cast_slice(&values[start..end]),
         CpuStorage::F16(values) => cast_slice(&values[start..end]),
         CpuStorage::BF16(values) => cast_slice(&values[start..end]),
-        other => bail!("cannot store dtype {:?}: expected f32, f16 or bf16", other.dtype()),
+        other => bail!(
+            "cannot store dtype {:?}: expected f32, f16 or bf16",
+            other.dtype()
+        ),
     };
     Ok(file.write_all(bytes)?)
 }
@@ -106,9 +121,14 @@ fn write_values(file: &mut File, tensor: &Tensor) -> Result<()> {
 pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut length = [0; 8];
-    file.read_exact(&mut length).with_context(|| format!("{} is cut off", path.display()))?;
+    file.read_exact(&mut length)
+        .with_context(|| format!("{} is cut off", path.display()))?;
     let length = u64::from_le_bytes(length);
-    ensure!(length <= file.metadata()?.len(), "{} is cut off or is no safetensors file", path.display());
+    ensure!(
+        length <= file.metadata()?.len(),
+        "{} is cut off or is no safetensors file",
+        path.display()
+    );
     let mut header = Vec::new();
     file.take(length).read_to_end(&mut header)?;
     let header: Value = serde_json::from_slice(&header)

@@ -76,20 +76,28 @@ impl Args {
             "--repeat-penalty is {}, must be a positive number",
             self.repeat_penalty
         );
-        ensure!(self.max_new_tokens > 0, "--max-new-tokens is 0, must be at least 1");
+        ensure!(
+            self.max_new_tokens > 0,
+            "--max-new-tokens is 0, must be at least 1"
+        );
         Ok(())
     }
 
     pub fn prompt(&self) -> Result<String> {
         let prompt = if self.prompt == "-" {
             let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
+            std::io::stdin()
+                .read_to_string(&mut text)
+                .context("cannot read the prompt from stdin")?;
             // The newline that ends a piped line is not the user's.
             text.trim_end_matches(['\n', '\r']).to_owned()
         } else {
             self.prompt.clone()
         };
-        ensure!(!prompt.is_empty(), "--prompt is empty, must have at least one character");
+        ensure!(
+            !prompt.is_empty(),
+            "--prompt is empty, must have at least one character"
+        );
         Ok(prompt)
     }
 

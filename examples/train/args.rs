@@ -127,13 +127,25 @@ impl Args {
             ensure!(value > 0, "--{name} is 0, must be at least 1");
         }
         for (name, value) in [("lr", self.lr), ("clip", self.clip)] {
-            ensure!(value.is_finite() && value > 0.0, "--{name} is {value}, must be a positive number");
+            ensure!(
+                value.is_finite() && value > 0.0,
+                "--{name} is {value}, must be a positive number"
+            );
         }
         for (name, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            ensure!((0.0..1.0).contains(&value), "--{name} is {value}, must be in [0, 1)");
+            ensure!(
+                (0.0..1.0).contains(&value),
+                "--{name} is {value}, must be in [0, 1)"
+            );
         }
-        for (name, value) in [("min-lr", self.min_lr()), ("weight-decay", self.weight_decay)] {
-            ensure!(value.is_finite() && value >= 0.0, "--{name} is {value}, must be 0 or a positive number");
+        for (name, value) in [
+            ("min-lr", self.min_lr()),
+            ("weight-decay", self.weight_decay),
+        ] {
+            ensure!(
+                value.is_finite() && value >= 0.0,
+                "--{name} is {value}, must be 0 or a positive number"
+            );
         }
         ensure!(
             self.vocab_size > 256,
@@ -142,7 +154,10 @@ impl Args {
             self.end_token
         );
         if let Some(minutes) = self.max_minutes {
-            ensure!(minutes > 0.0, "--max-minutes is {minutes}, must be more than 0");
+            ensure!(
+                minutes > 0.0,
+                "--max-minutes is {minutes}, must be more than 0"
+            );
         }
         Ok(())
     }
@@ -161,7 +176,10 @@ impl Args {
             let (name, value) = parse_field(assignment)?;
             fields.insert(name, value);
         }
-        let wanted = fields.get("vocab_size").and_then(Value::as_u64).unwrap_or(0);
+        let wanted = fields
+            .get("vocab_size")
+            .and_then(Value::as_u64)
+            .unwrap_or(0);
         fields.insert("vocab_size".into(), json!(vocab_size.max(wanted as usize)));
         fields.insert("bos_token_id".into(), json!(end_token));
         fields.insert("eos_token_id".into(), json!(end_token));
@@ -182,7 +200,9 @@ impl Args {
             "num_heads": self.heads,
             "tie_word_embeddings": self.tie_embeddings,
         });
-        let Value::Object(fields) = fields else { unreachable!("an object literal") };
+        let Value::Object(fields) = fields else {
+            unreachable!("an object literal")
+        };
         Ok(fields)
     }
 
@@ -216,9 +236,10 @@ impl Args {
 }
 
 fn read_object(file: &PathBuf) -> Result<Map<String, Value>> {
-    let text =
-        std::fs::read_to_string(file).with_context(|| format!("cannot read --config {}", file.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("--config {} is not a JSON object", file.display()))
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("cannot read --config {}", file.display()))?;
+    serde_json::from_str(&text)
+        .with_context(|| format!("--config {} is not a JSON object", file.display()))
 }
 
 fn parse_field(assignment: &str) -> Result<(String, Value)> {

@@ -13,7 +13,12 @@ const ROWS: usize = 16;
 ///
 /// The stream is cut at ends of texts into rows of about the same length. A row is read in windows of `seq_len` tokens with
 /// the state carried from one to the next, so the model has all the context it would have in use.
-pub fn bits_per_byte(model: &Model, stream: &TokenStream, end_token: u32, seq_len: usize) -> Result<f64> {
+pub fn bits_per_byte(
+    model: &Model,
+    stream: &TokenStream,
+    end_token: u32,
+    seq_len: usize,
+) -> Result<f64> {
     ensure!(stream.text_bytes > 0, "there is no text to validate on");
     let rows = split_at_ends(&stream.tokens, end_token);
     let longest = rows.iter().map(|row| row.len() - 1).max().unwrap_or(0);
@@ -26,7 +31,11 @@ pub fn bits_per_byte(model: &Model, stream: &TokenStream, end_token: u32, seq_le
     Ok(nats / LN_2 / stream.text_bytes as f64)
 }
 
-fn window_nats(model: &Model, window: &Window, cache: &mut candle_linear_attn::models::Cache) -> Result<f64> {
+fn window_nats(
+    model: &Model,
+    window: &Window,
+    cache: &mut candle_linear_attn::models::Cache,
+) -> Result<f64> {
     let (rows, len) = (window.rows, window.inputs.len() / window.rows);
     let device = model.device();
     let inputs = Tensor::from_slice(&window.inputs, (rows, len), device)?;
@@ -45,7 +54,10 @@ fn split_at_ends(tokens: &[u32], end_token: u32) -> Vec<&[u32]> {
     let mut start = 0;
     for row in 1..=ROWS {
         let from = (row * (tokens.len() - 1) / ROWS).max(start + 1);
-        let Some(ahead) = tokens.get(from..).and_then(|t| t.iter().position(|&t| t == end_token)) else {
+        let Some(ahead) = tokens
+            .get(from..)
+            .and_then(|t| t.iter().position(|&t| t == end_token))
+        else {
             break;
         };
         rows.push(&tokens[start..=from + ahead]);
@@ -64,12 +76,21 @@ struct Window {
 
 impl Window {
     fn new(rows: &[&[u32]], start: usize, len: usize) -> Self {
-        let positions = || rows.iter().flat_map(|row| (start..start + len).map(move |i| (row, i)));
+        let positions = || {
+            rows.iter()
+                .flat_map(|row| (start..start + len).map(move |i| (row, i)))
+        };
         Self {
             rows: rows.len(),
-            inputs: positions().map(|(row, i)| row.get(i).copied().unwrap_or(0)).collect(),
-            targets: positions().map(|(row, i)| row.get(i + 1).copied().unwrap_or(0)).collect(),
-            weights: positions().map(|(row, i)| f32::from(u8::from(i + 1 < row.len()))).collect(),
+            inputs: positions()
+                .map(|(row, i)| row.get(i).copied().unwrap_or(0))
+                .collect(),
+            targets: positions()
+                .map(|(row, i)| row.get(i + 1).copied().unwrap_or(0))
+                .collect(),
+            weights: positions()
+                .map(|(row, i)| f32::from(u8::from(i + 1 < row.len())))
+                .collect(),
         }
     }
 }
