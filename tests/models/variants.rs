@@ -19,6 +19,8 @@ const VARIANTS: &[&str] = &[
     r#""model_type": "linear_attn", "feature_map": "t2r", "norm_q": true, "norm_k": true"#,
     r#""model_type": "linear_attn", "feature_map": "t2r", "tie_feature_map_qk": true, "fuse_norm": false"#,
     r#""model_type": "linear_attn", "feature_map": "dpfp", "expand_k": 0.5, "expand_v": 1.5"#,
+    // Heads of 512 mapped channels.
+    r#""model_type": "linear_attn", "feature_map": "dpfp", "hidden_size": 64, "num_heads": 1, "num_hidden_layers": 1"#,
     r#""model_type": "linear_attn", "feature_map": "elu", "norm_feature_map": true, "norm_q": true, "num_heads": 4, "num_kv_heads": 2"#,
     r#""model_type": "linear_attn", "feature_map": "relu", "elementwise_affine": false"#,
     r#""model_type": "linear_attn", "feature_map": "identity", "hidden_act": "powlu", "intermediate_size": null"#,
