@@ -15,10 +15,7 @@ pub struct Cache {
 
 impl Cache {
     pub(super) fn new(layers: usize) -> Self {
-        Self {
-            layers: vec![LayerCache::new(); layers],
-            tokens: 0,
-        }
+        Self { layers: vec![LayerCache::new(); layers], tokens: 0 }
     }
 
     /// The size of all states, in bytes.
@@ -39,10 +36,7 @@ impl Cache {
     /// A copy of the states to work on, for a model of so many layers. Tensors are shared, so this costs nothing.
     pub(super) fn layers(&self, layers: usize) -> Result<Vec<LayerCache>> {
         if self.layers.len() != layers {
-            bail!(
-                "cache: made for a model of {} layers, this one has {layers}",
-                self.layers.len()
-            );
+            bail!("cache: made for a model of {} layers, this one has {layers}", self.layers.len());
         }
         Ok(self.layers.clone())
     }

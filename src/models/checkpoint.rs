@@ -31,12 +31,7 @@ impl Checkpoint {
         let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
         let (listing, files, routing) = if single.is_file() {
             let file = WeightFile::open(single.clone())?;
-            let routing = file
-                .tensors
-                .tensors()
-                .into_iter()
-                .map(|(name, _)| (name, 0))
-                .collect();
+            let routing = file.tensors.tensors().into_iter().map(|(name, _)| (name, 0)).collect();
             (single, vec![file], routing)
         } else if index.is_file() {
             let (files, routing) = open_shards(folder, &index)?;
@@ -45,12 +40,7 @@ impl Checkpoint {
             bail!("{}: holds neither {SINGLE} nor {INDEX}", folder.display())
         };
         let dtype = main_dtype(&files);
-        Ok(Self {
-            listing,
-            files,
-            routing,
-            dtype,
-        })
+        Ok(Self { listing, files, routing, dtype })
     }
 
     /// The dtype that most of the weights are stored in.
@@ -66,30 +56,19 @@ impl Checkpoint {
         let file = &self.files[file];
         match file.tensors.get(name) {
             Ok(view) => Ok((file, view.shape().to_vec())),
-            Err(_) => bail!(
-                "{}: tensor `{name}` is missing, though {INDEX} says it is here",
-                file.path.display()
-            ),
+            Err(_) => {
+                bail!("{}: tensor `{name}` is missing, though {INDEX} says it is here", file.path.display())
+            }
         }
     }
 }
 
 impl SimpleBackend for Checkpoint {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    fn get(&self, shape: Shape, name: &str, _: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         let (file, found) = self.find(name)?;
         if found != shape.dims() {
             let path = file.path.display();
-            bail!(
-                "{path}: tensor `{name}` has shape {found:?}, the configuration says {:?}",
-                shape.dims()
-            );
+            bail!("{path}: tensor `{name}` has shape {found:?}, the configuration says {:?}", shape.dims());
         }
         self.get_unchecked(name, dtype, device)
     }
@@ -99,9 +78,7 @@ impl SimpleBackend for Checkpoint {
         let view = file.tensors.get(name)?;
         match DType::try_from(view.dtype()) {
             // Converted where it is read, so that a device never holds both copies.
-            Ok(stored) if stored.is_float() => {
-                view.load(&Device::Cpu)?.to_dtype(dtype)?.to_device(device)
-            }
+            Ok(stored) if stored.is_float() => view.load(&Device::Cpu)?.to_dtype(dtype)?.to_device(device),
             _ => bail!(
                 "{}: tensor `{name}` has dtype {:?}, it must be F32, F16 or BF16",
                 file.path.display(),
@@ -120,11 +97,7 @@ impl WeightFile {
         // SAFETY: the file is mapped, and must not change while it is; `Model::load` says so.
         let tensors = match unsafe { MmapedSafetensors::new(&path) } {
             Ok(tensors) => tensors,
-            Err(error) => bail!(
-                "{}: not a whole safetensors file ({})",
-                path.display(),
-                reason(error)
-            ),
+            Err(error) => bail!("{}: not a whole safetensors file ({})", path.display(), reason(error)),
         };
         Ok(Self { path, tensors })
     }
@@ -142,23 +115,14 @@ fn reason(error: Error) -> Error {
 fn open_shards(folder: &Path, index: &Path) -> Result<(Vec<WeightFile>, HashMap<String, usize>)> {
     let weight_map = read_index(index)?;
     let names: BTreeSet<&String> = weight_map.values().collect();
-    let numbers: HashMap<&String, usize> = names
-        .iter()
-        .enumerate()
-        .map(|(number, name)| (*name, number))
-        .collect();
-    let routing = weight_map
-        .iter()
-        .map(|(tensor, file)| (tensor.clone(), numbers[file]))
-        .collect();
+    let numbers: HashMap<&String, usize> =
+        names.iter().enumerate().map(|(number, name)| (*name, number)).collect();
+    let routing = weight_map.iter().map(|(tensor, file)| (tensor.clone(), numbers[file])).collect();
     let mut files = Vec::with_capacity(names.len());
     for name in names {
         let path = folder.join(name);
         if !path.is_file() {
-            bail!(
-                "{}: lists {name}, which is not in the folder",
-                index.display()
-            );
+            bail!("{}: lists {name}, which is not in the folder", index.display());
         }
         files.push(WeightFile::open(path)?);
     }
@@ -176,18 +140,13 @@ pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         Ok(value) => value,
         Err(error) => bail!("{shown}: not valid JSON: {error}"),
     };
-    let Some(map) = value["weight_map"]
-        .as_object()
-        .filter(|map| !map.is_empty())
-    else {
+    let Some(map) = value["weight_map"].as_object().filter(|map| !map.is_empty()) else {
         bail!("{shown}: field `weight_map` must be an object that gives the file of each tensor")
     };
     let mut weight_map = BTreeMap::new();
     for (tensor, file) in map {
         match file.as_str() {
-            Some(file) if is_plain_name(file) => {
-                weight_map.insert(tensor.clone(), file.to_string())
-            }
+            Some(file) if is_plain_name(file) => weight_map.insert(tensor.clone(), file.to_string()),
             _ => bail!(
                 "{shown}: field `weight_map` gives {file} for `{tensor}`, it must be the name of a file beside it"
             ),
@@ -199,9 +158,7 @@ pub(super) fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
 fn is_plain_name(file: &str) -> bool {
     let mut components = Path::new(file).components();
     let first = components.next();
-    matches!(first, Some(Component::Normal(_)))
-        && components.next().is_none()
-        && !file.contains(['/', '\\'])
+    matches!(first, Some(Component::Normal(_))) && components.next().is_none() && !file.contains(['/', '\\'])
 }
 
 fn main_dtype(files: &[WeightFile]) -> DType {
@@ -213,9 +170,5 @@ fn main_dtype(files: &[WeightFile]) -> DType {
         }
     }
     // Of equals the first, f32, also when there is none of the three.
-    sizes
-        .iter()
-        .rev()
-        .max_by_key(|(_, size)| *size)
-        .map_or(DType::F32, |(dtype, _)| *dtype)
+    sizes.iter().rev().max_by_key(|(_, size)| *size).map_or(DType::F32, |(dtype, _)| *dtype)
 }

@@ -41,26 +41,18 @@ impl Config {
         let family = match map.get("model_type") {
             Some(Value::String(model_type)) => registry::family(model_type)?,
             Some(value) => bail!("field `model_type` is {value}, it must be a string"),
-            None => bail!(
-                "field `model_type` is missing, it must be one of {}",
-                registry::SUPPORTED.join(", ")
-            ),
+            None => {
+                bail!("field `model_type` is missing, it must be one of {}", registry::SUPPORTED.join(", "))
+            }
         };
         let mut fields = Fields::new(map);
         let parsed = (family.parse)(&mut fields)?;
-        let bos_token_id = token_ids("bos_token_id", fields.value("bos_token_id", json!(1)))?
-            .first()
-            .copied();
+        let bos_token_id =
+            token_ids("bos_token_id", fields.value("bos_token_id", json!(1)))?.first().copied();
         let eos_token_ids = token_ids("eos_token_id", fields.value("eos_token_id", json!(2)))?;
         fields.value("pad_token_id", Value::Null);
         fields.value("architectures", json!([family.architecture]));
-        Ok(Self {
-            family,
-            fields: fields.into_map(),
-            parsed,
-            bos_token_id,
-            eos_token_ids,
-        })
+        Ok(Self { family, fields: fields.into_map(), parsed, bos_token_id, eos_token_ids })
     }
 
     /// Reads a `config.json`.

@@ -5,9 +5,7 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
 use crate::models::registry::{CausalLm, Parsed};
-use crate::nn::{
-    GatedMlp, GatedMlpConfig, GluKind, LayerCache, RmsNorm, normal, project, resident,
-};
+use crate::nn::{GatedMlp, GatedMlpConfig, GluKind, LayerCache, RmsNorm, normal, project, resident};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -35,11 +33,7 @@ macro_rules! mixers {
         }
     )*};
 }
-mixers!(
-    crate::nn::LinearAttention,
-    crate::nn::GatedLinearAttention,
-    crate::nn::MultiScaleRetention
-);
+mixers!(crate::nn::LinearAttention, crate::nn::GatedLinearAttention, crate::nn::MultiScaleRetention);
 
 /// The fields that all models of this shape have.
 #[derive(Debug, Clone)]
@@ -55,9 +49,8 @@ pub(super) struct DecoderConfig {
 
 impl DecoderConfig {
     /// Reads and checks the fields. `hidden_ratio` is the one default that differs from model to model.
-    pub fn parse(fields: &mut Fields, hidden_ratio: f64) -> Result<Self> {
+    pub fn parse(fields: &mut Fields, hidden_ratio: u32) -> Result<Self> {
         let hidden_size = fields.size("hidden_size", 2048)?;
-        // The head checks its shape when it is loaded; a bound on the product keeps a fresh model's size sane.
         let vocab_size = fields.size("vocab_size", 32000)?;
         let num_layers = fields.size("num_hidden_layers", 24)?;
         let norm_eps = fields.positive("norm_eps", 1e-6)?;
@@ -65,10 +58,7 @@ impl DecoderConfig {
         let mlp = GatedMlpConfig {
             hidden_size,
             intermediate_size: intermediate_size(fields, hidden_size, hidden_ratio)?,
-            kind: match fields
-                .choice("hidden_act", "swish", &["swish", "silu", "powlu"])?
-                .as_str()
-            {
+            kind: match fields.choice("hidden_act", "swish", &["swish", "silu", "powlu"])?.as_str() {
                 "powlu" => GluKind::PowLu,
                 _ => GluKind::Swish,
             },
@@ -99,12 +89,12 @@ impl DecoderConfig {
     }
 }
 
-fn intermediate_size(fields: &mut Fields, hidden_size: usize, default_ratio: f64) -> Result<usize> {
+fn intermediate_size(fields: &mut Fields, hidden_size: usize, default_ratio: u32) -> Result<usize> {
     let given = fields.optional_size("intermediate_size", None)?;
+    // Written as the integer that it is to the authors.
+    fields.value("hidden_ratio", default_ratio.into());
     // An explicit null means 4, whatever the model's own default.
-    let ratio = fields
-        .optional_number("hidden_ratio", Some(default_ratio))?
-        .unwrap_or(4.);
+    let ratio = fields.optional_number("hidden_ratio", None)?.unwrap_or(4.);
     if !(0. ..=1024.).contains(&ratio) || ratio == 0. {
         bail!("field `hidden_ratio` is {ratio}, it must be above 0 and at most 1024");
     }
@@ -121,9 +111,7 @@ fn refuse_attention(fields: &mut Fields) -> Result<()> {
     };
     let empty = |spec: &&serde_json::Value| spec["layers"].as_array().is_some_and(Vec::is_empty);
     if !specs.iter().all(empty) {
-        bail!(
-            "field `attn` is {value}, it must be null: layers of softmax attention are not supported"
-        );
+        bail!("field `attn` is {value}, it must be null: layers of softmax attention are not supported");
     }
     Ok(())
 }
@@ -166,9 +154,8 @@ impl Decoder {
     fn new(cfg: &DecoderConfig, mixer: &BuildMixer, vb: VarBuilder) -> Result<Self> {
         let (embeddings, lm_head) = embeddings_and_head(cfg, &vb)?;
         let model = vb.pp("model");
-        let layers: Result<Vec<_>> = (0..cfg.num_layers)
-            .map(|i| Block::new(cfg, mixer, model.pp(format!("layers.{i}"))))
-            .collect();
+        let layers: Result<Vec<_>> =
+            (0..cfg.num_layers).map(|i| Block::new(cfg, mixer, model.pp(format!("layers.{i}")))).collect();
         Ok(Self {
             embeddings,
             layers: layers?,

@@ -92,10 +92,7 @@ impl Fields {
     pub fn choice(&mut self, name: &str, default: &str, allowed: &[&str]) -> Result<String> {
         let text = self.text(name, default)?;
         if !allowed.contains(&text.as_str()) {
-            bail!(
-                "field `{name}` is \"{text}\", it must be one of {}",
-                allowed.join(", ")
-            );
+            bail!("field `{name}` is \"{text}\", it must be one of {}", allowed.join(", "));
         }
         Ok(text)
     }

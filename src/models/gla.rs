@@ -6,19 +6,11 @@ use crate::models::registry::{Family, Parsed};
 use crate::nn::{Activation, GatedLinearAttention, GatedLinearAttentionConfig};
 use candle_core::Result;
 
-pub(super) const FAMILY: Family = Family {
-    model_type: "gla",
-    architecture: "GLAForCausalLM",
-    parse,
-};
+pub(super) const FAMILY: Family = Family { model_type: "gla", architecture: "GLAForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 4.)?;
-    fields.choice(
-        "attn_mode",
-        "chunk",
-        &["chunk", "fused_chunk", "fused_recurrent"],
-    )?;
+    let decoder = DecoderConfig::parse(fields, 4)?;
+    fields.choice("attn_mode", "chunk", &["chunk", "fused_chunk", "fused_recurrent"])?;
     // The gate takes the function of the MLP, and of those it has a norm of its own name for "swish" alone.
     let gate_fn = fields.choice("hidden_act", "swish", &["swish", "silu"])?;
     let feature_map = match fields.optional_text("feature_map", None)? {
@@ -43,7 +35,5 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         ..Default::default()
     };
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| {
-        Ok(Box::new(GatedLinearAttention::new(&layer, vb)?))
-    })))
+    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(GatedLinearAttention::new(&layer, vb)?)))))
 }

@@ -36,11 +36,7 @@ pub struct Hub {
 
 impl Default for Hub {
     fn default() -> Self {
-        Self {
-            cache_dir: None,
-            endpoint: None,
-            progress: true,
-        }
+        Self { cache_dir: None, endpoint: None, progress: true }
     }
 }
 
@@ -69,10 +65,7 @@ impl Hub {
         check_name("model id", id)?;
         check_name("revision", revision)?;
         let cached = self.cached(id, revision)?;
-        if let Some(folder) = cached
-            .as_ref()
-            .filter(|folder| folder.join(TOKENIZER).is_file())
-        {
+        if let Some(folder) = cached.as_ref().filter(|folder| folder.join(TOKENIZER).is_file()) {
             return Ok(folder.clone());
         }
         match (self.download(id, revision), cached) {
@@ -105,13 +98,8 @@ impl Hub {
     }
 
     fn download(&self, id: &str, revision: &str) -> Result<PathBuf> {
-        let mut builder =
-            ApiBuilder::from_cache(Cache::new(self.cache_path()?)).with_progress(self.progress);
-        if let Some(endpoint) = self
-            .endpoint
-            .clone()
-            .or_else(|| std::env::var("HF_ENDPOINT").ok())
-        {
+        let mut builder = ApiBuilder::from_cache(Cache::new(self.cache_path()?)).with_progress(self.progress);
+        if let Some(endpoint) = self.endpoint.clone().or_else(|| std::env::var("HF_ENDPOINT").ok()) {
             builder = builder.with_endpoint(endpoint);
         }
         let api = match builder.build() {
@@ -129,17 +117,11 @@ impl Hub {
         };
         let has = |name: &str| files.contains(name);
         if !has(CONFIG) {
-            bail!(
-                "{id}: has no {CONFIG} at revision {revision}, so it is not a model that can be loaded"
-            );
+            bail!("{id}: has no {CONFIG} at revision {revision}, so it is not a model that can be loaded");
         }
         // The weights last: a cache that holds them holds the rest.
         let config = get(CONFIG)?;
-        for name in [TOKENIZER]
-            .into_iter()
-            .chain(OPTIONAL)
-            .filter(|name| has(name))
-        {
+        for name in [TOKENIZER].into_iter().chain(OPTIONAL).filter(|name| has(name)) {
             get(name)?;
         }
         if has(SINGLE) {
@@ -167,9 +149,7 @@ fn check_name(what: &str, name: &str) -> Result<()> {
         !part.is_empty() && part != "." && part != ".." && part.chars().all(allowed)
     };
     if !name.split('/').all(plain) {
-        bail!(
-            "{what} is \"{name}\", it must be letters, digits, '-', '_' and '.', with '/' between parts"
-        );
+        bail!("{what} is \"{name}\", it must be letters, digits, '-', '_' and '.', with '/' between parts");
     }
     Ok(())
 }
@@ -180,17 +160,12 @@ fn is_complete(folder: &Path) -> bool {
         return false;
     }
     has(SINGLE)
-        || read_index(&folder.join(INDEX))
-            .is_ok_and(|weight_map| weight_map.values().all(|file| has(file)))
+        || read_index(&folder.join(INDEX)).is_ok_and(|weight_map| weight_map.values().all(|file| has(file)))
 }
 
 /// The files of a repository. Asked for first, because it is where a wrong name shows.
 fn list(repo: &ApiRepo, id: &str, revision: &str) -> Result<BTreeSet<String>> {
-    let request = repo
-        .info_request()
-        .config()
-        .http_status_as_error(false)
-        .build();
+    let request = repo.info_request().config().http_status_as_error(false).build();
     let mut response = match request.call() {
         Ok(response) => response,
         Err(error) => bail!(
@@ -208,11 +183,7 @@ fn list(repo: &ApiRepo, id: &str, revision: &str) -> Result<BTreeSet<String>> {
         status => bail!("{id}: the Hub answered with status {status}; try again later"),
     }
     match response.body_mut().read_json::<RepoInfo>() {
-        Ok(info) => Ok(info
-            .siblings
-            .into_iter()
-            .map(|file| file.rfilename)
-            .collect()),
+        Ok(info) => Ok(info.siblings.into_iter().map(|file| file.rfilename).collect()),
         Err(error) => bail!("{id}: the Hub's list of files cannot be read: {error}"),
     }
 }

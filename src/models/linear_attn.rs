@@ -6,19 +6,12 @@ use crate::models::registry::{Family, Parsed};
 use crate::nn::{FeatureMapKind, LinearAttention, LinearAttentionConfig};
 use candle_core::Result;
 
-pub(super) const FAMILY: Family = Family {
-    model_type: "linear_attn",
-    architecture: "LinearAttentionForCausalLM",
-    parse,
-};
+pub(super) const FAMILY: Family =
+    Family { model_type: "linear_attn", architecture: "LinearAttentionForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 4.)?;
-    fields.choice(
-        "attn_mode",
-        "fused_chunk",
-        &["chunk", "fused_chunk", "fused_recurrent"],
-    )?;
+    let decoder = DecoderConfig::parse(fields, 4)?;
+    fields.choice("attn_mode", "fused_chunk", &["chunk", "fused_chunk", "fused_recurrent"])?;
     let feature_map = fields.text("feature_map", "elementwise_product")?;
     let layer = LinearAttentionConfig {
         hidden_size: decoder.hidden_size,
@@ -37,7 +30,5 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         initializer_range: decoder.initializer_range,
     };
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| {
-        Ok(Box::new(LinearAttention::new(&layer, vb)?))
-    })))
+    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(LinearAttention::new(&layer, vb)?)))))
 }

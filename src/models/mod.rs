@@ -15,8 +15,8 @@
 //! # Ok(())
 //! # }
 //! ```
-//!
-//! A new model is one file with a [`Family`](registry::Family) and one line in [`registry::FAMILIES`].
+
+// A new model is one file with a `Family` and one line in `registry::FAMILIES`.
 
 mod cache;
 mod checkpoint;

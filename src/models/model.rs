@@ -27,12 +27,7 @@ impl Model {
     pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
         let (dtype, device) = (vb.dtype(), vb.device().clone());
         check_dtype(dtype)?;
-        Ok(Self {
-            config: config.clone(),
-            inner: (config.parsed().build)(vb)?,
-            dtype,
-            device,
-        })
+        Ok(Self { config: config.clone(), inner: (config.parsed().build)(vb)?, dtype, device })
     }
 
     /// Loads a checkpoint: a folder with `config.json` and the weights, `model.safetensors` or, in several files, those
@@ -47,10 +42,7 @@ impl Model {
     pub fn load(folder: impl AsRef<Path>, dtype: Option<DType>, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         if !folder.is_dir() {
-            bail!(
-                "{}: not a folder; it must hold config.json and model.safetensors",
-                folder.display()
-            );
+            bail!("{}: not a folder; it must hold config.json and model.safetensors", folder.display());
         }
         if let Some(dtype) = dtype {
             check_dtype(dtype)?;
@@ -58,10 +50,7 @@ impl Model {
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
-        Self::new(
-            &config,
-            VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()),
-        )
+        Self::new(&config, VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()))
     }
 
     /// The configuration.
@@ -104,10 +93,7 @@ impl Model {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match hidden.dims() {
             [.., last] if *last == self.config.hidden_size() => self.inner.logits(hidden),
-            dims => bail!(
-                "hidden: shape is {dims:?}, it must end in {}",
-                self.config.hidden_size()
-            ),
+            dims => bail!("hidden: shape is {dims:?}, it must end in {}", self.config.hidden_size()),
         }
     }
 
@@ -120,27 +106,17 @@ impl Model {
     fn check_ids(&self, input_ids: &Tensor) -> Result<()> {
         match *input_ids.dims() {
             [batch, tokens] if batch > 0 && tokens > 0 => {}
-            _ => bail!(
-                "input_ids: shape is {:?}, it must be [B, T] with B and T at least 1",
-                input_ids.dims()
-            ),
+            _ => {
+                bail!("input_ids: shape is {:?}, it must be [B, T] with B and T at least 1", input_ids.dims())
+            }
         }
         if !matches!(input_ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
-            bail!(
-                "input_ids: dtype is {:?}, it must be U32",
-                input_ids.dtype()
-            );
+            bail!("input_ids: dtype is {:?}, it must be U32", input_ids.dtype());
         }
-        let ids = input_ids
-            .flatten_all()?
-            .to_dtype(DType::I64)?
-            .to_vec1::<i64>()?;
+        let ids = input_ids.flatten_all()?.to_dtype(DType::I64)?.to_vec1::<i64>()?;
         let known = 0..self.config.vocab_size() as i64;
         match ids.iter().find(|id| !known.contains(id)) {
-            Some(id) => bail!(
-                "input_ids: token {id}, it must be below the vocabulary size {}",
-                known.end
-            ),
+            Some(id) => bail!("input_ids: token {id}, it must be below the vocabulary size {}", known.end),
             None => Ok(()),
         }
     }
@@ -148,17 +124,8 @@ impl Model {
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self {
-            config,
-            dtype,
-            device,
-            ..
-        } = self;
-        f.debug_struct("Model")
-            .field("config", config)
-            .field("dtype", dtype)
-            .field("device", device)
-            .finish()
+        let Self { config, dtype, device, .. } = self;
+        f.debug_struct("Model").field("config", config).field("dtype", dtype).field("device", device).finish()
     }
 }
 

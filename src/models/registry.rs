@@ -59,10 +59,7 @@ pub const SUPPORTED: &[&str] = &{
 
 /// The family of a `model_type`.
 pub(super) fn family(model_type: &str) -> Result<&'static Family> {
-    match FAMILIES
-        .iter()
-        .find(|family| family.model_type == model_type)
-    {
+    match FAMILIES.iter().find(|family| family.model_type == model_type) {
         Some(family) => Ok(family),
         None => bail!(
             "field `model_type` is \"{model_type}\", which is not supported; it must be one of {}",

@@ -6,26 +6,15 @@ use crate::models::registry::{Family, Parsed};
 use crate::nn::{Activation, MultiScaleRetention, MultiScaleRetentionConfig};
 use candle_core::Result;
 
-pub(super) const FAMILY: Family = Family {
-    model_type: "retnet",
-    architecture: "RetNetForCausalLM",
-    parse,
-};
+pub(super) const FAMILY: Family = Family { model_type: "retnet", architecture: "RetNetForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 2.)?;
-    fields.choice(
-        "attn_mode",
-        "chunk",
-        &["chunk", "fused_chunk", "fused_recurrent", "parallel"],
-    )?;
+    let decoder = DecoderConfig::parse(fields, 2)?;
+    fields.choice("attn_mode", "chunk", &["chunk", "fused_chunk", "fused_recurrent", "parallel"])?;
     // The gate takes the function of the MLP, and of those it has a norm of its own name for "swish" alone.
     let gate_fn = fields.choice("hidden_act", "swish", &["swish", "silu"])?;
     let feature_map = match fields.optional_text("feature_map", None)? {
-        Some(name) => Some(in_field(
-            "feature_map",
-            Activation::from_transformers(&name),
-        )?),
+        Some(name) => Some(in_field("feature_map", Activation::from_transformers(&name))?),
         None => None,
     };
     // The configuration has these two, but the authors' model never hands them to its layers, so that no checkpoint has
@@ -47,7 +36,5 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         ..Default::default()
     };
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| {
-        Ok(Box::new(MultiScaleRetention::new(&layer, vb)?))
-    })))
+    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(MultiScaleRetention::new(&layer, vb)?)))))
 }

@@ -1,5 +1,6 @@
 //! Pointwise functions by the names that configurations use.
 
+use crate::nn::fused::log_sigmoid;
 use candle_core::{DType, Result, Tensor, bail};
 
 /// A pointwise function. All are computed in f32 and have a gradient.
@@ -75,8 +76,7 @@ impl Activation {
 
     /// Any shape and float dtype to the same.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.forward_f32(&xs.to_dtype(DType::F32)?)?
-            .to_dtype(xs.dtype())
+        self.forward_f32(&xs.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())
     }
 
     pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
@@ -111,13 +111,5 @@ fn lookup(names: &[(&str, Activation)], name: &str) -> Result<Activation> {
 /// Without the cancellation of `(exp(x) - 1) + 1`, which leaves a small feature with few right digits.
 fn elu_plus_one(xs: &Tensor) -> Result<Tensor> {
     let zeros = xs.zeros_like()?;
-    xs.ge(&zeros)?
-        .where_cond(&(xs + 1.)?, &xs.minimum(&zeros)?.exp()?)
-}
-
-/// `min(x, 0) - log(1 + exp(-|x|))`, which neither overflows nor loses small values. `x - relu(x)` rather than a minimum:
-/// Candle's derivatives at 0 (1 for relu, 1 for abs) then add up to the right one, 1/2.
-fn log_sigmoid(xs: &Tensor) -> Result<Tensor> {
-    let below = (xs - xs.relu()?)?;
-    below - (xs.abs()?.neg()?.exp()? + 1.)?.log()?
+    xs.ge(&zeros)?.where_cond(&(xs + 1.)?, &xs.minimum(&zeros)?.exp()?)
 }

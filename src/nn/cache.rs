@@ -32,10 +32,7 @@ impl LayerCache {
 
     /// The size of everything held, in bytes.
     pub fn bytes(&self) -> usize {
-        let state = self
-            .state
-            .iter()
-            .flat_map(|state| std::iter::once(&state.kv).chain(&state.z));
+        let state = self.state.iter().flat_map(|state| std::iter::once(&state.kv).chain(&state.z));
         let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         state.chain(&self.conv).map(size).sum()
     }
@@ -52,10 +49,7 @@ impl LayerCache {
 
     /// Stores what a layer remembers after `tokens` more tokens.
     pub(crate) fn advance(&mut self, state: Option<State>, conv: Vec<Tensor>, tokens: usize) {
-        self.state = state.map(|state| State {
-            kv: state.kv.detach(),
-            z: state.z.map(|z| z.detach()),
-        });
+        self.state = state.map(|state| State { kv: state.kv.detach(), z: state.z.map(|z| z.detach()) });
         self.conv = conv.iter().map(Tensor::detach).collect();
         self.tokens += tokens;
     }
@@ -63,9 +57,7 @@ impl LayerCache {
 
 /// The options under which a layer calls its operator: continue from the cache, if there is one, and return the state.
 pub(crate) fn options(mode: Mode, cache: Option<&LayerCache>) -> Options {
-    let options = Options::default()
-        .with_mode(mode)
-        .with_final_state(cache.is_some());
+    let options = Options::default().with_mode(mode).with_final_state(cache.is_some());
     match cache.and_then(LayerCache::state) {
         Some(state) => options.with_initial_state(state),
         None => options,
@@ -79,13 +71,8 @@ pub(crate) fn check_input(
     cache: Option<&LayerCache>,
 ) -> Result<(usize, usize)> {
     let (batch, tokens) = match *xs.dims() {
-        [batch, tokens, hidden] if hidden == hidden_size && batch > 0 && tokens > 0 => {
-            (batch, tokens)
-        }
-        _ => bail!(
-            "xs: shape is {:?}, it must be [B, T, {hidden_size}] with B and T at least 1",
-            xs.dims()
-        ),
+        [batch, tokens, hidden] if hidden == hidden_size && batch > 0 && tokens > 0 => (batch, tokens),
+        _ => bail!("xs: shape is {:?}, it must be [B, T, {hidden_size}] with B and T at least 1", xs.dims()),
     };
     if let Some(state) = cache.and_then(LayerCache::state) {
         let held = state.kv.dim(0)?;

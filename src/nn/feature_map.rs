@@ -96,8 +96,7 @@ impl FeatureMap {
 
 fn dpfp(xs: &Tensor) -> Result<Tensor> {
     let xs = Tensor::cat(&[xs.relu()?, xs.neg()?.relu()?], D::Minus1)?;
-    let products: Vec<Tensor> = (1..=DPFP_NU)
-        .map(|shift| &xs * xs.roll(shift as i32, D::Minus1)?)
-        .collect::<Result<_>>()?;
+    let products: Vec<Tensor> =
+        (1..=DPFP_NU).map(|shift| &xs * xs.roll(shift as i32, D::Minus1)?).collect::<Result<_>>()?;
     Tensor::cat(&products, D::Minus1)
 }

@@ -84,19 +84,10 @@ impl GatedLinearAttentionConfig {
             bail!("gate_low_rank_dim is 0, it must be at least 1");
         }
         if !self.gate_logit_normalizer.is_normal() {
-            bail!(
-                "gate_logit_normalizer is {}, it must be finite and not 0",
-                self.gate_logit_normalizer
-            );
+            bail!("gate_logit_normalizer is {}, it must be finite and not 0", self.gate_logit_normalizer);
         }
         check_conv_size(self.conv_size)?;
-        Heads::new(
-            self.hidden_size,
-            self.expand_k,
-            self.expand_v,
-            self.num_heads,
-            self.num_kv_heads,
-        )
+        Heads::new(self.hidden_size, self.expand_k, self.expand_v, self.num_heads, self.num_kv_heads)
     }
 }
 
@@ -124,10 +115,7 @@ impl GatedLinearAttention {
     pub fn new(cfg: &GatedLinearAttentionConfig, vb: VarBuilder) -> Result<Self> {
         let heads = cfg.check()?;
         let stdev = cfg.initializer_range;
-        let conv = cfg.use_short_conv.then_some(ConvShape {
-            width: cfg.conv_size,
-            bias: cfg.conv_bias,
-        });
+        let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
         let output_norm = OutputNormConfig {
             gate_fn: cfg.use_output_gate.then_some(cfg.gate_fn),
             elementwise_affine: cfg.elementwise_affine,
@@ -146,13 +134,7 @@ impl GatedLinearAttention {
             gate_logit_normalizer: cfg.gate_logit_normalizer,
             clamp_min: cfg.clamp_min,
             output_norm: OutputNorm::new(&output_norm, &heads, &vb)?,
-            o_proj: Linear::new(
-                heads.value_dim(),
-                heads.hidden_size,
-                false,
-                stdev,
-                vb.pp("o_proj"),
-            )?,
+            o_proj: Linear::new(heads.value_dim(), heads.hidden_size, false, stdev, vb.pp("o_proj"))?,
             heads,
             mode: Mode::Auto,
         })
@@ -165,21 +147,13 @@ impl GatedLinearAttention {
     /// A wrong shape, or a cache of another batch size.
     pub fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let (_, tokens) = check_input(xs, self.heads.hidden_size, cache.as_deref())?;
-        let Projected {
-            mut q,
-            mut k,
-            v,
-            conv,
-        } = self.qkv.forward(xs, cache.as_deref())?;
+        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, cache.as_deref())?;
         if let Some(map) = self.feature_map {
             q = map.forward(&q)?;
             k = map.forward(&k)?;
         }
-        let [k, v, g] = [
-            self.heads.repeat(&k)?,
-            self.heads.repeat(&v)?,
-            self.heads.repeat(&self.gates(xs)?)?,
-        ];
+        let [k, v, g] =
+            [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(xs)?)?];
         let Output { out, state } = gla(&q, &k, &v, &g, &options(self.mode, cache.as_deref()))?;
         if let Some(cache) = cache {
             cache.advance(state, conv, tokens);
@@ -196,18 +170,11 @@ impl GatedLinearAttention {
     /// would not do.
     fn gates(&self, xs: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = xs.dims3()?;
-        let logits = self.gk_proj[1]
-            .forward(&self.gk_proj[0].forward(xs)?)?
-            .to_dtype(DType::F32)?;
+        let logits = self.gk_proj[1].forward(&self.gk_proj[0].forward(xs)?)?.to_dtype(DType::F32)?;
         let mut g = (Activation::LogSigmoid.forward_f32(&logits)? / self.gate_logit_normalizer)?;
         if let Some(least) = self.clamp_min {
             g = g.maximum(least)?;
         }
-        g.reshape((
-            batch,
-            tokens,
-            self.heads.num_kv_heads,
-            self.heads.head_k_dim,
-        ))
+        g.reshape((batch, tokens, self.heads.num_kv_heads, self.heads.head_k_dim))
     }
 }

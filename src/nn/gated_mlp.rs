@@ -1,6 +1,6 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
-use crate::nn::Linear;
+use crate::nn::{Linear, fused};
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
@@ -61,38 +61,26 @@ impl GatedMlp {
         };
         let (gate_proj, up_proj) = match fused_gate_and_up(hidden, inner, &vb)? {
             Some(pair) => pair,
-            None => (
-                linear(hidden, inner, "gate_proj")?,
-                linear(hidden, inner, "up_proj")?,
-            ),
+            None => (linear(hidden, inner, "gate_proj")?, linear(hidden, inner, "up_proj")?),
         };
-        Ok(Self {
-            gate_proj,
-            up_proj,
-            down_proj: linear(inner, hidden, "down_proj")?,
-            kind: cfg.kind,
-        })
+        Ok(Self { gate_proj, up_proj, down_proj: linear(inner, hidden, "down_proj")?, kind: cfg.kind })
     }
 
     /// `[.., hidden]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let gate = self.gate_proj.forward(xs)?.to_dtype(DType::F32)?;
         let up = self.up_proj.forward(xs)?.to_dtype(DType::F32)?;
-        let gate = match self.kind {
-            GluKind::Swish => gate.silu()?,
-            GluKind::PowLu => powlu(&gate)?,
+        let ys = match self.kind {
+            GluKind::Swish => fused::swiglu(&gate, &up)?,
+            GluKind::PowLu => (powlu(&gate)? * up)?,
         };
-        self.down_proj.forward(&(gate * up)?.to_dtype(xs.dtype())?)
+        self.down_proj.forward(&ys.to_dtype(xs.dtype())?)
     }
 }
 
 /// The two projections of the old layout, if that is what there is. A fresh model has neither tensor yet and gets the
 /// layout of today.
-fn fused_gate_and_up(
-    hidden: usize,
-    inner: usize,
-    vb: &VarBuilder,
-) -> Result<Option<(Linear, Linear)>> {
+fn fused_gate_and_up(hidden: usize, inner: usize, vb: &VarBuilder) -> Result<Option<(Linear, Linear)>> {
     let (gate, up) = (vb.pp("gate_proj"), vb.pp("up_proj"));
     if up.contains_tensor("weight") || !gate.contains_tensor("weight") {
         return Ok(None);

@@ -29,18 +29,12 @@ impl Heads {
             }
         }
         let num_kv_heads = num_kv_heads.unwrap_or(num_heads);
-        if num_kv_heads == 0 || num_heads % num_kv_heads != 0 {
+        if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {
             bail!("num_kv_heads is {num_kv_heads}, it must divide num_heads, which is {num_heads}");
         }
         let head_k_dim = head_dim("expand_k", hidden_size, expand_k, num_heads)?;
         let head_v_dim = head_dim("expand_v", hidden_size, expand_v, num_heads)?;
-        Ok(Self {
-            hidden_size,
-            num_heads,
-            num_kv_heads,
-            head_k_dim,
-            head_v_dim,
-        })
+        Ok(Self { hidden_size, num_heads, num_kv_heads, head_k_dim, head_v_dim })
     }
 
     /// The width of the output of all heads.
@@ -56,9 +50,12 @@ impl Heads {
             return Ok(xs.clone());
         }
         let (batch, tokens, heads, dim) = xs.dims4()?;
-        xs.unsqueeze(3)?
-            .broadcast_as((batch, tokens, heads, group, dim))?
-            .reshape((batch, tokens, heads * group, dim))
+        xs.unsqueeze(3)?.broadcast_as((batch, tokens, heads, group, dim))?.reshape((
+            batch,
+            tokens,
+            heads * group,
+            dim,
+        ))
     }
 }
 
@@ -72,7 +69,7 @@ fn head_dim(name: &str, hidden_size: usize, expand: f64, num_heads: usize) -> Re
         );
     }
     let width = width as usize;
-    if width % num_heads != 0 {
+    if !width.is_multiple_of(num_heads) {
         bail!("num_heads is {num_heads}, it must divide hidden_size * {name}, which is {width}");
     }
     Ok(width / num_heads)

@@ -1,6 +1,7 @@
 //! Projections without the traps: 16-bit weights on a CPU, and the initialisation the checkpoints' authors use.
 
-use candle_core::{D, DType, Result, Tensor};
+use crate::nn::fused;
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A normal distribution around 0, what every projection and embedding starts from.
@@ -17,13 +18,7 @@ pub(crate) struct Linear {
 
 impl Linear {
     /// Reads `weight` and, if asked for, `bias`. A fresh weight is normal with the given deviation, a fresh bias 0.
-    pub fn new(
-        inputs: usize,
-        outputs: usize,
-        bias: bool,
-        stdev: f64,
-        vb: VarBuilder,
-    ) -> Result<Self> {
+    pub fn new(inputs: usize, outputs: usize, bias: bool, stdev: f64, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints((outputs, inputs), "weight", normal(stdev))?;
         let bias = match bias {
             true => Some(vb.get_with_hints(outputs, "bias", Init::Const(0.))?),
@@ -34,10 +29,7 @@ impl Linear {
 
     /// A layer from tensors at hand.
     pub fn from_parts(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Ok(Self {
-            weight: resident(weight)?,
-            bias,
-        })
+        Ok(Self { weight: resident(weight)?, bias })
     }
 
     /// `[.., inputs]` to `[.., outputs]`, in the dtype of `xs`.
@@ -47,6 +39,12 @@ impl Linear {
             Some(bias) => ys.broadcast_add(bias),
             None => Ok(ys),
         }
+    }
+
+    /// `[B, T, inputs]` to `[B, T, heads, outputs / heads]`, for a layer without a bias.
+    pub fn forward_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
+        let (batch, tokens, _) = xs.dims3()?;
+        project_to(xs, &self.weight, &[batch, tokens, heads, self.weight.dim(0)? / heads])
     }
 }
 
@@ -63,19 +61,16 @@ pub(crate) fn resident(weight: Tensor) -> Result<Tensor> {
 
 /// `xs W^T` for `xs` of shape `[.., inputs]` and `W` of shape `[outputs, inputs]`, in the dtype of `xs`.
 pub(crate) fn project(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let inputs = xs.dim(D::Minus1)?;
     let mut dims = xs.dims().to_vec();
-    let rows = dims[..dims.len() - 1].iter().product::<usize>();
     if let Some(last) = dims.last_mut() {
         *last = weight.dim(0)?;
     }
+    project_to(xs, weight, &dims)
+}
+
+fn project_to(xs: &Tensor, weight: &Tensor, dims: &[usize]) -> Result<Tensor> {
     let dtype = product_dtype(xs);
-    let weight = weight.to_dtype(dtype)?.t()?;
-    let ys = xs
-        .reshape((rows, inputs))?
-        .to_dtype(dtype)?
-        .matmul(&weight)?;
-    ys.to_dtype(xs.dtype())?.reshape(dims)
+    fused::linear(&xs.to_dtype(dtype)?, &weight.to_dtype(dtype)?, dims)?.to_dtype(xs.dtype())
 }
 
 fn product_dtype(tensor: &Tensor) -> DType {

@@ -65,13 +65,7 @@ impl Default for LinearAttentionConfig {
 impl LinearAttentionConfig {
     /// The sizes, or an error that names the field that is wrong.
     pub(crate) fn check(&self) -> Result<Heads> {
-        Heads::new(
-            self.hidden_size,
-            self.expand_k,
-            self.expand_v,
-            self.num_heads,
-            self.num_kv_heads,
-        )
+        Heads::new(self.hidden_size, self.expand_k, self.expand_v, self.num_heads, self.num_kv_heads)
     }
 }
 
@@ -100,12 +94,9 @@ impl LinearAttention {
         let stdev = cfg.initializer_range;
         let (feature_map_q, feature_map_k) = feature_maps(cfg, &heads, &vb)?;
         let norm = match cfg.output_norm {
-            true => Some(RmsNorm::new(
-                heads.head_v_dim,
-                cfg.norm_eps,
-                cfg.elementwise_affine,
-                vb.pp("norm"),
-            )?),
+            true => {
+                Some(RmsNorm::new(heads.head_v_dim, cfg.norm_eps, cfg.elementwise_affine, vb.pp("norm"))?)
+            }
             false => None,
         };
         Ok(Self {
@@ -116,13 +107,7 @@ impl LinearAttention {
             norm_k: cfg.norm_k,
             normalize: cfg.norm_feature_map,
             norm,
-            o_proj: Linear::new(
-                heads.value_dim(),
-                heads.hidden_size,
-                false,
-                stdev,
-                vb.pp("o_proj"),
-            )?,
+            o_proj: Linear::new(heads.value_dim(), heads.hidden_size, false, stdev, vb.pp("o_proj"))?,
             heads,
             mode: Mode::Auto,
         })
@@ -168,29 +153,16 @@ fn feature_maps(
     heads: &Heads,
     vb: &VarBuilder,
 ) -> Result<(FeatureMap, FeatureMap)> {
-    let map = |name: &str| {
-        FeatureMap::new(
-            cfg.feature_map,
-            heads.head_k_dim,
-            cfg.initializer_range,
-            vb.pp(name),
-        )
-    };
+    let map =
+        |name: &str| FeatureMap::new(cfg.feature_map, heads.head_k_dim, cfg.initializer_range, vb.pp(name));
     if !cfg.tie_feature_map_qk {
         return Ok((map("feature_map_q")?, map("feature_map_k")?));
     }
     // A file that stores shared tensors once may have kept either of the two names.
-    let held = |name: &str| {
-        ["layer", "layer1"]
-            .iter()
-            .any(|layer| vb.pp(name).pp(layer).contains_tensor("weight"))
-    };
+    let held =
+        |name: &str| ["layer", "layer1"].iter().any(|layer| vb.pp(name).pp(layer).contains_tensor("weight"));
     let only_k = held("feature_map_k") && !held("feature_map_q");
-    let shared = map(if only_k {
-        "feature_map_k"
-    } else {
-        "feature_map_q"
-    })?;
+    let shared = map(if only_k { "feature_map_k" } else { "feature_map_q" })?;
     Ok((shared.clone(), shared))
 }
 

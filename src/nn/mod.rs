@@ -25,6 +25,7 @@
 mod activation;
 mod cache;
 mod feature_map;
+mod fused;
 mod gated_linear_attention;
 mod gated_mlp;
 mod heads;

@@ -27,12 +27,7 @@ impl OutputNorm {
         // The authors' fused kernel does norm and swish gate together, and its weight has a name of its own.
         let fused = cfg.fuse_norm && cfg.gate_fn == Some(Activation::Silu);
         let name = if fused { "g_norm_swish_gate" } else { "g_norm" };
-        let norm = RmsNorm::new(
-            heads.head_v_dim,
-            cfg.norm_eps,
-            cfg.elementwise_affine,
-            vb.pp(name),
-        )?;
+        let norm = RmsNorm::new(heads.head_v_dim, cfg.norm_eps, cfg.elementwise_affine, vb.pp(name))?;
         let gate = match cfg.gate_fn {
             Some(gate_fn) => {
                 let vb = vb.pp("g_proj");
@@ -46,11 +41,14 @@ impl OutputNorm {
 
     /// `out: [B, T, H, V]` and the layer's input `xs: [B, T, hidden_size]` to `[B, T, H * V]`.
     pub fn forward(&self, out: &Tensor, xs: &Tensor) -> Result<Tensor> {
-        let mut ys = self.norm.forward_f32(out)?.flatten_from(2)?;
-        if let Some((proj, gate_fn)) = &self.gate {
-            let gate = proj.forward(xs)?.to_dtype(DType::F32)?;
-            ys = (ys * gate_fn.forward_f32(&gate)?)?;
-        }
+        let ys = match &self.gate {
+            None => self.norm.forward_f32(out)?.flatten_from(2)?,
+            Some((proj, Activation::Silu)) => self.norm.forward_silu_f32(out, &proj.forward(xs)?)?,
+            Some((proj, gate_fn)) => {
+                let gate = gate_fn.forward_f32(&proj.forward(xs)?.to_dtype(DType::F32)?)?;
+                (self.norm.forward_f32(out)?.flatten_from(2)? * gate)?
+            }
+        };
         ys.to_dtype(xs.dtype())
     }
 }

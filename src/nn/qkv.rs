@@ -17,7 +17,6 @@ struct Projection {
     linear: Linear,
     conv: Option<ShortConvolution>,
     heads: usize,
-    head_dim: usize,
 }
 
 /// The three projections: `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` if there are convolutions.
@@ -34,40 +33,18 @@ pub(crate) struct Projected {
 }
 
 impl Qkv {
-    pub fn new(
-        heads: &Heads,
-        conv: Option<ConvShape>,
-        stdev: f64,
-        vb: &VarBuilder,
-    ) -> Result<Self> {
+    pub fn new(heads: &Heads, conv: Option<ConvShape>, stdev: f64, vb: &VarBuilder) -> Result<Self> {
         let projection = |name: &str, count: usize, head_dim: usize| {
             let width = count * head_dim;
-            let linear = Linear::new(
-                heads.hidden_size,
-                width,
-                false,
-                stdev,
-                vb.pp(format!("{name}_proj")),
-            )?;
+            let linear = Linear::new(heads.hidden_size, width, false, stdev, vb.pp(format!("{name}_proj")))?;
             let conv = match conv {
                 Some(shape) => {
                     let vb = vb.pp(format!("{name}_conv1d"));
-                    Some(ShortConvolution::new(
-                        width,
-                        shape.width,
-                        shape.bias,
-                        stdev,
-                        vb,
-                    )?)
+                    Some(ShortConvolution::new(width, shape.width, shape.bias, stdev, vb)?)
                 }
                 None => None,
             };
-            Ok::<_, candle_core::Error>(Projection {
-                linear,
-                conv,
-                heads: count,
-                head_dim,
-            })
+            Ok::<_, candle_core::Error>(Projection { linear, conv, heads: count })
         };
         Ok(Self([
             projection("q", heads.num_heads, heads.head_k_dim)?,
@@ -80,15 +57,14 @@ impl Qkv {
         let mut conv = Vec::new();
         let mut project = |index: usize| {
             let projection = &self.0[index];
-            let mut ys = projection.linear.forward(xs)?;
-            if let Some(layer) = &projection.conv {
-                let (mixed, past) =
-                    layer.forward(&ys, cache.and_then(|cache| cache.conv(index)))?;
-                conv.push(past);
-                ys = mixed;
-            }
+            let Some(layer) = &projection.conv else {
+                return projection.linear.forward_heads(xs, projection.heads);
+            };
+            let past = cache.and_then(|cache| cache.conv(index));
+            let (ys, past) = layer.forward(&projection.linear.forward(xs)?, past)?;
+            conv.push(past);
             let (batch, tokens, _) = ys.dims3()?;
-            ys.reshape((batch, tokens, projection.heads, projection.head_dim))
+            ys.reshape((batch, tokens, projection.heads, ()))
         };
         let (q, k, v) = (project(0)?, project(1)?, project(2)?);
         Ok(Projected { q, k, v, conv })

@@ -75,14 +75,9 @@ impl MultiScaleRetentionConfig {
     /// The sizes, or an error that names the field that is wrong.
     pub(crate) fn check(&self) -> Result<Heads> {
         check_conv_size(self.conv_size)?;
-        let heads = Heads::new(
-            self.hidden_size,
-            self.expand_k,
-            self.expand_v,
-            self.num_heads,
-            self.num_kv_heads,
-        )?;
-        if heads.head_k_dim % 2 != 0 {
+        let heads =
+            Heads::new(self.hidden_size, self.expand_k, self.expand_v, self.num_heads, self.num_kv_heads)?;
+        if !heads.head_k_dim.is_multiple_of(2) {
             bail!(
                 "expand_k is {} and num_heads {}: a head has {} key channels, it must have an even number to be rotated",
                 self.expand_k,
@@ -117,10 +112,7 @@ impl MultiScaleRetention {
     pub fn new(cfg: &MultiScaleRetentionConfig, vb: VarBuilder) -> Result<Self> {
         let heads = cfg.check()?;
         let stdev = cfg.initializer_range;
-        let conv = cfg.use_short_conv.then_some(ConvShape {
-            width: cfg.conv_size,
-            bias: cfg.conv_bias,
-        });
+        let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
         let output_norm = OutputNormConfig {
             gate_fn: cfg.use_output_gate.then_some(cfg.gate_fn),
             elementwise_affine: cfg.elementwise_affine,
@@ -137,13 +129,7 @@ impl MultiScaleRetention {
             rotary: RotaryEmbedding::new(heads.head_k_dim, ROTARY_BASE)?,
             log_decay: Tensor::from_vec(log_decay, heads.num_heads, vb.device())?,
             output_norm: OutputNorm::new(&output_norm, &heads, &vb)?,
-            o_proj: Linear::new(
-                heads.value_dim(),
-                heads.hidden_size,
-                false,
-                stdev,
-                vb.pp("o_proj"),
-            )?,
+            o_proj: Linear::new(heads.value_dim(), heads.hidden_size, false, stdev, vb.pp("o_proj"))?,
             heads,
             mode: Mode::Auto,
         })
@@ -156,12 +142,7 @@ impl MultiScaleRetention {
     /// A wrong shape, or a cache of another batch size.
     pub fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
         let (_, tokens) = check_input(xs, self.heads.hidden_size, cache.as_deref())?;
-        let Projected {
-            mut q,
-            mut k,
-            v,
-            conv,
-        } = self.qkv.forward(xs, cache.as_deref())?;
+        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, cache.as_deref())?;
         if let Some(map) = self.feature_map {
             q = map.forward(&q)?;
             k = map.forward(&k)?;

@@ -1,6 +1,7 @@
 //! Root-mean-square normalisation ([Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)).
 
-use candle_core::{D, DType, Result, Tensor};
+use crate::nn::fused;
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in f32.
@@ -8,7 +9,7 @@ use candle_nn::{Init, VarBuilder};
 /// candle-nn's fused `rms_norm` has no backward: a layer that used it would train without gradients below the norm.
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
-    weight: Option<Tensor>,
+    weight: Tensor,
     eps: f64,
 }
 
@@ -17,8 +18,8 @@ impl RmsNorm {
     /// parameters.
     pub fn new(size: usize, eps: f64, affine: bool, vb: VarBuilder) -> Result<Self> {
         let weight = match affine {
-            true => Some(vb.get_with_hints(size, "weight", Init::Const(1.))?),
-            false => None,
+            true => vb.get_with_hints(size, "weight", Init::Const(1.))?,
+            false => Tensor::ones(size, DType::F32, vb.device())?,
         };
         Ok(Self { weight, eps })
     }
@@ -30,12 +31,12 @@ impl RmsNorm {
 
     /// The same, left in f32 for whatever comes next.
     pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
-        let xs = xs.to_dtype(DType::F32)?;
-        let mean_square = xs.sqr()?.mean_keepdim(D::Minus1)?;
-        let ys = xs.broadcast_div(&(mean_square + self.eps)?.sqrt()?)?;
-        match &self.weight {
-            Some(weight) => ys.broadcast_mul(&weight.to_dtype(DType::F32)?),
-            None => Ok(ys),
-        }
+        fused::rms_norm(&xs.to_dtype(DType::F32)?, &self.weight.to_dtype(DType::F32)?, self.eps)
+    }
+
+    /// The same times `silu(gate)`, in f32 and in the shape of `gate`, which has the elements of `xs` in their order.
+    pub(crate) fn forward_silu_f32(&self, xs: &Tensor, gate: &Tensor) -> Result<Tensor> {
+        let [xs, weight, gate] = [xs, &self.weight, gate].map(|x| x.to_dtype(DType::F32));
+        fused::rms_norm_silu(&xs?, &weight?, &gate?, self.eps)
     }
 }

@@ -15,15 +15,11 @@ pub struct RotaryEmbedding {
 impl RotaryEmbedding {
     /// For heads of `dim` channels, an even number.
     pub fn new(dim: usize, base: f64) -> Result<Self> {
-        if dim == 0 || dim % 2 != 0 {
-            bail!(
-                "rotary embedding: the head has {dim} channels, it must have an even number of them"
-            );
+        if dim == 0 || !dim.is_multiple_of(2) {
+            bail!("rotary embedding: the head has {dim} channels, it must have an even number of them");
         }
         let inverse_frequency = |i| (1. / base.powf((2 * i) as f64 / dim as f64)) as f32;
-        Ok(Self {
-            inverse_frequencies: (0..dim / 2).map(inverse_frequency).collect(),
-        })
+        Ok(Self { inverse_frequencies: (0..dim / 2).map(inverse_frequency).collect() })
     }
 
     /// `xs: [B, T, H, dim]`, whose first token has position `offset`, to the same shape and dtype.
@@ -31,10 +27,7 @@ impl RotaryEmbedding {
         let half = self.inverse_frequencies.len();
         let (_, tokens, _, dim) = xs.dims4()?;
         if dim != 2 * half {
-            bail!(
-                "rotary embedding: xs has heads of {dim} channels, it must be {}",
-                2 * half
-            );
+            bail!("rotary embedding: xs has heads of {dim} channels, it must be {}", 2 * half);
         }
         let (cos, sin) = self.tables(offset, tokens, xs)?;
         let wide = xs.to_dtype(DType::F32)?;
@@ -49,17 +42,9 @@ impl RotaryEmbedding {
     /// checkpoints were trained.
     fn tables(&self, offset: usize, tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let angles: Vec<f32> = (offset..offset + tokens)
-            .flat_map(|t| {
-                self.inverse_frequencies
-                    .iter()
-                    .map(move |frequency| t as f32 * frequency)
-            })
+            .flat_map(|t| self.inverse_frequencies.iter().map(move |frequency| t as f32 * frequency))
             .collect();
-        let angles = Tensor::from_vec(
-            angles,
-            (tokens, 1, self.inverse_frequencies.len()),
-            like.device(),
-        )?;
+        let angles = Tensor::from_vec(angles, (tokens, 1, self.inverse_frequencies.len()), like.device())?;
         Ok((angles.cos()?, angles.sin()?))
     }
 }

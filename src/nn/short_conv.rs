@@ -18,25 +18,14 @@ pub struct ShortConvolution {
 impl ShortConvolution {
     /// Reads `weight` of shape `[channels, 1, width]` and, if asked for, `bias` of shape `[channels]`. A fresh weight is
     /// normal with deviation `stdev`, a fresh bias 0.
-    pub fn new(
-        channels: usize,
-        width: usize,
-        bias: bool,
-        stdev: f64,
-        vb: VarBuilder,
-    ) -> Result<Self> {
+    pub fn new(channels: usize, width: usize, bias: bool, stdev: f64, vb: VarBuilder) -> Result<Self> {
         check_conv_size(width)?;
         let weight = vb.get_with_hints((channels, 1, width), "weight", normal(stdev))?;
         let bias = match bias {
             true => Some(vb.get_with_hints(channels, "bias", Init::Const(0.))?),
             false => None,
         };
-        Ok(Self {
-            weight,
-            bias,
-            channels,
-            width,
-        })
+        Ok(Self { weight, bias, channels, width })
     }
 
     /// `xs: [B, T, channels]` to the same shape and dtype, and the last `width - 1` inputs, `[B, width - 1, channels]`.
@@ -44,18 +33,12 @@ impl ShortConvolution {
     pub fn forward(&self, xs: &Tensor, past: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
         let (batch, tokens, channels) = xs.dims3()?;
         if channels != self.channels {
-            bail!(
-                "xs: {channels} channels, the convolution has {}",
-                self.channels
-            );
+            bail!("xs: {channels} channels, the convolution has {}", self.channels);
         }
         let past_shape = (batch, self.width - 1, channels);
         let past = match past {
             Some(past) if past.dims3()? == past_shape => past.to_dtype(xs.dtype())?,
-            Some(past) => bail!(
-                "past: shape is {:?}, it must be {past_shape:?}",
-                past.dims()
-            ),
+            Some(past) => bail!("past: shape is {:?}, it must be {past_shape:?}", past.dims()),
             None => Tensor::zeros(past_shape, xs.dtype(), xs.device())?,
         };
         let padded = match self.width {
@@ -63,19 +46,11 @@ impl ShortConvolution {
             _ => Tensor::cat(&[&past, xs], 1)?,
         };
         // One row a tap, so that a tap is a contiguous vector over the channels.
-        let taps = self
-            .weight
-            .to_dtype(DType::F32)?
-            .squeeze(1)?
-            .t()?
-            .contiguous()?;
+        let taps = self.weight.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?;
         let wide = padded.to_dtype(DType::F32)?;
         let mut ys = wide.narrow(1, 0, tokens)?.broadcast_mul(&taps.get(0)?)?;
         for tap in 1..self.width {
-            ys = (ys
-                + wide
-                    .narrow(1, tap, tokens)?
-                    .broadcast_mul(&taps.get(tap)?)?)?;
+            ys = (ys + wide.narrow(1, tap, tokens)?.broadcast_mul(&taps.get(tap)?)?)?;
         }
         if let Some(bias) = &self.bias {
             ys = ys.broadcast_add(&bias.to_dtype(DType::F32)?)?;

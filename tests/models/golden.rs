@@ -37,7 +37,12 @@ fn whole_sequence_in_every_mode() -> Result<()> {
         let (mut model, input_ids, golden) = open(name, None)?;
         for mode in MODES {
             model.set_mode(mode);
-            assert_close(&format!("{name} {mode:?}"), &model.forward(&input_ids, None)?, &golden["logits"], LIMIT)?;
+            assert_close(
+                &format!("{name} {mode:?}"),
+                &model.forward(&input_ids, None)?,
+                &golden["logits"],
+                LIMIT,
+            )?;
         }
     }
     Ok(())

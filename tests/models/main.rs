@@ -1,9 +1,11 @@
 //! Layers, models and checkpoints.
 
-mod broken;
+mod checkpoints;
+mod config;
 mod golden;
 mod hub;
 mod layers;
 mod reference;
+mod scalar;
 mod support;
 mod variants;

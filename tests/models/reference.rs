@@ -1,6 +1,7 @@
 //! The three models once more, from their definition: one sequence, scalar loops, f64. Slow, and nothing in common with
 //! the crate but the names of fields and parameters.
 
+use crate::scalar::{fla_activation, sigmoid, silu, transformers_activation};
 use candle_core::{DType, Result, Tensor};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -39,7 +40,8 @@ pub fn model(config: &Value, params: &Params, ids: &[u32]) -> Sequence {
     let mut xs: Sequence = ids.iter().map(|id| row(params, "model.embeddings", *id as usize)).collect();
     for layer in 0..number(config, "num_hidden_layers", 24.) as usize {
         let prefix = format!("model.layers.{layer}");
-        let mixed = mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
+        let mixed =
+            mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
         xs = add(&xs, &mixed);
         let ys = norm(&xs, &format!("{prefix}.mlp_norm"));
         xs = add(&xs, &mlp(config, params, &format!("{prefix}.mlp"), &ys));
@@ -74,7 +76,8 @@ pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequ
 pub fn gated_linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let sizes = Sizes::new(config, [0.5, 1.]);
     let [q, k, v] = projections(config, params, prefix, xs);
-    let gates = linear(params, &format!("{prefix}.gk_proj.1"), &linear(params, &format!("{prefix}.gk_proj.0"), xs));
+    let gates =
+        linear(params, &format!("{prefix}.gk_proj.1"), &linear(params, &format!("{prefix}.gk_proj.0"), xs));
     let (normalizer, least) = (number(config, "gate_logit_normalizer", 16.), config["clamp_min"].as_f64());
     let decay = |t: usize, h: usize, i: usize| {
         let logit = gates[t][h / sizes.group * sizes.k + i];
@@ -92,7 +95,7 @@ pub fn multi_scale_retention(config: &Value, params: &Params, prefix: &str, xs: 
     let rotate = |xs: Sequence| -> Sequence {
         let turned = |(t, x): (usize, Vec<f64>)| {
             let mut y = x.clone();
-            for at in (0..x.len()).step_by(sizes.k).flat_map(|head| (head..head + half)) {
+            for at in (0..x.len()).step_by(sizes.k).flat_map(|head| head..head + half) {
                 let angle = t as f64 / 10000f64.powf((at % sizes.k) as f64 / half as f64);
                 y[at] = x[at] * angle.cos() - x[at + half] * angle.sin();
                 y[at + half] = x[at + half] * angle.cos() + x[at] * angle.sin();
@@ -242,7 +245,8 @@ fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
         "elementwise_product" => layer("layer1").iter().zip(layer("layer2")).map(|(a, b)| a * b).collect(),
         "hedgehog" => {
             let y = layer("layer");
-            let powers: Vec<f64> = y.iter().map(|y| (2. * y).exp()).chain(y.iter().map(|y| (-2. * y).exp())).collect();
+            let powers: Vec<f64> =
+                y.iter().map(|y| (2. * y).exp()).chain(y.iter().map(|y| (-2. * y).exp())).collect();
             let sum: f64 = powers.iter().sum();
             powers.iter().map(|power| power / sum).collect()
         }
@@ -250,7 +254,9 @@ fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
         "dpfp" => {
             let both: Vec<f64> = x.iter().map(|x| x.max(0.)).chain(x.iter().map(|x| (-x).max(0.))).collect();
             let n = both.len();
-            (1..=4).flat_map(|shift| (0..n).map(|i| both[i] * both[(i + n - shift) % n]).collect::<Vec<_>>()).collect()
+            (1..=4)
+                .flat_map(|shift| (0..n).map(|i| both[i] * both[(i + n - shift) % n]).collect::<Vec<_>>())
+                .collect()
         }
         "elu" => x.iter().map(|x| if *x < 0. { x.exp() } else { x + 1. }).collect(),
         "relu" => x.iter().map(|x| x.max(0.)).collect(),
@@ -264,54 +270,6 @@ fn pointwise(name: &Value, activation: fn(&str, f64) -> f64, xs: Sequence) -> Se
         Some(name) => xs.into_iter().map(|x| x.into_iter().map(|x| activation(name, x)).collect()).collect(),
         None => xs,
     }
-}
-
-pub fn fla_activation(name: &str, x: f64) -> f64 {
-    match name {
-        "gelu" => gelu_tanh(x),
-        "sqrelu" => x.max(0.).powi(2),
-        "logsigmoid" => -(-x).exp().ln_1p(),
-        "relu" | "sigmoid" | "silu" | "swish" => transformers_activation(name, x),
-        _ => panic!("activation {name}"),
-    }
-}
-
-pub fn transformers_activation(name: &str, x: f64) -> f64 {
-    match name {
-        "relu" => x.max(0.),
-        "relu2" => x.max(0.).powi(2),
-        "sigmoid" => sigmoid(x),
-        "silu" | "swish" => silu(x),
-        "tanh" => x.tanh(),
-        "linear" => x,
-        "mish" => x * x.exp().ln_1p().tanh(),
-        "quick_gelu" => x * sigmoid(1.702 * x),
-        "gelu" | "gelu_python" => x * 0.5 * (1. + erf(x / 2f64.sqrt())),
-        _ if name.starts_with("gelu") => gelu_tanh(x),
-        _ => panic!("activation {name}"),
-    }
-}
-
-fn gelu_tanh(x: f64) -> f64 {
-    x * 0.5 * (1. + ((2. / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
-}
-
-/// By its series, which converges fast enough for the arguments here.
-fn erf(x: f64) -> f64 {
-    let (mut term, mut sum) = (x, x);
-    for n in 1..100 {
-        term *= -x * x / n as f64;
-        sum += term / (2 * n + 1) as f64;
-    }
-    sum * 2. / std::f64::consts::PI.sqrt()
-}
-
-fn sigmoid(x: f64) -> f64 {
-    1. / (1. + (-x).exp())
-}
-
-fn silu(x: f64) -> f64 {
-    x * sigmoid(x)
 }
 
 fn row(params: &Params, name: &str, index: usize) -> Vec<f64> {

@@ -19,6 +19,8 @@ const VARIANTS: &[&str] = &[
     r#""model_type": "linear_attn", "feature_map": "t2r", "norm_q": true, "norm_k": true"#,
     r#""model_type": "linear_attn", "feature_map": "t2r", "tie_feature_map_qk": true, "fuse_norm": false"#,
     r#""model_type": "linear_attn", "feature_map": "dpfp", "expand_k": 0.5, "expand_v": 1.5"#,
+    // Heads of 512 mapped channels.
+    r#""model_type": "linear_attn", "feature_map": "dpfp", "hidden_size": 64, "num_heads": 1, "num_hidden_layers": 1"#,
     r#""model_type": "linear_attn", "feature_map": "elu", "norm_feature_map": true, "norm_q": true, "num_heads": 4, "num_kv_heads": 2"#,
     r#""model_type": "linear_attn", "feature_map": "relu", "elementwise_affine": false"#,
     r#""model_type": "linear_attn", "feature_map": "identity", "hidden_act": "powlu", "intermediate_size": null"#,
@@ -78,7 +80,12 @@ fn logits_are_those_of_the_definition() -> Result<()> {
         let expected = case.reference(&case.params()?)?;
         for mode in [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::FusedChunk] {
             case.model.set_mode(mode);
-            assert_close(&format!("{fields} {mode:?}"), &case.model.forward(&case.ids, None)?, &expected, 2e-5)?;
+            assert_close(
+                &format!("{fields} {mode:?}"),
+                &case.model.forward(&case.ids, None)?,
+                &expected,
+                2e-5,
+            )?;
         }
     }
     Ok(())
@@ -106,8 +113,8 @@ fn every_parameter_gets_its_gradient() -> Result<()> {
                 size += expected.powi(2);
             }
             // The floor is for parameters whose gradient is small beside the others', and its rounding is not.
-            let relative = error.sqrt() / size.sqrt().max(1e-2);
-            assert!(relative < 1e-3, "{fields}: gradient of {name}: relative error {relative:.2e}");
+            let relative = error.sqrt() / size.sqrt().max(1e-3);
+            assert!(relative < 1e-4, "{fields}: gradient of {name}: relative error {relative:.2e}");
         }
     }
     Ok(())
@@ -143,7 +150,7 @@ fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
                 let ids = ids.narrow(1, cache.tokens(), *piece)?;
                 logits.push(case.model.forward(&ids, Some(&mut cache))?);
             }
-            assert_close(&format!("{fields} {pieces:?}"), &Tensor::cat(&logits, 1)?, &whole, 1e-5)?;
+            assert_close(&format!("{fields} {pieces:?}"), &Tensor::cat(&logits, 1)?, &whole, 3e-5)?;
         }
     }
     Ok(())
@@ -153,9 +160,9 @@ fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
 fn later_tokens_do_not_reach_earlier_logits() -> Result<()> {
     for fields in VARIANTS {
         let case = Case::new(fields)?;
-        let start = case.ids.narrow(1, 0, 5)?;
-        let other = Tensor::cat(&[&start, &((case.ids.narrow(1, 5, 4)? - 3.)?.abs()?)], 1);
-        let other = other.or_else(|_| Tensor::cat(&[&start, &case.ids.narrow(1, 1, 4)?], 1))?;
+        let mut other = case.ids.flatten_all()?.to_vec1::<u32>()?;
+        other[5..].iter_mut().for_each(|id| *id = (*id + 3) % 11);
+        let other = Tensor::from_vec(other, (1, TOKENS), &CPU)?;
         let [a, b] = [&case.ids, &other].map(|ids| case.model.forward(ids, None));
         let [a, b] = [a?.narrow(1, 0, 5)?, b?.narrow(1, 0, 5)?];
         assert_close(fields, &a, &b, 1e-6)?;
@@ -169,7 +176,8 @@ fn sixteen_bits_run_every_variant() -> Result<()> {
         let case = Case::new(fields)?;
         let whole = case.model.forward(&case.ids, None)?;
         for (dtype, limit) in [(DType::F16, 2e-2), (DType::BF16, 1.5e-1)] {
-            let tensors = sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+            let tensors =
+                sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
             let vb = candle_nn::VarBuilder::from_tensors(tensors, dtype, &CPU);
             let model = Model::new(case.model.config(), vb)?;
             let mut cache = model.new_cache();
@@ -192,7 +200,8 @@ fn sixteen_bit_parameters_get_gradients() -> Result<()> {
         let logits = model.forward(&pseudo_tokens(1, TOKENS, 11)?, None)?.to_dtype(DType::F32)?;
         let gradients = candle_nn::ops::log_softmax(&logits, D::Minus1)?.sum_all()?.backward()?;
         for (name, var) in sorted(&varmap) {
-            let gradient = gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
+            let gradient =
+                gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
             assert_eq!(gradient.dtype(), DType::BF16, "{model_type}: {name}");
         }
     }
@@ -202,7 +211,10 @@ fn sixteen_bit_parameters_get_gradients() -> Result<()> {
 /// A parameter that has changed shows in the next forward: no layer works on a copy.
 #[test]
 fn updates_of_parameters_take_effect() -> Result<()> {
-    for fields in [r#""model_type": "linear_attn", "feature_map": "hedgehog""#, r#""model_type": "gla", "use_short_conv": true"#] {
+    for fields in [
+        r#""model_type": "linear_attn", "feature_map": "hedgehog""#,
+        r#""model_type": "gla", "use_short_conv": true"#,
+    ] {
         let case = Case::new(fields)?;
         case.model.forward(&case.ids, None)?;
         for (_, var) in sorted(&case.varmap) {

@@ -1,0 +1,244 @@
+//! Root-mean-square norms, alone and with a SiLU gate.
+
+use super::{BLOCK, Held, fits, sigmoid, values};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, f32; `weight` is `[n]`.
+pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    match fits(&[xs, weight]) {
+        true => xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 }),
+        false => composed(xs, weight, eps),
+    }
+}
+
+/// [`rms_norm`] times `silu(gate)`, f32. `gate` has the elements of `xs` in the same order, in any shape, and gives the
+/// result its shape.
+pub(crate) fn rms_norm_silu(xs: &Tensor, weight: &Tensor, gate: &Tensor, eps: f64) -> Result<Tensor> {
+    match fits(&[xs, weight, gate]) {
+        true => {
+            let op = RmsNormSilu(RmsNorm { eps: eps as f32 });
+            xs.contiguous()?.apply_op3(&weight.contiguous()?, &gate.contiguous()?, op)
+        }
+        false => composed(xs, weight, eps)?.reshape(gate.shape())? * gate.silu()?,
+    }
+}
+
+fn composed(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    let mean_square = xs.sqr()?.mean_keepdim(D::Minus1)?;
+    xs.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(weight)
+}
+
+#[derive(Clone, Copy)]
+struct RmsNorm {
+    eps: f32,
+}
+
+impl RmsNorm {
+    /// `1 / sqrt(mean(x^2) + eps)`
+    fn inverse(&self, row: &[f32]) -> f32 {
+        1. / (dot(row, row) / row.len() as f32 + self.eps).sqrt()
+    }
+
+    fn forward_row(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
+        let inverse = self.inverse(x);
+        for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+            *y = x * inverse * w;
+        }
+    }
+
+    /// From `dx` = the gradient of y to that of x, in place, with `dweight` added to.
+    fn backward_row(&self, x: &[f32], weight: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
+        let inverse = self.inverse(x);
+        for i in 0..x.len() {
+            dweight[i] += dx[i] * x[i] * inverse;
+            dx[i] *= weight[i];
+        }
+        let mean = dot(x, dx) / x.len() as f32 * inverse * inverse;
+        for (dx, x) in dx.iter_mut().zip(x) {
+            *dx = inverse * (*dx - x * mean);
+        }
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms_norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
+        let block = check_rows(xs.len(), weight.len())?;
+        let n = weight.len();
+        let mut ys = vec![0.; xs.len()];
+        ys.par_chunks_mut(block).zip(xs.par_chunks(block)).for_each(|(ys, xs)| {
+            for (y, x) in ys.chunks_mut(n).zip(xs.chunks(n)) {
+                self.forward_row(x, weight, y);
+            }
+        });
+        Ok((CpuStorage::F32(ys), layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let (shape, weight_shape) = (xs.shape(), weight.shape());
+        let [xs, weight, dy] = [&Held::new(xs), &Held::new(weight), &Held::new(&dy)];
+        let [xs, weight, dy] = [xs.values()?, weight.values()?, dy.values()?];
+        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let mut dx = dy.to_vec();
+        let blocks = dx.par_chunks_mut(block).zip(xs.par_chunks(block));
+        let dweights = blocks.map(|(dx, xs)| {
+            let mut dweight = vec![0.; n];
+            for (dx, x) in dx.chunks_mut(n).zip(xs.chunks(n)) {
+                self.backward_row(x, weight, dx, &mut dweight);
+            }
+            dweight
+        });
+        let dweight = total(dweights.collect(), n);
+        let dx = Tensor::from_vec(dx, shape, &Device::Cpu)?;
+        Ok((Some(dx), Some(Tensor::from_vec(dweight, weight_shape, &Device::Cpu)?)))
+    }
+}
+
+struct RmsNormSilu(RmsNorm);
+
+impl CustomOp3 for RmsNormSilu {
+    fn name(&self) -> &'static str {
+        "rms_norm_silu"
+    }
+
+    fn cpu_fwd(
+        &self,
+        xs: &CpuStorage,
+        layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
+        let gate = values(gate, gate_layout)?;
+        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let mut ys = vec![0.; xs.len()];
+        let blocks = ys.par_chunks_mut(block).zip(xs.par_chunks(block)).zip(gate.par_chunks(block));
+        blocks.for_each(|((ys, xs), gate)| {
+            for ((y, x), gate) in ys.chunks_mut(n).zip(xs.chunks(n)).zip(gate.chunks(n)) {
+                self.0.forward_row(x, weight, y);
+                for (y, g) in y.iter_mut().zip(gate) {
+                    *y *= g * sigmoid(*g);
+                }
+            }
+        });
+        Ok((CpuStorage::F32(ys), gate_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        xs: &Tensor,
+        weight: &Tensor,
+        gate: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let dy = dy.contiguous()?;
+        let shapes = [xs.shape(), weight.shape(), gate.shape()];
+        let [xs, weight, gate, dy] = [&Held::new(xs), &Held::new(weight), &Held::new(gate), &Held::new(&dy)];
+        let [xs, weight, gate, dy] = [xs.values()?, weight.values()?, gate.values()?, dy.values()?];
+        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let (mut dx, mut dgate) = (vec![0.; xs.len()], vec![0.; xs.len()]);
+        let inputs = xs.par_chunks(block).zip(gate.par_chunks(block)).zip(dy.par_chunks(block));
+        let outputs = dx.par_chunks_mut(block).zip(dgate.par_chunks_mut(block));
+        let dweights = outputs.zip(inputs).map(|((dx, dgate), ((xs, gate), dy))| {
+            let mut dweight = vec![0.; n];
+            for from in (0..xs.len()).step_by(n) {
+                let (row, x) = (from..from + n, &xs[from..from + n]);
+                let (dx, dgate) = (&mut dx[row.clone()], &mut dgate[row.clone()]);
+                self.0.forward_row(x, weight, dgate);
+                for (((dx, dgate), g), dy) in dx.iter_mut().zip(dgate).zip(&gate[row.clone()]).zip(&dy[row]) {
+                    let s = sigmoid(*g);
+                    *dx = dy * g * s;
+                    *dgate *= dy * s * (1. + g * (1. - s));
+                }
+                self.0.backward_row(x, weight, dx, &mut dweight);
+            }
+            dweight
+        });
+        let dweight = total(dweights.collect(), n);
+        let tensor = |values, shape: &Shape| Tensor::from_vec(values, shape, &Device::Cpu).map(Some);
+        Ok((tensor(dx, shapes[0])?, tensor(dweight, shapes[1])?, tensor(dgate, shapes[2])?))
+    }
+}
+
+/// Elements that a thread takes at a time: whole rows of `n`.
+fn check_rows(elements: usize, n: usize) -> Result<usize> {
+    if n == 0 || !elements.is_multiple_of(n) {
+        bail!("rms_norm: {elements} elements are not whole rows of {n}");
+    }
+    Ok(BLOCK.div_ceil(n) * n)
+}
+
+fn total(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
+    let mut sum = vec![0.; n];
+    for part in parts {
+        for (sum, part) in sum.iter_mut().zip(part) {
+            *sum += part;
+        }
+    }
+    sum
+}
+
+/// In eight running sums: one alone would wait for every addition, and round more.
+fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut sums = [0f32; 8];
+    let (xs, ys) = (x.chunks_exact(8), y.chunks_exact(8));
+    let rest: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(x, y)| x * y).sum();
+    for (x, y) in xs.zip(ys) {
+        for i in 0..8 {
+            sums[i] += x[i] * y[i];
+        }
+    }
+    sums.iter().sum::<f32>() + rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::fused::tests::agree;
+
+    const EPS: f64 = 1e-2;
+    const SHAPES: [(&[usize], usize); 4] =
+        [(&[1, 1], 1), (&[3, 5], 5), (&[2, 100, 3, 96], 96), (&[70, 301], 301)];
+
+    #[test]
+    fn agrees_with_its_composition() -> Result<()> {
+        for (shape, n) in SHAPES {
+            agree(&[shape, &[n]], |x| rms_norm(&x[0], &x[1], EPS), |x| composed(&x[0], &x[1], EPS))?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn gated_agrees_with_its_composition() -> Result<()> {
+        for (shape, n) in SHAPES {
+            let gate = &[shape[0], shape[1..].iter().product()];
+            agree(
+                &[shape, &[n], gate],
+                |x| rms_norm_silu(&x[0], &x[1], &x[2], EPS),
+                |x| composed(&x[0], &x[1], EPS)?.reshape(x[2].shape())? * x[2].silu()?,
+            )?;
+        }
+        Ok(())
+    }
+}

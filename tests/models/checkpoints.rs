@@ -1,0 +1,250 @@
+//! Checkpoints that are not right are refused, and the message says where; old and split ones load.
+
+use crate::support::*;
+use candle_core::{DType, Result, Tensor};
+use candle_linear_attn::models::Model;
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use tempfile::TempDir;
+
+/// A copy of a golden checkpoint to break.
+fn copy_of(name: &str) -> Result<TempDir> {
+    let folder = tempfile::tempdir()?;
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(golden_folder(name).join(file), folder.path().join(file))?;
+    }
+    Ok(folder)
+}
+
+fn load(folder: &TempDir) -> Result<Model> {
+    Model::load(folder.path(), None, &CPU)
+}
+
+fn tensors(folder: &TempDir) -> Result<HashMap<String, Tensor>> {
+    candle_core::safetensors::load(folder.path().join("model.safetensors"), &CPU)
+}
+
+/// The tensors in two files and an index, instead of the one file.
+fn shard(folder: &TempDir) -> Result<()> {
+    let path = |name: &str| folder.path().join(name);
+    let tensors = tensors(folder)?;
+    let (first, second): (HashMap<_, _>, HashMap<_, _>) =
+        tensors.into_iter().partition(|(name, _)| name.contains("layers.0"));
+    let mut weight_map = serde_json::Map::new();
+    for (number, part) in [(1, first), (2, second)] {
+        let file = format!("model-0000{number}-of-00002.safetensors");
+        weight_map.extend(part.keys().map(|name| (name.clone(), file.clone().into())));
+        candle_core::safetensors::save(&part, path(&file))?;
+    }
+    let index = serde_json::json!({ "metadata": {}, "weight_map": weight_map });
+    fs::write(path("model.safetensors.index.json"), index.to_string())?;
+    fs::remove_file(path("model.safetensors"))?;
+    Ok(())
+}
+
+fn golden_logits(model: &Model, name: &str) -> Result<()> {
+    let golden = candle_core::safetensors::load(golden_folder(name).join("golden.safetensors"), &CPU)?;
+    let logits = model.forward(&golden["input_ids"], None)?;
+    assert_close(name, &logits, &golden["logits"], 1e-4)
+}
+
+#[test]
+fn several_files_with_an_index_load_like_one() -> Result<()> {
+    let folder = copy_of("gla")?;
+    shard(&folder)?;
+    golden_logits(&load(&folder)?, "gla")
+}
+
+/// Before February 2025 the MLP's gate and up projections were one tensor.
+#[test]
+fn the_old_layout_of_the_mlp_loads() -> Result<()> {
+    for name in ["gla", "retnet"] {
+        let folder = copy_of(name)?;
+        let mut tensors = tensors(&folder)?;
+        for layer in 0..2 {
+            let name = |part: &str| format!("model.layers.{layer}.mlp.{part}_proj.weight");
+            let up = tensors.remove(&name("up")).expect("up_proj");
+            let both = Tensor::cat(&[&tensors[&name("gate")], &up], 0)?;
+            tensors.insert(name("gate"), both);
+        }
+        candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+        golden_logits(&load(&folder)?, name)?;
+    }
+    Ok(())
+}
+
+/// A file that stores shared tensors once may have kept the head.
+#[test]
+fn tied_embeddings_load_under_either_name() -> Result<()> {
+    let folder = copy_of("gla-tied")?;
+    let mut tensors = tensors(&folder)?;
+    let shared = tensors.remove("model.embeddings.weight").expect("embeddings");
+    tensors.insert("lm_head.weight".into(), shared);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    golden_logits(&load(&folder)?, "gla-tied")
+}
+
+#[test]
+fn missing_files_are_named() -> Result<()> {
+    assert_says(&message(Model::load("no/such/folder", None, &CPU)), &["no/such/folder", "not a folder"]);
+    let folder = copy_of("gla")?;
+    fs::remove_file(folder.path().join("model.safetensors"))?;
+    assert_says(&message(load(&folder)), &["neither model.safetensors nor model.safetensors.index.json"]);
+    fs::remove_file(folder.path().join("config.json"))?;
+    assert_says(&message(load(&folder)), &["config.json: cannot be read"]);
+    Ok(())
+}
+
+#[test]
+fn truncated_and_corrupt_files_are_named() -> Result<()> {
+    let folder = copy_of("retnet")?;
+    let path = folder.path().join("model.safetensors");
+    let whole = fs::read(&path)?;
+    let mut huge_header = whole.clone();
+    huge_header[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    let mut not_json = whole.clone();
+    not_json[8] = b'x';
+    let mut long = whole.clone();
+    long.extend([0; 16]);
+    let broken: [(&str, &[u8]); 8] = [
+        ("empty", &[]),
+        ("seven bytes", &whole[..7]),
+        ("in the header", &whole[..100]),
+        ("in the data", &whole[..whole.len() - 1]),
+        ("header longer than the file", &huge_header),
+        ("header not JSON", &not_json),
+        ("data left over", &long),
+        ("another format", b"PK\x03\x04 this is an archive of some other kind"),
+    ];
+    for (what, bytes) in broken {
+        fs::write(&path, bytes)?;
+        let message = message(load(&folder));
+        assert_says(&message, &["model.safetensors: not a whole safetensors file"]);
+        assert_eq!(message.matches("model.safetensors").count(), 1, "{what}: {message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_missing_tensor_is_named() -> Result<()> {
+    for name in [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.attn.gk_proj.1.bias",
+        "model.layers.0.mlp.up_proj.weight",
+    ] {
+        let folder = copy_of("gla")?;
+        let mut tensors = tensors(&folder)?;
+        tensors.remove(name).expect("a tensor");
+        candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+        assert_says(&message(load(&folder)), &["model.safetensors", name, "missing"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_misshapen_tensor_is_named() -> Result<()> {
+    let folder = copy_of("gla")?;
+    let mut tensors = tensors(&folder)?;
+    tensors.insert("model.layers.1.attn.k_proj.weight".into(), Tensor::zeros((16, 31), DType::F32, &CPU)?);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    let parts = ["model.safetensors", "model.layers.1.attn.k_proj.weight", "[16, 31]", "[16, 32]"];
+    assert_says(&message(load(&folder)), &parts);
+    Ok(())
+}
+
+#[test]
+fn a_tensor_of_integers_is_refused() -> Result<()> {
+    let folder = copy_of("gla")?;
+    let mut tensors = tensors(&folder)?;
+    tensors.insert("model.norm.weight".into(), Tensor::zeros(32, DType::I64, &CPU)?);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    assert_says(&message(load(&folder)), &["model.safetensors", "model.norm.weight", "I64", "must be F32"]);
+    Ok(())
+}
+
+#[test]
+fn broken_indices_are_named() -> Result<()> {
+    let index_of = |folder: &Path| folder.join("model.safetensors.index.json");
+    let folder = copy_of("gla")?;
+    shard(&folder)?;
+    let index = index_of(folder.path());
+    let good = fs::read_to_string(&index)?;
+
+    let second = folder.path().join("model-00002-of-00002.safetensors");
+    let bytes = fs::read(&second)?;
+    fs::write(&second, &bytes[..bytes.len() - 4])?;
+    assert_says(&message(load(&folder)), &["model-00002-of-00002.safetensors: not a whole safetensors file"]);
+    fs::remove_file(&second)?;
+    assert_says(
+        &message(load(&folder)),
+        &["index.json", "model-00002-of-00002.safetensors", "not in the folder"],
+    );
+    fs::write(&second, bytes)?;
+
+    // The index promises a tensor that its file does not have.
+    let moved = good.replace(
+        "\"model.norm.weight\":\"model-00002-of-00002.safetensors\"",
+        "\"model.norm.weight\":\"model-00001-of-00002.safetensors\"",
+    );
+    assert_ne!(moved, good);
+    fs::write(&index, moved)?;
+    assert_says(
+        &message(load(&folder)),
+        &["model-00001-of-00002.safetensors", "model.norm.weight", "missing"],
+    );
+
+    fs::write(&index, "{")?;
+    assert_says(&message(load(&folder)), &["index.json: not valid JSON"]);
+    for text in ["[]", "{}", r#"{"weight_map": {}}"#, r#"{"weight_map": 3}"#] {
+        fs::write(&index, text)?;
+        assert_says(&message(load(&folder)), &["index.json", "weight_map"]);
+    }
+    for file in ["../secret.safetensors", "/etc/passwd", "..", "", "a/b.safetensors", "a\\b.safetensors"] {
+        fs::write(&index, serde_json::json!({ "weight_map": { "lm_head.weight": file } }).to_string())?;
+        assert_says(&message(load(&folder)), &["index.json", "lm_head.weight", "a file beside it"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_broken_config_is_named_with_its_file() -> Result<()> {
+    let folder = copy_of("gla")?;
+    let path = folder.path().join("config.json");
+    for (text, parts) in [
+        ("", ["config.json", "not valid JSON"]),
+        ("[1]", ["config.json", "must be a JSON object"]),
+        ("{}", ["config.json", "`model_type` is missing"]),
+        (r#"{"model_type": 3}"#, ["config.json", "`model_type` is 3"]),
+        (r#"{"model_type": "gla", "num_heads": "two"}"#, ["config.json", "`num_heads` is \"two\""]),
+    ] {
+        fs::write(&path, text)?;
+        assert_says(&message(load(&folder)), &parts);
+    }
+    Ok(())
+}
+
+#[test]
+fn wrong_inputs_to_a_model_are_named() -> Result<()> {
+    let model = Model::load(golden_folder("gla"), None, &CPU)?;
+    let ids = |ids: &[u32]| Tensor::new(ids, &CPU)?.unsqueeze(0);
+    assert_says(&message(model.forward(&ids(&[1, 96])?, None)), &["token 96", "vocabulary size 96"]);
+    let negative = Tensor::new(&[[-1i64]], &CPU)?;
+    assert_says(&message(model.forward(&negative, None)), &["token -1"]);
+    assert_says(&message(model.forward(&ids(&[])?, None)), &["input_ids", "[1, 0]", "[B, T]"]);
+    assert_says(&message(model.forward(&ids(&[1])?.squeeze(0)?, None)), &["input_ids", "[1]", "[B, T]"]);
+    let floats = Tensor::zeros((1, 2), DType::F32, &CPU)?;
+    assert_says(&message(model.forward(&floats, None)), &["input_ids", "F32", "U32"]);
+    assert_says(&message(model.logits(&floats)), &["hidden", "[1, 2]", "32"]);
+    assert_says(&message(Model::load(golden_folder("gla"), Some(DType::F64), &CPU)), &["dtype is F64"]);
+
+    let mut cache = model.new_cache();
+    model.forward(&ids(&[1, 2])?, Some(&mut cache))?;
+    let batch = Tensor::new(&[[1u32], [2]], &CPU)?;
+    assert_says(&message(model.forward(&batch, Some(&mut cache))), &["batch size is 2", "1 sequences"]);
+    assert_eq!(cache.tokens(), 2);
+    let (other, _) = small_model(r#""model_type": "gla", "num_hidden_layers": 3"#)?;
+    assert_says(&message(other.forward(&ids(&[1])?, Some(&mut cache))), &["cache", "2 layers", "3"]);
+    Ok(())
+}
