@@ -116,7 +116,7 @@ fn bad_arguments_of_generate_are_named() {
         ),
         (&["-n", "0"], "--max-new-tokens is 0, must be at least 1"),
         (&["--prompt", ""], "--prompt is empty"),
-        (&["--revision", "main"], "--model-id"),
+        (&["--revision", "main"], "--revision belongs to --model-id"),
         (&["--mode", "sideways"], "fused-chunk"),
     ] {
         let message = fail(&mut generate(arguments));

@@ -375,7 +375,7 @@ fn bad_arguments_of_train_are_named() {
     let folder = tempfile::tempdir().unwrap();
     for (arguments, part) in [
         (&["--steps", "0"][..], "--steps is 0, must be at least 1"),
-        (&["--lr", "-1"], "--lr is -1, must be a positive number"),
+        (&["--lr=-1"], "--lr is -1, must be a positive number"),
         (&["--beta2", "1"], "--beta2 is 1, must be in [0, 1)"),
         (
             &["--vocab-size", "10"],

@@ -21,7 +21,7 @@ pub struct Args {
     #[arg(long, value_name = "ID")]
     model_id: Option<String>,
     /// Branch, tag or commit of --model-id.
-    #[arg(long, requires = "model_id")]
+    #[arg(long)]
     revision: Option<String>,
     /// Text to go on from; "-" reads it from stdin.
     #[arg(long, default_value = DEFAULT_PROMPT)]
@@ -75,6 +75,10 @@ impl Args {
             self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0,
             "--repeat-penalty is {}, must be a positive number",
             self.repeat_penalty
+        );
+        ensure!(
+            self.revision.is_none() || self.model_id.is_some(),
+            "--revision belongs to --model-id, which is not given"
         );
         ensure!(
             self.max_new_tokens > 0,
