@@ -1,6 +1,6 @@
 //! Bits per byte of a text.
 
-use crate::{data::TokenStream, loss::token_nll};
+use crate::{data::TokenStream, loss::token_nll, workers::Workers};
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use candle_linear_attn::models::Model;
@@ -12,23 +12,31 @@ const ROWS: usize = 16;
 /// The bits that `model` needs for the texts of `stream` and the ends of them, for each byte of text.
 ///
 /// The stream is cut at ends of texts into rows of about the same length. A row is read in windows of `seq_len` tokens with
-/// the state carried from one to the next, so the model has all the context it would have in use.
+/// the state carried from one to the next, so the model has all the context it would have in use. `workers` read rows of
+/// their own.
 pub fn bits_per_byte(
     model: &Model,
     stream: &TokenStream,
     end_token: u32,
     seq_len: usize,
+    workers: &Workers,
 ) -> Result<f64> {
     ensure!(stream.text_bytes > 0, "there is no text to validate on");
     let rows = split_at_ends(&stream.tokens, end_token);
+    let shares: Vec<_> = rows.chunks(rows.len().div_ceil(workers.count())).collect();
+    let nats = workers.map(shares.len(), |i| rows_nats(model, shares[i], seq_len))?;
+    Ok(nats.iter().sum::<f64>() / LN_2 / stream.text_bytes as f64)
+}
+
+fn rows_nats(model: &Model, rows: &[&[u32]], seq_len: usize) -> Result<f64> {
     let longest = rows.iter().map(|row| row.len() - 1).max().unwrap_or(0);
     let mut cache = model.new_cache();
     let mut nats = 0.0;
     for start in (0..longest).step_by(seq_len) {
-        let window = Window::new(&rows, start, seq_len.min(longest - start));
+        let window = Window::new(rows, start, seq_len.min(longest - start));
         nats += window_nats(model, &window, &mut cache)?;
     }
-    Ok(nats / LN_2 / stream.text_bytes as f64)
+    Ok(nats)
 }
 
 fn window_nats(

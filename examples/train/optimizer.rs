@@ -1,6 +1,7 @@
 //! AdamW with moments that can be saved, and the learning rate over a run.
 
 use candle_core::{DType, Result, Tensor, Var, backprop::GradStore, bail};
+use rayon::prelude::*;
 use std::{collections::BTreeMap, f64::consts::PI};
 
 /// Linear warm-up to `peak`, then a cosine down to `last` at the end of the run.
@@ -82,10 +83,10 @@ impl AdamW {
     }
 
     /// The norm of all gradients together, a scalar on their device: reading one number for each parameter would stall a
-    /// GPU at each.
+    /// GPU at each. Parameters are independent of each other, here and in [`step`](Self::step), so the cores share them out.
     pub fn norm(grads: &[Tensor]) -> Result<Tensor> {
         let squares = grads
-            .iter()
+            .par_iter()
             .map(|grad| grad.sqr()?.sum_all())
             .collect::<Result<Vec<_>>>()?;
         Tensor::stack(&squares, 0)?.sum_all()?.sqrt()
@@ -103,20 +104,22 @@ impl AdamW {
         let scale = (clip / norm).min(1.0);
         let t = (step + 1) as f64;
         let (correct1, correct2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
-        for (slot, grad) in self.slots.iter_mut().zip(grads) {
-            let grad = (grad * scale)?;
-            slot.m = ((&slot.m * beta1)? + (&grad * (1.0 - beta1))?)?;
-            slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-            let direction = ((&slot.m / correct1)? / ((&slot.v / correct2)?.sqrt()? + eps)?)?;
-            let kept = if slot.decays {
-                1.0 - lr * weight_decay
-            } else {
-                1.0
-            };
-            let param = slot.var.as_detached_tensor();
-            slot.var.set(&((param * kept)? - (direction * lr)?)?)?;
-        }
-        Ok(())
+        self.slots
+            .par_iter_mut()
+            .zip(grads)
+            .try_for_each(|(slot, grad)| {
+                let grad = (grad * scale)?;
+                slot.m = ((&slot.m * beta1)? + (&grad * (1.0 - beta1))?)?;
+                slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
+                let direction = ((&slot.m / correct1)? / ((&slot.v / correct2)?.sqrt()? + eps)?)?;
+                let kept = if slot.decays {
+                    1.0 - lr * weight_decay
+                } else {
+                    1.0
+                };
+                let param = slot.var.as_detached_tensor();
+                slot.var.set(&((param * kept)? - (direction * lr)?)?)
+            })
     }
 
     /// Parameters and moments, all that a resumed run needs besides its step.

@@ -11,11 +11,13 @@ use crate::{
     optimizer::{AdamW, Hyperparameters, Schedule},
     params::Parameters,
     progress::Progress,
+    workers::Workers,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Config, Model};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 use serde_json::{Map, Value};
 use std::{
     path::Path,
@@ -114,6 +116,7 @@ struct Run<'a> {
     folder: &'a Path,
     corpus: &'a Corpus,
     device: Device,
+    workers: Workers,
     config: Config,
     recipe: Map<String, Value>,
     parameters: Parameters,
@@ -177,6 +180,7 @@ impl<'a> Run<'a> {
             log: Log::open(folder, steps_taken)?,
             progress: Progress::new(args.steps, steps_taken),
             steps_taken,
+            workers: Workers::new(&device)?,
             device,
         })
     }
@@ -222,28 +226,40 @@ impl<'a> Run<'a> {
     /// Loss, norm of the gradient, and the gradient, over all batches of a step.
     fn gradients(&self, step: usize) -> Result<(f32, f32, Vec<Tensor>)> {
         let (batch_size, accum) = (self.args.batch_size, self.args.grad_accum);
-        let mut total: Option<(Tensor, Vec<Tensor>)> = None;
+        let mut total = None;
         for i in 0..accum {
             let first = ((step * accum + i) * batch_size) as u64;
-            let (inputs, targets) = self.batches.get(first, batch_size, &self.device)?;
-            let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
-            let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? / accum as f64)?;
-            let grads = self.optimizer.collect(&mut loss.backward()?)?;
-            let loss = loss.detach();
-            total = Some(match total {
-                None => (loss, grads),
-                Some((loss_sum, sums)) => {
-                    let sums = sums.iter().zip(&grads).map(|(a, b)| a + b);
-                    (
-                        (loss_sum + loss)?,
-                        sums.collect::<candle_core::Result<_>>()?,
-                    )
-                }
-            });
+            let shares = self.workers.count().min(batch_size);
+            let parts = self.workers.map(shares, |share| {
+                let start = share * batch_size / shares;
+                let end = (share + 1) * batch_size / shares;
+                let weight = (end - start) as f64 / (batch_size * accum) as f64;
+                self.share_gradients(first + start as u64, end - start, weight)
+            })?;
+            for part in parts {
+                total = Some(match total {
+                    None => part,
+                    Some(sum) => add(sum, part)?,
+                });
+            }
         }
         let (loss, grads) = total.context("a step has at least one batch")?;
         let scalars = Tensor::stack(&[loss, AdamW::norm(&grads)?], 0)?.to_vec1::<f32>()?;
         Ok((scalars[0], scalars[1], grads))
+    }
+
+    /// Mean loss of `count` sequences from number `first` on, times `weight`, and its gradient.
+    fn share_gradients(
+        &self,
+        first: u64,
+        count: usize,
+        weight: f64,
+    ) -> Result<(Tensor, Vec<Tensor>)> {
+        let (inputs, targets) = self.batches.get(first, count, &self.device)?;
+        let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
+        let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? * weight)?;
+        let grads = self.optimizer.collect(&mut loss.backward()?)?;
+        Ok((loss.detach(), grads))
     }
 
     /// Validates, and writes the model if it is the best so far (or there is nothing to tell by).
@@ -261,6 +277,7 @@ impl<'a> Run<'a> {
                     stream,
                     self.corpus.end_token,
                     self.args.seq_len,
+                    &self.workers,
                 )?)
             }
         };
@@ -275,4 +292,12 @@ impl<'a> Run<'a> {
         }
         Ok(bits)
     }
+}
+
+fn add(sum: (Tensor, Vec<Tensor>), part: (Tensor, Vec<Tensor>)) -> Result<(Tensor, Vec<Tensor>)> {
+    let grads = sum.1.par_iter().zip(&part.1).map(|(a, b)| a + b);
+    Ok((
+        (sum.0 + part.0)?,
+        grads.collect::<candle_core::Result<_>>()?,
+    ))
 }
