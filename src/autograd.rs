@@ -16,14 +16,14 @@
 //! each link hands its own to Candle.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result,
-    Shape, Storage, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result, Shape,
+    Storage, Tensor, bail,
 };
 
 /// A differentiable function.
@@ -37,7 +37,6 @@ pub(crate) trait Function: Send + Sync + 'static {
     fn backward(
         &self,
         inputs: &[Tensor],
-        results: &[Tensor],
         grads: &[Option<Tensor>],
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>>;
@@ -49,66 +48,28 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     let wanted: Vec<bool> = inputs.iter().map(Tensor::track_op).collect();
     let mut results = f.forward(&saved)?;
     if !wanted.contains(&true) {
-        let plain =
-            |(storage, shape)| Tensor::from_storage(storage, shape, BackpropOp::none(), false);
+        let plain = |(storage, shape)| Tensor::from_storage(storage, shape, BackpropOp::none(), false);
         return Ok(results.into_iter().map(plain).collect());
     }
     if let ([a, b, c, rest @ ..], 1) = (inputs, results.len())
         && !rest.iter().any(Tensor::track_op)
         && let Some(result) = results.pop()
     {
-        return Ok(vec![a.apply_op3(
-            b,
-            c,
-            Single {
-                f,
-                saved,
-                wanted,
-                result: Slot::new(result),
-            },
-        )?]);
+        return Ok(vec![a.apply_op3(b, c, Single { f, saved, wanted, result: Slot::new(result) })?]);
     }
-    let call = Arc::new(Call {
-        f,
-        saved,
-        wanted,
-        results: OnceLock::new(),
-        pending: Mutex::default(),
-    });
-    let tracked: Vec<usize> = (0..inputs.len())
-        .filter(|&i| inputs[i].track_op())
-        .collect();
+    let call = Arc::new(Call { f, saved, wanted, results: results.len(), pending: Mutex::default() });
+    let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
     let mut chain: Option<Tensor> = None;
     for &input in &tracked {
-        let link = Link {
-            call: call.clone(),
-            input,
-            last: tracked.last() == Some(&input),
-        };
+        let link = Link { call: call.clone(), input, last: tracked.last() == Some(&input) };
         chain = Some(match chain {
             None => inputs[input].apply_op1(link)?,
             Some(token) => token.apply_op2(&inputs[input], link)?,
         });
     }
-    let Some(token) = chain else {
-        bail!("{}: no tracked input to link to", call.f.name())
-    };
-    let leave = |(at, result)| {
-        token.apply_op1(Leave {
-            call: call.clone(),
-            at,
-            result: Slot::new(result),
-        })
-    };
-    let results = results
-        .into_iter()
-        .enumerate()
-        .map(leave)
-        .collect::<Result<Vec<_>>>()?;
-    // Detached, they share the results' storage and not their graph: no cycle.
-    let _ = call
-        .results
-        .set(results.iter().map(Tensor::detach).collect());
+    let Some(token) = chain else { bail!("{}: no tracked input to link to", call.f.name()) };
+    let leave = |(at, result)| token.apply_op1(Leave { call: call.clone(), at, result: Slot::new(result) });
+    let results = results.into_iter().enumerate().map(leave).collect::<Result<Vec<_>>>()?;
     Ok(results)
 }
 
@@ -121,9 +82,7 @@ impl Slot {
     }
 
     fn take<S>(&self, name: &str, on: impl Fn(Storage) -> Option<S>) -> Result<(S, Shape)> {
-        let Some((storage, shape)) = lock(&self.0).take() else {
-            bail!("{name}: its op ran twice")
-        };
+        let Some((storage, shape)) = lock(&self.0).take() else { bail!("{name}: its op ran twice") };
         match on(storage) {
             Some(storage) => Ok((storage, shape)),
             None => bail!("{name}: the result is on another device than the inputs"),
@@ -132,27 +91,15 @@ impl Slot {
 }
 
 fn cpu(storage: Storage) -> Option<CpuStorage> {
-    if let Storage::Cpu(s) = storage {
-        Some(s)
-    } else {
-        None
-    }
+    if let Storage::Cpu(s) = storage { Some(s) } else { None }
 }
 
 fn cuda(storage: Storage) -> Option<CudaStorage> {
-    if let Storage::Cuda(s) = storage {
-        Some(s)
-    } else {
-        None
-    }
+    if let Storage::Cuda(s) = storage { Some(s) } else { None }
 }
 
 fn metal(storage: Storage) -> Option<MetalStorage> {
-    if let Storage::Metal(s) = storage {
-        Some(s)
-    } else {
-        None
-    }
+    if let Storage::Metal(s) = storage { Some(s) } else { None }
 }
 
 fn token<S>(like: &S) -> Result<(S, Shape)>
@@ -205,14 +152,11 @@ impl<F: Function> CustomOp3 for Single<F> {
         _: &Tensor,
         _: &Tensor,
         _: &Tensor,
-        result: &Tensor,
+        _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let grads = [Some(grad.detach())];
-        let mut grads = self
-            .f
-            .backward(&self.saved, &[result.detach()], &grads, &self.wanted)?
-            .into_iter();
+        let mut grads = self.f.backward(&self.saved, &grads, &self.wanted)?.into_iter();
         let mut next = || grads.next().flatten();
         Ok((next(), next(), next()))
     }
@@ -223,7 +167,8 @@ struct Call<F> {
     f: F,
     saved: Vec<Tensor>,
     wanted: Vec<bool>,
-    results: OnceLock<Vec<Tensor>>,
+    /// How many results there are.
+    results: usize,
     /// Gradients on their way, by the thread that runs the backward pass: two threads may go through one graph.
     pending: Mutex<HashMap<ThreadId, Pending>>,
 }
@@ -247,15 +192,9 @@ impl<F: Function> Call<F> {
 
     fn backward(&self) -> Result<()> {
         let mut given = self.pending(|p| std::mem::take(&mut p.of_results));
-        let results = self.results.get().map(Vec::as_slice).unwrap_or_default();
-        let grads: Vec<_> = (0..results.len()).map(|i| given.remove(&i)).collect();
-        let grads = self
-            .f
-            .backward(&self.saved, results, &grads, &self.wanted)?;
-        let grads = grads
-            .into_iter()
-            .enumerate()
-            .filter_map(|(i, grad)| Some((i, grad?)));
+        let grads: Vec<_> = (0..self.results).map(|i| given.remove(&i)).collect();
+        let grads = self.f.backward(&self.saved, &grads, &self.wanted)?;
+        let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?)));
         self.pending(|p| p.of_inputs = grads.collect());
         Ok(())
     }
@@ -275,11 +214,7 @@ impl<F: Function> Link<F> {
         }
         match self.call.pending(|p| p.of_inputs.remove(&self.input)) {
             Some(grad) => Ok(grad),
-            None => bail!(
-                "{}: no gradient was computed for input {}",
-                self.call.f.name(),
-                self.input
-            ),
+            None => bail!("{}: no gradient was computed for input {}", self.call.f.name(), self.input),
         }
     }
 }
@@ -357,8 +292,7 @@ impl<F: Function> CustomOp1 for Leave<F> {
     }
 
     fn bwd(&self, chain: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.call
-            .pending(|p| p.of_results.insert(self.at, grad.detach()));
+        self.call.pending(|p| p.of_results.insert(self.at, grad.detach()));
         Ok(Some(chain.zeros_like()?))
     }
 }

@@ -14,10 +14,7 @@ pub(crate) fn solve(problem: Problem, inputs: Inputs<Tensor>) -> Result<Output> 
     let mut results = autograd::apply(Operator { problem, roles }, &inputs)?.into_iter();
     let (out, kv, z) = (results.next(), results.next(), results.next());
     match out {
-        Some(out) => Ok(Output {
-            out,
-            state: kv.map(|kv| State { kv, z }),
-        }),
+        Some(out) => Ok(Output { out, state: kv.map(|kv| State { kv, z }) }),
         None => candle_core::bail!("the operator has no result"),
     }
 }
@@ -31,10 +28,7 @@ struct Operator {
 impl Operator {
     /// The inputs where the CPU can read them. A device without kernels of ours computes there: its tensors are copied.
     fn on_cpu(&self, inputs: &[Tensor]) -> Result<Inputs<Tensor>> {
-        let inputs: Vec<_> = inputs
-            .iter()
-            .map(|x| x.to_device(&Device::Cpu))
-            .collect::<Result<_>>()?;
+        let inputs: Vec<_> = inputs.iter().map(|x| x.to_device(&Device::Cpu)).collect::<Result<_>>()?;
         Inputs::from_list(&self.roles, &inputs)
     }
 }
@@ -46,11 +40,7 @@ impl Function for Operator {
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
         let results = cpu::forward(&self.problem, &self.on_cpu(inputs)?)?;
-        let shapes = self
-            .problem
-            .outputs()
-            .iter()
-            .map(|&role| Shape::from(self.problem.shape(role)));
+        let shapes = self.problem.outputs().iter().map(|&role| Shape::from(self.problem.shape(role)));
         results
             .into_iter()
             .zip(shapes)
@@ -61,39 +51,20 @@ impl Function for Operator {
     fn backward(
         &self,
         inputs: &[Tensor],
-        results: &[Tensor],
         grads: &[Option<Tensor>],
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
         let cpu = |x: &Tensor| x.to_device(&Device::Cpu);
-        let grads = grads
-            .iter()
-            .map(|g| g.as_ref().map(cpu).transpose())
-            .collect::<Result<Vec<_>>>()?;
-        let results = results.iter().map(cpu).collect::<Result<Vec<_>>>()?;
+        let grads = grads.iter().map(|g| g.as_ref().map(cpu).transpose()).collect::<Result<Vec<_>>>()?;
         let wants = |role| self.roles.iter().zip(wanted).any(|(r, w)| *r == role && *w);
-        let mut found = cpu::backward(
-            &self.problem,
-            &self.on_cpu(inputs)?,
-            &results,
-            &grads,
-            &wants,
-        )?;
+        let mut found = cpu::backward(&self.problem, &self.on_cpu(inputs)?, &grads, &wants)?;
         let device = inputs[0].device();
         let take = |(&role, &wanted): (&Role, &bool)| {
-            let at = found
-                .iter()
-                .position(|(r, _)| *r == role)
-                .filter(|_| wanted);
+            let at = found.iter().position(|(r, _)| *r == role).filter(|_| wanted);
             let Some(at) = at else { return Ok(None) };
             let storage = to_device(found.swap_remove(at).1, device)?;
             let op = candle_core::op::BackpropOp::none();
-            Ok(Some(Tensor::from_storage(
-                storage,
-                self.problem.shape(role),
-                op,
-                false,
-            )))
+            Ok(Some(Tensor::from_storage(storage, self.problem.shape(role), op, false)))
         };
         self.roles.iter().zip(wanted).map(take).collect()
     }

@@ -63,14 +63,9 @@ impl<T> Inputs<T> {
             values.get(at).cloned()
         };
         match (get(Role::Q), get(Role::K), get(Role::V)) {
-            (Some(q), Some(k), Some(v)) => Ok(Self {
-                q,
-                k,
-                v,
-                g: get(Role::G),
-                kv: get(Role::Kv),
-                z: get(Role::Z),
-            }),
+            (Some(q), Some(k), Some(v)) => {
+                Ok(Self { q, k, v, g: get(Role::G), kv: get(Role::Kv), z: get(Role::Z) })
+            }
             _ => bail!("q, k and v must all be given"),
         }
     }
@@ -124,28 +119,14 @@ impl Problem {
         opts: &Options,
     ) -> Result<(Self, Inputs<Tensor>)> {
         let (batch, tokens, k_heads, k_dim) = dims4(name, "q", q, "[B, T, H, K]")?;
-        expect_shape(
-            name,
-            "k",
-            k,
-            &[batch, tokens, k_heads, k_dim],
-            "q's [B, T, H, K]",
-        )?;
+        expect_shape(name, "k", k, &[batch, tokens, k_heads, k_dim], "q's [B, T, H, K]")?;
         let (vb, vt, v_heads, v_dim) = dims4(name, "v", v, "[B, T, HV, V]")?;
         if (vb, vt) != (batch, tokens) {
-            bail!(
-                "{name}: v is {:?}, its B and T must be those of q, {:?}",
-                v.shape(),
-                q.shape()
-            );
+            bail!("{name}: v is {:?}, its B and T must be those of q, {:?}", v.shape(), q.shape());
         }
         for (what, size) in [("H", k_heads), ("K", k_dim), ("HV", v_heads), ("V", v_dim)] {
             if size == 0 {
-                bail!(
-                    "{name}: {what} is 0 (q {:?}, v {:?}), it must be at least 1",
-                    q.shape(),
-                    v.shape()
-                );
+                bail!("{name}: {what} is 0 (q {:?}, v {:?}), it must be at least 1", q.shape(), v.shape());
             }
         }
         if v_heads % k_heads != 0 {
@@ -157,10 +138,7 @@ impl Problem {
         }
         for (arg, x) in [("k", k), ("v", v)] {
             if x.dtype() != dtype {
-                bail!(
-                    "{name}: {arg} is {:?}, it must have q's dtype, {dtype:?}",
-                    x.dtype()
-                );
+                bail!("{name}: {arg} is {:?}, it must have q's dtype, {dtype:?}", x.dtype());
             }
         }
         if let Some((arg, g)) = gate {
@@ -172,11 +150,11 @@ impl Problem {
             };
             expect_shape(name, arg, g, shape, names)?;
             if g.dtype() != dtype && g.dtype() != DType::F32 {
-                bail!(
-                    "{name}: {arg} is {:?}, it must be F32 or q's dtype, {dtype:?}",
-                    g.dtype()
-                );
+                bail!("{name}: {arg} is {:?}, it must be F32 or q's dtype, {dtype:?}", g.dtype());
             }
+        }
+        if opts.normalize && decay != Decay::None {
+            bail!("{name}: normalize is set, it must not be: only linear_attn has it");
         }
         let scale = match opts.scale {
             None => 1.0 / (k_dim as f64).sqrt(),
@@ -225,21 +203,11 @@ impl Problem {
     fn check_state(&self, state: &State) -> Result<()> {
         let (name, n) = (self.name, self.sequences.len());
         let kv = [n, self.v_heads, self.k_dim, self.v_dim];
-        expect_shape(
-            name,
-            "initial state kv",
-            &state.kv,
-            &kv,
-            "[N, HV, K, V], one state a sequence",
-        )?;
+        expect_shape(name, "initial state kv", &state.kv, &kv, "[N, HV, K, V], one state a sequence")?;
         match &state.z {
-            Some(z) if self.normalize => expect_shape(
-                name,
-                "initial state z",
-                z,
-                &kv[..3],
-                "[N, HV, K], one state a sequence",
-            )?,
+            Some(z) if self.normalize => {
+                expect_shape(name, "initial state z", z, &kv[..3], "[N, HV, K], one state a sequence")?
+            }
             Some(_) => {
                 bail!("{name}: the initial state has a z, it must be None without normalize")
             }
@@ -250,10 +218,7 @@ impl Problem {
         }
         for (arg, x) in [("kv", Some(&state.kv)), ("z", state.z.as_ref())] {
             if let Some(x) = x.filter(|x| x.dtype() != DType::F32) {
-                bail!(
-                    "{name}: the initial state's {arg} is {:?}, states must be F32",
-                    x.dtype()
-                );
+                bail!("{name}: the initial state's {arg} is {:?}, states must be F32", x.dtype());
             }
         }
         Ok(())
@@ -291,19 +256,9 @@ impl Problem {
     }
 }
 
-fn sequences(
-    name: &str,
-    batch: usize,
-    tokens: usize,
-    cu_seqlens: Option<&[u32]>,
-) -> Result<Vec<Sequence>> {
+fn sequences(name: &str, batch: usize, tokens: usize, cu_seqlens: Option<&[u32]>) -> Result<Vec<Sequence>> {
     let Some(cu) = cu_seqlens else {
-        return Ok((0..batch)
-            .map(|batch| Sequence {
-                batch,
-                tokens: 0..tokens,
-            })
-            .collect());
+        return Ok((0..batch).map(|batch| Sequence { batch, tokens: 0..tokens }).collect());
     };
     if batch != 1 {
         bail!("{name}: cu_seqlens was given with B = {batch}, packed sequences need B = 1");
@@ -314,39 +269,26 @@ fn sequences(
         [first, ..] => bail!("{name}: cu_seqlens begins with {first}, it must begin with 0"),
     }
     if let Some(i) = (1..cu.len()).find(|&i| cu[i] < cu[i - 1]) {
-        bail!(
-            "{name}: cu_seqlens must never decrease, but entry {i} is {} after {}",
-            cu[i],
-            cu[i - 1]
-        );
+        bail!("{name}: cu_seqlens must never decrease, but entry {i} is {} after {}", cu[i], cu[i - 1]);
     }
     let last = cu[cu.len() - 1] as usize;
     if last != tokens {
         bail!("{name}: cu_seqlens ends at {last}, it must end at T = {tokens}");
     }
-    let tokens = |w: &[u32]| Sequence {
-        batch: 0,
-        tokens: w[0] as usize..w[1] as usize,
-    };
+    let tokens = |w: &[u32]| Sequence { batch: 0, tokens: w[0] as usize..w[1] as usize };
     Ok(cu.windows(2).map(tokens).collect())
 }
 
 fn dims4(name: &str, arg: &str, x: &Tensor, names: &str) -> Result<(usize, usize, usize, usize)> {
     match *x.dims() {
         [a, b, c, d] => Ok((a, b, c, d)),
-        _ => bail!(
-            "{name}: {arg} is {:?}, it must have 4 dimensions, {names}",
-            x.shape()
-        ),
+        _ => bail!("{name}: {arg} is {:?}, it must have 4 dimensions, {names}", x.shape()),
     }
 }
 
 fn expect_shape(name: &str, arg: &str, x: &Tensor, shape: &[usize], names: &str) -> Result<()> {
     if x.dims() != shape {
-        bail!(
-            "{name}: {arg} is {:?}, it must be {shape:?}, {names}",
-            x.shape()
-        );
+        bail!("{name}: {arg} is {:?}, it must be {shape:?}, {names}", x.shape());
     }
     Ok(())
 }

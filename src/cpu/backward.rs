@@ -9,16 +9,7 @@
 //! dv_t = dS_t^T k_t                               over dS; what is left at the end is the initial state's gradient
 //! ```
 //!
-//! The gradient of the log decay needs no state of its own: adding up the decays before t, an entry of S_t or of o_t
-//! grows with every logarithm up to its token and falls with every one up to the key's, hence
-//!
-//! ```text
-//! dg_t = sum_{s >= t} (q_s * dq_s - k_s * dk_s) + sum_v S_T * dS_T
-//! ```
-//!
-//! (equation 6 in the appendix of <https://arxiv.org/abs/2312.06635>). A token's term with itself is in both products and
-//! cancels. Under strong decay it is all there is, and what would remain of the difference is rounding, so the sweeps
-//! leave it out and it is added to dq and dk afterwards.
+//! [`super::gate_gradient`] has the gradient of the log decay, which follows from dq and dk.
 
 use candle_core::DType;
 use rayon::prelude::*;
@@ -26,18 +17,10 @@ use rayon::prelude::*;
 use super::Grads;
 use super::forward::{StateRows, gate, load_state};
 use super::gate_gradient::gate_gradient;
-use super::plan::{Task, algorithm, for_each, tasks};
-use super::sweep::{Out, Sweep, run};
+use super::plan::{Segments, Task, algorithm, for_each, narrow_tasks, tasks};
+use super::sweep::{Algorithm, Out, Sweep, run};
 use super::view::{Buffer, View, Writer};
 use crate::problem::{Inputs, Problem, Role};
-
-/// The three sweeps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Of {
-    Q,
-    K,
-    V,
-}
 
 pub(super) fn backward(
     problem: &Problem,
@@ -47,170 +30,200 @@ pub(super) fn backward(
 ) -> Vec<(Role, Buffer)> {
     let gate = wants(Role::G) && x.g.is_some();
     let groups = problem.v_heads / problem.k_heads;
-    let key_dtype = if gate || groups > 1 {
-        DType::F32
-    } else {
-        problem.dtype
-    };
+    let key_dtype = if gate || groups > 1 { DType::F32 } else { problem.dtype };
     let rows = problem.batch * problem.tokens * problem.v_heads;
-    let key_rows =
-        |wanted: bool| Buffer::zeros(key_dtype, if wanted { rows * problem.k_dim } else { 0 });
-    let (want_q, want_k) = (wants(Role::Q) || gate, wants(Role::K) || gate);
-    let want_v = wants(Role::V) || wants(Role::Kv);
-    let (mut dq, mut dk) = (key_rows(want_q), key_rows(want_k));
-    let mut dv = Buffer::zeros(problem.dtype, if want_v { rows * problem.v_dim } else { 0 });
     let states = problem.sequences.len() * problem.v_heads;
-    let mut dkv = Buffer::zeros(
-        DType::F32,
-        if wants(Role::Kv) {
-            states * problem.k_dim * problem.v_dim
-        } else {
-            0
-        },
-    );
-    // sum_v S_T * dS_T
-    let mut tail = Buffer::zeros(DType::F32, if gate { states * problem.k_dim } else { 0 });
+    let buffer = |dtype, wanted: bool, len: usize| Buffer::zeros(dtype, if wanted { len } else { 0 });
+    let (want_q, want_k) = (wants(Role::Q), wants(Role::K));
+    let want_v = wants(Role::V) || wants(Role::Kv);
+    let mut dq = buffer(key_dtype, want_q || gate, rows * problem.k_dim);
+    let mut dk = buffer(key_dtype, want_k || gate, rows * problem.k_dim);
+    let mut dv = buffer(problem.dtype, want_v, rows * problem.v_dim);
+    let mut dkv = buffer(DType::F32, wants(Role::Kv), states * problem.k_dim * problem.v_dim);
+    let segments = Segments::new(problem);
+    let mut at_ends = buffer(DType::F32, gate, segments.count() * problem.v_heads * problem.k_dim);
 
     let sweeps = Sweeps {
         problem,
         x,
         grads,
+        segments: &segments,
         with_own: !gate,
         dq: dq.writer(),
         dk: dk.writer(),
         dv: dv.writer(),
         dkv: wants(Role::Kv).then(|| dkv.writer()),
-        tail: gate.then(|| tail.writer()),
+        at_ends: at_ends.writer(),
     };
-    let all = [(Of::Q, want_q), (Of::K, want_k), (Of::V, want_v)];
     let threads = rayon::current_num_threads();
-    let jobs: Vec<(Of, Task)> = all
+    let key_tasks =
+        if gate { narrow_tasks(problem, problem.k_dim) } else { tasks(problem, problem.k_dim, threads) };
+    let value_tasks = tasks(problem, problem.v_dim, threads);
+    let all = [
+        (Job::Query, want_q && !gate, &key_tasks),
+        (Job::Key, want_k && !gate, &key_tasks),
+        (Job::QueryAndKey, gate, &key_tasks),
+        (Job::Value, want_v, &value_tasks),
+    ];
+    let jobs: Vec<_> = all
         .into_iter()
-        .filter(|(_, wanted)| *wanted)
-        .flat_map(|(of, _)| {
-            let cols = if of == Of::V {
-                problem.v_dim
-            } else {
-                problem.k_dim
-            };
-            tasks(problem, cols, threads)
-                .into_iter()
-                .map(move |task| (of, task))
-        })
+        .filter(|(_, wanted, _)| *wanted)
+        .flat_map(|(job, _, tasks)| tasks.iter().map(move |task| (job, task)))
         .collect();
-    for_each(problem, &jobs, |(of, task)| sweeps.run(*of, task));
+    for_each(problem, &jobs, |(job, task)| sweeps.run(*job, task));
 
     let mut found = vec![(Role::V, dv), (Role::Kv, dkv)];
     if gate {
-        found.push((
-            Role::G,
-            gate_gradient(problem, x, grads, (&mut dq, &mut dk), &mut tail),
-        ));
+        let dg = gate_gradient(problem, x, grads, &segments, (&mut dq, &mut dk), &mut at_ends);
+        found.push((Role::G, dg));
     }
     found.push((Role::Q, sum_groups(problem, dq)));
     found.push((Role::K, sum_groups(problem, dk)));
     found
 }
 
+/// Sweeps that run one after the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Job {
+    Query,
+    Key,
+    QueryAndKey,
+    Value,
+}
+
 struct Sweeps<'a> {
     problem: &'a Problem,
     x: &'a Inputs<View<'a>>,
     grads: &'a Grads<'a>,
+    segments: &'a Segments,
     /// Whether dq and dk have a token's term with itself.
     with_own: bool,
     dq: Writer<'a>,
     dk: Writer<'a>,
     dv: Writer<'a>,
     dkv: Option<Writer<'a>>,
-    tail: Option<Writer<'a>>,
+    at_ends: Writer<'a>,
 }
 
-impl Sweeps<'_> {
-    fn run(&self, of: Of, task: &Task) {
-        let Self { problem, x, .. } = self;
-        let (b, h, kh) = (task.sequence.batch, task.head, problem.key_head(task.head));
-        let cols = task.cols.len();
-        let from = task.cols.start;
-        let grad_out = self.grads.out.unwrap_or(View::constant(&[0.]));
-        let (read, write, value, rows) = match of {
-            Of::Q => (
-                grad_out.rows(b, h, 0),
-                x.v.rows(b, h, 0),
-                x.k.rows(b, kh, from),
-                problem.v_dim,
-            ),
-            Of::K => (
-                x.v.rows(b, h, 0),
-                grad_out.rows(b, h, 0),
-                x.q.rows(b, kh, from),
-                problem.v_dim,
-            ),
-            Of::V => (
-                x.k.rows(b, kh, 0),
-                x.q.rows(b, kh, 0),
-                grad_out.rows(b, h, from),
-                problem.k_dim,
-            ),
-        };
-        let (writer, dim) = match of {
-            Of::Q => (self.dq, problem.k_dim),
-            Of::K => (self.dk, problem.k_dim),
-            Of::V => (self.dv, problem.v_dim),
-        };
-        let offset = row_offset(problem, b, 0, h, dim) + from;
-        let orientation = if of == Of::V {
-            StateRows::Keys
-        } else {
-            StateRows::Values
-        };
-        let sweep = Sweep {
-            rows,
-            cols,
-            tokens: task.sequence.tokens.clone(),
-            reverse: of != Of::Q,
-            inclusive: of == Of::V || self.with_own,
-            read,
-            read_scale: if of == Of::Q { problem.scale } else { 1. },
-            write,
-            write_scale: if of == Of::Q { 1. } else { problem.scale },
-            value,
-            gate: gate(problem, x, task, orientation),
-            // SAFETY: sweeps write to buffers of their own, and the tasks of one differ in sequence, head or columns.
-            out: unsafe { Out::new(writer, offset, problem.v_heads * dim) },
-        };
-        let initial = match of {
-            Of::Q => x.kv.map(View::transposed),
-            Of::K => self.grads.kv.map(View::transposed),
-            Of::V => self.grads.kv,
-        };
-        let mut state = load_state(initial.as_ref(), task, rows);
-        run(algorithm(problem), &sweep, &mut state);
-        match of {
-            Of::Q => self.store_tail(task, &state),
-            Of::K => {}
-            Of::V => self.store_initial_state(task, &state),
+impl<'a> Sweeps<'a> {
+    fn run(&self, job: Job, task: &Task) {
+        let algorithm = algorithm(self.problem);
+        match job {
+            Job::Query => run(algorithm, &self.query(task), &mut self.query_state(task)),
+            Job::Key => run(algorithm, &self.key(task), &mut self.key_state(task)),
+            Job::QueryAndKey => self.run_query_and_key(algorithm, task),
+            Job::Value => {
+                let mut state = load_state(self.grads.kv.as_ref(), task, self.problem.k_dim);
+                run(algorithm, &self.value(task), &mut state);
+                self.store_initial_state(task, &state);
+            }
         }
     }
 
-    /// The final state's part in the gradient of every decay before it.
-    fn store_tail(&self, task: &Task, last: &[f32]) {
-        let (Some(tail), Some(grad)) = (self.tail, self.grads.kv) else {
-            return;
-        };
-        let grad = load_state(Some(&grad.transposed()), task, self.problem.v_dim);
-        let mut sum = vec![0.; task.cols.len()];
-        for (s, d) in last
-            .chunks_exact(sum.len())
-            .zip(grad.chunks_exact(sum.len()))
-        {
-            sum.iter_mut()
-                .zip(s)
-                .zip(d)
-                .for_each(|((sum, s), d)| *sum += s * d);
+    /// dq and dk, and at the end of each segment of tokens what [`gate_gradient`] starts from: the product, summed over
+    /// values, of the state before the last token's write and the gradient that comes from behind the segment.
+    fn run_query_and_key(&self, algorithm: Algorithm, task: &Task) {
+        let (mut query, mut key) = (self.query(task), self.key(task));
+        let mut state = self.query_state(task);
+        let mut at_ends = Vec::new();
+        for segment in self.segments.of(task.sequence) {
+            let last = segment.end - 1;
+            query.tokens = segment.start..last;
+            run(algorithm, &query, &mut state);
+            query.tokens = last..segment.end;
+            at_ends.extend_from_slice(&state);
+            let len = at_ends.len();
+            query.fade(&mut at_ends[len - state.len()..], 0);
+            run(algorithm, &query, &mut state);
         }
-        let at = (task.n * self.problem.v_heads + task.head) * self.problem.k_dim + task.cols.start;
-        // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
-        unsafe { tail.store(at, &sum) };
+        let mut grad = self.key_state(task);
+        let segments: Vec<_> = self.segments.of(task.sequence).collect();
+        for (i, (segment, state)) in
+            segments.into_iter().zip(at_ends.chunks_exact(grad.len())).enumerate().rev()
+        {
+            let mut sum = vec![0.; task.cols.len()];
+            for (s, d) in state.chunks_exact(sum.len()).zip(grad.chunks_exact(sum.len())) {
+                sum.iter_mut().zip(s).zip(d).for_each(|((sum, s), d)| *sum += s * d);
+            }
+            let at = self.segments.row(self.problem, task, i) + task.cols.start;
+            // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
+            unsafe { self.at_ends.store(at, &sum) };
+            key.tokens = segment;
+            run(algorithm, &key, &mut grad);
+        }
+    }
+
+    fn query_state(&self, task: &Task) -> Vec<f32> {
+        load_state(self.x.kv.map(View::transposed).as_ref(), task, self.problem.v_dim)
+    }
+
+    fn key_state(&self, task: &Task) -> Vec<f32> {
+        load_state(self.grads.kv.map(View::transposed).as_ref(), task, self.problem.v_dim)
+    }
+
+    fn query(&self, task: &Task) -> Sweep<'a> {
+        let (b, h, kh) = self.place(task);
+        Sweep {
+            reverse: false,
+            read: self.grad_out().rows(b, h, 0),
+            read_scale: self.problem.scale,
+            write: self.x.v.rows(b, h, 0),
+            write_scale: 1.,
+            value: self.x.k.rows(b, kh, task.cols.start),
+            out: self.out(task, self.dq, self.problem.k_dim),
+            ..self.key(task)
+        }
+    }
+
+    fn key(&self, task: &Task) -> Sweep<'a> {
+        let (b, h, kh) = self.place(task);
+        Sweep {
+            rows: self.problem.v_dim,
+            cols: task.cols.len(),
+            tokens: task.sequence.tokens.clone(),
+            reverse: true,
+            inclusive: self.with_own,
+            read: self.x.v.rows(b, h, 0),
+            read_scale: 1.,
+            write: self.grad_out().rows(b, h, 0),
+            write_scale: self.problem.scale,
+            value: self.x.q.rows(b, kh, task.cols.start),
+            gate: gate(self.problem, self.x, task, StateRows::Values),
+            out: self.out(task, self.dk, self.problem.k_dim),
+        }
+    }
+
+    fn value(&self, task: &Task) -> Sweep<'a> {
+        let (b, h, kh) = self.place(task);
+        Sweep {
+            rows: self.problem.k_dim,
+            cols: task.cols.len(),
+            tokens: task.sequence.tokens.clone(),
+            reverse: true,
+            inclusive: true,
+            read: self.x.k.rows(b, kh, 0),
+            read_scale: 1.,
+            write: self.x.q.rows(b, kh, 0),
+            write_scale: self.problem.scale,
+            value: self.grad_out().rows(b, h, task.cols.start),
+            gate: gate(self.problem, self.x, task, StateRows::Keys),
+            out: self.out(task, self.dv, self.problem.v_dim),
+        }
+    }
+
+    /// Batch entry, value head and key head.
+    fn place(&self, task: &Task) -> (usize, usize, usize) {
+        (task.sequence.batch, task.head, self.problem.key_head(task.head))
+    }
+
+    fn grad_out(&self) -> View<'a> {
+        self.grads.out.unwrap_or(View::constant(&[0.]))
+    }
+
+    fn out(&self, task: &Task, writer: Writer<'a>, dim: usize) -> Out<'a> {
+        let offset = row_offset(self.problem, task.sequence.batch, 0, task.head, dim) + task.cols.start;
+        // SAFETY: sweeps write to buffers of their own, and the tasks of one differ in sequence, head or columns.
+        unsafe { Out::new(writer, offset, self.problem.v_heads * dim) }
     }
 
     fn store_initial_state(&self, task: &Task, grad: &[f32]) {
@@ -218,20 +231,14 @@ impl Sweeps<'_> {
         let (k, v) = (self.problem.k_dim, self.problem.v_dim);
         for (r, row) in grad.chunks_exact(task.cols.len()).enumerate() {
             let at = ((task.n * self.problem.v_heads + task.head) * k + r) * v + task.cols.start;
-            // SAFETY: as for the tail.
+            // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
             unsafe { dkv.store(at, row) };
         }
     }
 }
 
 /// Where the row of a token and value head begins in `[B, T, HV, dim]`.
-pub(super) fn row_offset(
-    problem: &Problem,
-    batch: usize,
-    token: usize,
-    head: usize,
-    dim: usize,
-) -> usize {
+pub(super) fn row_offset(problem: &Problem, batch: usize, token: usize, head: usize, dim: usize) -> usize {
     ((batch * problem.tokens + token) * problem.v_heads + head) * dim
 }
 
@@ -244,15 +251,13 @@ fn sum_groups(problem: &Problem, grad: Buffer) -> Buffer {
     }
     let mut sums = Buffer::zeros(problem.dtype, grad.len() / groups);
     let writer = sums.writer();
-    grad.par_chunks_exact(groups * k)
-        .enumerate()
-        .for_each(|(row, grads)| {
-            let mut sum = vec![0.; k];
-            for grad in grads.chunks_exact(k) {
-                sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
-            }
-            // SAFETY: every row is written once.
-            unsafe { writer.store(row * k, &sum) };
-        });
+    grad.par_chunks_exact(groups * k).enumerate().for_each(|(row, grads)| {
+        let mut sum = vec![0.; k];
+        for grad in grads.chunks_exact(k) {
+            sum.iter_mut().zip(grad).for_each(|(s, g)| *s += g);
+        }
+        // SAFETY: every row is written once.
+        unsafe { writer.store(row * k, &sum) };
+    });
     sums
 }

@@ -10,8 +10,7 @@ use std::ops::Range;
 use gemm::{Parallelism, gemm};
 use rayon::prelude::*;
 
-use super::exp::exp_in_place;
-use super::sweep::{Gate, Sweep};
+use super::sweep::{Gate, Sweep, scale};
 
 const CHUNK: usize = 64;
 const SUB_BLOCK: usize = 16;
@@ -25,55 +24,16 @@ pub(super) fn run(sweep: &Sweep, state: &mut [f32]) {
         chunk.fade_to_end(state);
         let (w, v) = (&chunk.write, &chunk.value);
         let (rows, cols, n) = (sweep.rows, sweep.cols, chunk.len);
-        matmul(
-            Matrix::transposed(w, n, rows),
-            Matrix::new(v, n, cols),
-            state,
-            Write::Add,
-        );
+        matmul(Matrix::transposed(w, n, rows), Matrix::new(v, n, cols), state, Write::Add);
     }
-    states
-        .par_chunks_exact(state.len())
-        .enumerate()
-        .for_each(|(c, state)| {
-            let mut chunk = Chunk::load(sweep, c);
-            let out = chunk.solve(state, sweep.inclusive);
-            for (i, row) in out.chunks_exact(sweep.cols).enumerate() {
-                sweep.out.store(sweep.token(c * CHUNK + i), row);
-            }
-        });
-    if let Some(decay) = load_decay(sweep, sweep.tokens.len()) {
-        fade(state, sweep.cols, sweep.gate, &decay);
-    }
-}
-
-/// The decay due before step `i`, if any.
-fn load_decay(sweep: &Sweep, i: usize) -> Option<Vec<f32>> {
-    let ((g, width), t) = (sweep.gate_rows()?, sweep.decay_before(i)?);
-    let mut decay = vec![0.; width];
-    g.load(t, &mut decay);
-    exp_in_place(&mut decay);
-    Some(decay)
-}
-
-/// Multiplies a state by a decay.
-fn fade(state: &mut [f32], cols: usize, gate: Gate, decay: &[f32]) {
-    for (r, row) in state.chunks_exact_mut(cols).enumerate() {
-        match gate {
-            Gate::None => {}
-            Gate::Cols(_) => scale(row, decay),
-            Gate::Scalar(_) => scale(row, decay),
-            Gate::Rows(_) => scale(row, &decay[r..=r]),
+    states.par_chunks_exact(state.len()).enumerate().for_each(|(c, state)| {
+        let mut chunk = Chunk::load(sweep, c);
+        let out = chunk.solve(state, sweep.inclusive);
+        for (i, row) in out.chunks_exact(sweep.cols).enumerate() {
+            sweep.out.store(sweep.token(c * CHUNK + i), row);
         }
-    }
-}
-
-/// `x *= factors`, where one factor stands for all.
-fn scale(x: &mut [f32], factors: &[f32]) {
-    match factors {
-        [f] => x.iter_mut().for_each(|x| *x *= f),
-        _ => x.iter_mut().zip(factors).for_each(|(x, f)| *x *= f),
-    }
+    });
+    sweep.fade(state, sweep.tokens.len());
 }
 
 /// One chunk of tokens as f32 matrices, a token a row.
@@ -101,10 +61,7 @@ impl<'a> Chunk<'a> {
             x
         };
         let decay = sweep.gate_rows().map_or(vec![], |(_, width)| {
-            steps
-                .clone()
-                .map(|i| load_decay(sweep, i).unwrap_or_else(|| vec![1.; width]))
-                .collect()
+            steps.clone().map(|i| sweep.load_decay(i).unwrap_or_else(|| vec![1.; width])).collect()
         });
         Self {
             gate: sweep.gate,
@@ -138,7 +95,7 @@ impl<'a> Chunk<'a> {
             scale(row, &after);
             scale(&mut after, d);
         }
-        fade(state, self.cols, self.gate, &after);
+        self.gate.fade(state, self.cols, &after);
     }
 
     /// The results of all tokens.
@@ -154,23 +111,13 @@ impl<'a> Chunk<'a> {
         let (n, rows, cols) = (self.len, self.rows, self.cols);
         let mut a = vec![0.; n * n];
         let read = Matrix::new(&self.read, n, rows);
-        matmul(
-            read,
-            Matrix::transposed(&self.write, n, rows),
-            &mut a,
-            Write::Set,
-        );
+        matmul(read, Matrix::transposed(&self.write, n, rows), &mut a, Write::Set);
         for i in 0..n {
             a[i * n + i + usize::from(inclusive)..(i + 1) * n].fill(0.);
         }
         let mut out = vec![0.; n * cols];
         matmul(read, Matrix::new(state, rows, cols), &mut out, Write::Set);
-        matmul(
-            Matrix::new(&a, n, n),
-            Matrix::new(&self.value, n, cols),
-            &mut out,
-            Write::Add,
-        );
+        self.add_lower_triangle(&a, &mut out);
         out
     }
 
@@ -191,11 +138,7 @@ impl<'a> Chunk<'a> {
             let earlier = block.start;
             if earlier > 0 {
                 let mut off = vec![0.; block.len() * earlier];
-                let read = Matrix::new(
-                    &since_block[earlier * rows..block.end * rows],
-                    block.len(),
-                    rows,
-                );
+                let read = Matrix::new(&since_block[earlier * rows..block.end * rows], block.len(), rows);
                 let write = Matrix::transposed(&self.write[..earlier * rows], earlier, rows);
                 matmul(read, write, &mut off, Write::Set);
                 for (i, off) in block.clone().zip(off.chunks_exact(earlier)) {
@@ -209,31 +152,16 @@ impl<'a> Chunk<'a> {
                         scale(x, &self.decay[i]);
                     }
                     if i > j || inclusive {
-                        a[i * n + j] = self.read[i * rows..][..rows]
-                            .iter()
-                            .zip(&*x)
-                            .map(|(q, w)| q * w)
-                            .sum();
+                        a[i * n + j] =
+                            self.read[i * rows..][..rows].iter().zip(&*x).map(|(q, w)| q * w).sum();
                     }
                 }
             }
-            self.write[..earlier * rows]
-                .chunks_exact_mut(rows)
-                .for_each(|x| scale(x, &p));
+            self.write[..earlier * rows].chunks_exact_mut(rows).for_each(|x| scale(x, &p));
         }
         let mut out = vec![0.; n * cols];
-        matmul(
-            Matrix::new(&since_chunk, n, rows),
-            Matrix::new(state, rows, cols),
-            &mut out,
-            Write::Set,
-        );
-        matmul(
-            Matrix::new(&a, n, n),
-            Matrix::new(&self.value, n, cols),
-            &mut out,
-            Write::Add,
-        );
+        matmul(Matrix::new(&since_chunk, n, rows), Matrix::new(state, rows, cols), &mut out, Write::Set);
+        self.add_lower_triangle(&a, &mut out);
         out
     }
 
@@ -241,12 +169,7 @@ impl<'a> Chunk<'a> {
         let (n, rows, cols) = (self.len, self.rows, self.cols);
         let mut a = vec![0.; n * n];
         let read = Matrix::new(&self.read, n, rows);
-        matmul(
-            read,
-            Matrix::transposed(&self.write, n, rows),
-            &mut a,
-            Write::Set,
-        );
+        matmul(read, Matrix::transposed(&self.write, n, rows), &mut a, Write::Set);
         let mut out = vec![0.; n * cols];
         matmul(read, Matrix::new(state, rows, cols), &mut out, Write::Set);
         let mut product = self.ones();
@@ -255,12 +178,8 @@ impl<'a> Chunk<'a> {
             let earlier = block.start;
             let mut off = vec![0.; block.len() * cols];
             if earlier > 0 {
-                let scores = Matrix {
-                    data: &a[earlier * n..],
-                    rows: block.len(),
-                    cols: earlier,
-                    strides: (n, 1),
-                };
+                let scores =
+                    Matrix { data: &a[earlier * n..], rows: block.len(), cols: earlier, strides: (n, 1) };
                 let value = Matrix::new(&self.value[..earlier * cols], earlier, cols);
                 matmul(scores, value, &mut off, Write::Set);
             }
@@ -280,18 +199,33 @@ impl<'a> Chunk<'a> {
                     }
                     if i > j || inclusive {
                         let a = a[i * n + j];
-                        out[i * cols..][..cols]
-                            .iter_mut()
-                            .zip(&*x)
-                            .for_each(|(o, x)| *o += a * x);
+                        out[i * cols..][..cols].iter_mut().zip(&*x).for_each(|(o, x)| *o += a * x);
                     }
                 }
             }
-            self.value[..earlier * cols]
-                .chunks_exact_mut(cols)
-                .for_each(|x| scale(x, &p));
+            self.value[..earlier * cols].chunks_exact_mut(cols).for_each(|x| scale(x, &p));
         }
         out
+    }
+
+    /// `out += a value`, reading `a` on and under its diagonal only: a zero above it times a value that is not finite
+    /// would let a token see a later one.
+    fn add_lower_triangle(&self, a: &[f32], out: &mut [f32]) {
+        let (n, cols) = (self.len, self.cols);
+        for block in sub_blocks(n) {
+            let out = &mut out[block.start * cols..block.end * cols];
+            if block.start > 0 {
+                let data = &a[block.start * n..];
+                let a = Matrix { data, rows: block.len(), cols: block.start, strides: (n, 1) };
+                matmul(a, Matrix::new(&self.value[..block.start * cols], block.start, cols), out, Write::Add);
+            }
+            for (i, out) in block.clone().zip(out.chunks_exact_mut(cols)) {
+                for j in block.start..=i {
+                    let (a, value) = (a[i * n + j], &self.value[j * cols..][..cols]);
+                    out.iter_mut().zip(value).for_each(|(o, v)| *o += a * v);
+                }
+            }
+        }
     }
 
     fn ones(&self) -> Vec<f32> {
@@ -300,9 +234,7 @@ impl<'a> Chunk<'a> {
 }
 
 fn sub_blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
-    (0..n)
-        .step_by(SUB_BLOCK)
-        .map(move |start| start..n.min(start + SUB_BLOCK))
+    (0..n).step_by(SUB_BLOCK).map(move |start| start..n.min(start + SUB_BLOCK))
 }
 
 #[derive(Clone, Copy)]
@@ -316,22 +248,12 @@ struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self {
-            data,
-            rows,
-            cols,
-            strides: (cols, 1),
-        }
+        Self { data, rows, cols, strides: (cols, 1) }
     }
 
     /// The transpose of a `rows x cols` matrix.
     fn transposed(data: &'a [f32], rows: usize, cols: usize) -> Self {
-        Self {
-            data,
-            rows: cols,
-            cols: rows,
-            strides: (1, cols),
-        }
+        Self { data, rows: cols, cols: rows, strides: (1, cols) }
     }
 
     fn last(&self) -> usize {

@@ -10,19 +10,12 @@ use candle_core::DType;
 pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
     let (hv, k, v) = (problem.v_heads, problem.k_dim, problem.v_dim);
     let mut out = Buffer::zeros(problem.dtype, problem.batch * problem.tokens * hv * v);
-    let mut kv = problem
-        .final_state
-        .then(|| Buffer::zeros(DType::F32, problem.sequences.len() * hv * k * v));
+    let mut kv = problem.final_state.then(|| Buffer::zeros(DType::F32, problem.sequences.len() * hv * k * v));
     let (out_writer, kv_writer) = (out.writer(), kv.as_mut().map(Buffer::writer));
     let algorithm = algorithm(problem);
     let tasks = tasks(problem, v, rayon::current_num_threads());
     for_each(problem, &tasks, |task| {
-        let Task {
-            n,
-            sequence,
-            head,
-            cols,
-        } = task;
+        let Task { n, sequence, head, cols } = task;
         let (b, kh) = (sequence.batch, problem.key_head(*head));
         let offset = (b * problem.tokens * hv + head) * v + cols.start;
         let sweep = Sweep {
@@ -62,12 +55,7 @@ pub(super) enum StateRows {
 }
 
 /// The decay as a sweep of `task` applies it.
-pub(super) fn gate<'a>(
-    problem: &Problem,
-    x: &Inputs<View<'a>>,
-    task: &Task,
-    rows: StateRows,
-) -> Gate<'a> {
+pub(super) fn gate<'a>(problem: &Problem, x: &Inputs<View<'a>>, task: &Task, rows: StateRows) -> Gate<'a> {
     let (Some(g), b, h) = (&x.g, task.sequence.batch, task.head) else {
         return Gate::None;
     };

@@ -11,7 +11,7 @@ use std::ops::Range;
 use pulp::{Arch, Simd, WithSimd};
 
 use super::exp::exp_in_place;
-use super::sweep::{Gate, Sweep};
+use super::sweep::{Gate, Sweep, scale};
 
 /// Tokens in a block, at most. Read, write, value and out of a block for one tile stay in L1.
 const BLOCK: usize = 32;
@@ -90,20 +90,13 @@ struct Due {
 impl BlockDecay {
     fn new(sweep: &Sweep) -> Self {
         let width = sweep.gate_rows().map_or(0, |(_, width)| width);
-        let along = if matches!(sweep.gate, Gate::Cols(_)) {
-            Along::Cols
-        } else {
-            Along::Rows
-        };
+        let along = if matches!(sweep.gate, Gate::Cols(_)) { Along::Cols } else { Along::Rows };
         Self {
             along,
             width,
             product: vec![1.; BLOCK * width],
             inverse: vec![1.; BLOCK * width],
-            due: Due {
-                rows: vec![1.; sweep.rows],
-                cols: vec![1.; sweep.cols],
-            },
+            due: Due { rows: vec![1.; sweep.rows], cols: vec![1.; sweep.cols] },
             next: vec![0.; width],
         }
     }
@@ -126,7 +119,7 @@ impl BlockDecay {
             Along::Rows => &mut self.due.rows,
             Along::Cols => &mut self.due.cols,
         };
-        multiply(due, &self.next);
+        scale(due, &self.next);
     }
 
     /// How many tokens, from step `first` on, fit in a block; computes their products.
@@ -146,11 +139,7 @@ impl BlockDecay {
             self.load_next(sweep, first + i);
             let (before, now) = self.product.split_at_mut(i * w);
             let mut fits = true;
-            for ((p, b), d) in now[..w]
-                .iter_mut()
-                .zip(&before[(i - 1) * w..])
-                .zip(&self.next)
-            {
+            for ((p, b), d) in now[..w].iter_mut().zip(&before[(i - 1) * w..]).zip(&self.next) {
                 *p = b * d;
                 fits &= *p > RANGE.start && *p < RANGE.end;
             }
@@ -171,8 +160,7 @@ impl BlockDecay {
         self.due.cols.fill(1.);
         if self.width > 0 {
             let last = (n - 1) * self.width;
-            self.next
-                .copy_from_slice(&self.product[last..last + self.width]);
+            self.next.copy_from_slice(&self.product[last..last + self.width]);
             self.owe_next();
         }
     }
@@ -187,21 +175,7 @@ impl BlockDecay {
     /// The product (or its inverse) at token `i` of the block, if it scales this side.
     #[inline(always)]
     fn at<'a>(&self, products: &'a [f32], i: usize, along: Along) -> &'a [f32] {
-        if self.along == along {
-            &products[i * self.width..][..self.width]
-        } else {
-            &[]
-        }
-    }
-}
-
-/// `x *= factors`, where one factor stands for all and none for 1.
-#[inline(always)]
-fn multiply(x: &mut [f32], factors: &[f32]) {
-    match factors {
-        [] => {}
-        [f] => x.iter_mut().for_each(|x| *x *= f),
-        _ => x.iter_mut().zip(factors).for_each(|(x, f)| *x *= f),
+        if self.along == along { &products[i * self.width..][..self.width] } else { &[] }
     }
 }
 
@@ -259,8 +233,8 @@ impl Tiles {
                 let at = (c * self.grid.0 * self.tile.0 + r) * self.tile.1;
                 x.copy_from_slice(&self.state[at..at + x.len()]);
             }
-            multiply(row, &due.cols);
-            multiply(row, &due.rows[r..=r]);
+            scale(row, &due.cols);
+            scale(row, &due.rows[r..=r]);
         }
     }
 
@@ -269,15 +243,15 @@ impl Tiles {
         for i in 0..n {
             let t = sweep.token(first + i);
             sweep.read.load(t, &mut self.row);
-            multiply(&mut self.row, &[sweep.read_scale]);
-            multiply(&mut self.row, decay.at(&decay.product, i, Along::Rows));
+            scale(&mut self.row, &[sweep.read_scale]);
+            scale(&mut self.row, decay.at(&decay.product, i, Along::Rows));
             scatter(&self.row, &mut self.read, self.tile.0, i);
             sweep.write.load(t, &mut self.row);
-            multiply(&mut self.row, &[sweep.write_scale]);
-            multiply(&mut self.row, decay.at(&decay.inverse, i, Along::Rows));
+            scale(&mut self.row, &[sweep.write_scale]);
+            scale(&mut self.row, decay.at(&decay.inverse, i, Along::Rows));
             scatter(&self.row, &mut self.write, self.tile.0, i);
             sweep.value.load(t, &mut self.col);
-            multiply(&mut self.col, decay.at(&decay.inverse, i, Along::Cols));
+            scale(&mut self.col, decay.at(&decay.inverse, i, Along::Cols));
             scatter(&self.col, &mut self.value, self.tile.1, i);
         }
     }
@@ -289,46 +263,31 @@ impl Tiles {
                 let at = (c * BLOCK + i) * self.tile.1;
                 x.copy_from_slice(&self.out[at..at + x.len()]);
             }
-            multiply(&mut self.col, decay.at(&decay.product, i, Along::Cols));
+            scale(&mut self.col, decay.at(&decay.product, i, Along::Cols));
             sweep.out.store(sweep.token(first + i), &self.col);
         }
     }
 
     /// Runs `n` tokens over all tiles.
     #[inline(always)]
-    fn update<S: Simd, const ROWS: usize, const INCLUSIVE: bool>(
-        &mut self,
-        simd: S,
-        n: usize,
-        due: &Due,
-    ) {
+    fn update<S: Simd, const ROWS: usize, const INCLUSIVE: bool>(&mut self, simd: S, n: usize, due: &Due) {
         let (rows, cols) = self.tile;
         for c in 0..self.grid.1 {
             let at = c * BLOCK * cols;
-            let (value, out) = (
-                &self.value[at..at + n * cols],
-                &mut self.out[at..at + n * cols],
-            );
+            let (value, out) = (&self.value[at..at + n * cols], &mut self.out[at..at + n * cols]);
             out.fill(0.);
-            let state =
-                &mut self.state[c * self.grid.0 * rows * cols..][..self.grid.0 * rows * cols];
+            let state = &mut self.state[c * self.grid.0 * rows * cols..][..self.grid.0 * rows * cols];
             let width = cols.min(self.cols - c * cols);
             for (r, state) in state.chunks_exact_mut(rows * cols).enumerate() {
                 let height = rows.min(self.rows - r * rows);
-                for (s, d) in state
-                    .chunks_exact_mut(cols)
-                    .zip(&due.rows[r * rows..][..height])
-                {
+                for (s, d) in state.chunks_exact_mut(cols).zip(&due.rows[r * rows..][..height]) {
                     if *d != 1. {
-                        multiply(s, &[*d]);
+                        scale(s, &[*d]);
                     }
-                    multiply(&mut s[..width], &due.cols[c * cols..][..width]);
+                    scale(&mut s[..width], &due.cols[c * cols..][..width]);
                 }
                 let at = r * BLOCK * rows;
-                let (read, write) = (
-                    &self.read[at..at + n * rows],
-                    &self.write[at..at + n * rows],
-                );
+                let (read, write) = (&self.read[at..at + n * rows], &self.write[at..at + n * rows]);
                 if width <= S::F32_LANES {
                     tile::<S, ROWS, 1, INCLUSIVE>(simd, read, write, value, out, state);
                 } else {
@@ -366,10 +325,7 @@ fn tile<S: Simd, const ROWS: usize, const VECTORS: usize, const INCLUSIVE: bool>
     let (value, _) = S::as_simd_f32s(value);
     let (out, _) = S::as_mut_simd_f32s(out);
     let tokens = read.chunks_exact(ROWS).zip(write.chunks_exact(ROWS));
-    for (((q, w), v), o) in tokens
-        .zip(value.chunks_exact(2))
-        .zip(out.chunks_exact_mut(2))
-    {
+    for (((q, w), v), o) in tokens.zip(value.chunks_exact(2)).zip(out.chunks_exact_mut(2)) {
         let mut acc = [simd.splat_f32s(0.); VECTORS];
         acc.copy_from_slice(&o[..VECTORS]);
         for r in 0..ROWS {

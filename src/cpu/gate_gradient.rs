@@ -1,21 +1,34 @@
-//! The gradient of the log decay; [`super::backward`] has the formula.
+//! The gradient of the log decay.
+//!
+//! It needs the states only at a few tokens. Every entry of a state or output that comes from the key of token r and is
+//! read at token s has the factor `exp(g_{r+1} + ... + g_s)`, so that within a segment of tokens that ends with e
+//!
+//! ```text
+//! dg_e = q_e * dq_e + sum_v (decay_e S_{e-1}) * (decay_{e+1} dS_{e+1})
+//! dg_t = dg_{t+1} + q_t * dq_t - k_t * dk_t
+//! ```
+//!
+//! (after appendix C of <https://arxiv.org/abs/2312.06635>, which has one segment). A token's term with itself is in q dq
+//! and in k dk and cancels. Under strong decay it is all there is and what remained of the difference would be rounding,
+//! so the sweeps leave it out, and it is added to dq and dk here.
 
 use candle_core::DType;
 
 use super::Grads;
 use super::backward::row_offset;
-use super::plan::{Task, for_each, tasks};
+use super::plan::{Segments, Task, for_each, tasks};
 use super::view::{Buffer, Rows, View};
 use crate::problem::{Decay, Inputs, Problem, Role};
 
-/// `dq` and `dk`, f32 and `[B, T, HV, K]`, come without each token's term with itself and leave with it. `tail`,
-/// `[N, HV, K]`, is the part of the final state.
+/// `dq` and `dk`, f32 and `[B, T, HV, K]`, come without each token's term with itself and leave with it. `at_ends` has
+/// the sum over v for the end of each segment.
 pub(super) fn gate_gradient(
     problem: &Problem,
     x: &Inputs<View>,
     grads: &Grads,
+    segments: &Segments,
     (dq, dk): (&mut Buffer, &mut Buffer),
-    tail: &mut Buffer,
+    at_ends: &mut Buffer,
 ) -> Buffer {
     let (k_dim, heads) = (problem.k_dim, problem.v_heads);
     let tasks = tasks(problem, k_dim, 1);
@@ -23,48 +36,43 @@ pub(super) fn gate_gradient(
     let mut dg = Buffer::zeros(gate.dtype(), problem.shape(Role::G).iter().product());
     // One sum a sequence and head, for a decay that all tokens of a head share.
     let mut of_head = Buffer::zeros(DType::F32, tasks.len());
-    let (dq, dk, tail) = (dq.writer(), dk.writer(), tail.writer());
+    let (dq, dk, at_ends) = (dq.writer(), dk.writer(), at_ends.writer());
     let (dg_writer, of_head_writer) = (dg.writer(), of_head.writer());
     for_each(problem, &tasks, |task| {
         let (b, h) = (task.sequence.batch, task.head);
         let mut token = Token::new(problem, x, grads, &gate, task);
-        let at = task.n * heads + h;
-        // SAFETY: every task has its own sequence and head, so no two touch the same elements, here and below.
-        let mut sum: Vec<f64> = unsafe { tail.row(at * k_dim, k_dim) }
-            .iter()
-            .map(|&x| x.into())
-            .collect();
         let (mut row, mut total) = (vec![0.; k_dim], 0.);
-        for t in task.sequence.tokens.clone().rev() {
-            let at = row_offset(problem, b, t, h, k_dim);
-            // SAFETY: as above.
-            let (dq, dk) = unsafe { (dq.row(at, k_dim), dk.row(at, k_dim)) };
-            token.load(t);
-            token.add_products(dq, dk, &mut sum);
-            token.add_own(dq, dk);
-            let of_token: f64 = sum.iter().sum();
-            total += of_token;
-            row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
-            // SAFETY: as above.
-            unsafe {
-                match problem.decay {
-                    Decay::Channel => dg_writer.store(at, &row),
-                    Decay::Scalar => {
-                        dg_writer.store(row_offset(problem, b, t, h, 1), &[of_token as f32])
+        for (i, segment) in segments.of(task.sequence).enumerate().collect::<Vec<_>>().into_iter().rev() {
+            // SAFETY: every task has its own sequence and head, so no two touch the same elements, here and below.
+            let at_end = unsafe { at_ends.row(segments.row(problem, task, i), k_dim) };
+            let mut sum: Vec<f64> = at_end.iter().map(|&x| x.into()).collect();
+            for t in segment.clone().rev() {
+                let at = row_offset(problem, b, t, h, k_dim);
+                // SAFETY: as above.
+                let (dq, dk) = unsafe { (dq.row(at, k_dim), dk.row(at, k_dim)) };
+                token.load(t);
+                token.add_products(dq, dk, t + 1 == segment.end, &mut sum);
+                token.add_own(dq, dk);
+                let of_token: f64 = sum.iter().sum();
+                total += of_token;
+                row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
+                // SAFETY: as above.
+                unsafe {
+                    match problem.decay {
+                        Decay::Channel => dg_writer.store(at, &row),
+                        Decay::Scalar => dg_writer.store(row_offset(problem, b, t, h, 1), &[of_token as f32]),
+                        Decay::None | Decay::Head => {}
                     }
-                    Decay::None | Decay::Head => {}
                 }
             }
         }
         // SAFETY: as above.
-        unsafe { of_head_writer.store(at, &[total as f32]) };
+        unsafe { of_head_writer.store(task.n * heads + h, &[total as f32]) };
     });
     if let (Decay::Head, Buffer::F32(of_head)) = (problem.decay, of_head) {
         let mut sums = vec![0.; heads];
         for of_sequence in of_head.chunks_exact(heads) {
-            sums.iter_mut()
-                .zip(of_sequence)
-                .for_each(|(sum, x)| *sum += x);
+            sums.iter_mut().zip(of_sequence).for_each(|(sum, x)| *sum += x);
         }
         // SAFETY: nothing else writes by now.
         unsafe { dg.writer().store(0, &sums) };
@@ -84,20 +92,10 @@ struct Token<'a> {
 }
 
 impl<'a> Token<'a> {
-    fn new(
-        problem: &Problem,
-        x: &Inputs<View<'a>>,
-        grads: &Grads<'a>,
-        gate: &View<'a>,
-        task: &Task,
-    ) -> Self {
+    fn new(problem: &Problem, x: &Inputs<View<'a>>, grads: &Grads<'a>, gate: &View<'a>, task: &Task) -> Self {
         let (b, h, kh) = (task.sequence.batch, task.head, problem.key_head(task.head));
         let grad_out = grads.out.unwrap_or(View::constant(&[0.]));
-        let gates = if problem.decay == Decay::Channel {
-            problem.k_dim
-        } else {
-            1
-        };
+        let gates = if problem.decay == Decay::Channel { problem.k_dim } else { 1 };
         Self {
             scale: problem.scale,
             rows: [
@@ -116,24 +114,18 @@ impl<'a> Token<'a> {
     }
 
     fn load(&mut self, t: usize) {
-        let into = [
-            &mut self.q,
-            &mut self.k,
-            &mut self.v,
-            &mut self.grad_out,
-            &mut self.g,
-        ];
-        self.rows
-            .iter()
-            .zip(into)
-            .for_each(|(rows, row)| rows.load(t, row));
+        let into = [&mut self.q, &mut self.k, &mut self.v, &mut self.grad_out, &mut self.g];
+        self.rows.iter().zip(into).for_each(|(rows, row)| rows.load(t, row));
     }
 
-    /// Adds `q * dq - k * dk`. Where the token forgets everything, later tokens say nothing about its decay or any
-    /// before it: the sum starts anew.
-    fn add_products(&self, dq: &[f32], dk: &[f32], sum: &mut [f64]) {
+    /// Takes the sum from the token behind to this one. Where the token forgets everything the sum is 0, and rounding
+    /// must not say otherwise.
+    fn add_products(&self, dq: &[f32], dk: &[f32], at_end: bool, sum: &mut [f64]) {
         for (i, sum) in sum.iter_mut().enumerate() {
-            *sum += f64::from(self.q[i] * dq[i]) - f64::from(self.k[i] * dk[i]);
+            *sum += f64::from(self.q[i] * dq[i]);
+            if !at_end {
+                *sum -= f64::from(self.k[i] * dk[i]);
+            }
             if self.g[i % self.g.len()] == f32::NEG_INFINITY {
                 *sum = 0.;
             }

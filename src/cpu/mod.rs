@@ -33,21 +33,15 @@ pub(crate) fn forward(problem: &Problem, inputs: &Inputs<Tensor>) -> Result<Vec<
 pub(crate) fn backward(
     problem: &Problem,
     inputs: &Inputs<Tensor>,
-    results: &[Tensor],
     grads: &[Option<Tensor>],
     wants: &dyn Fn(Role) -> bool,
 ) -> Result<Vec<(Role, CpuStorage)>> {
     let held = inputs.map(|x| Ok(Held(x.storage_and_layout())))?;
     let inputs = views(problem, &held)?;
     let roles = problem.outputs().iter().zip(grads);
-    let held: Vec<_> = roles
-        .filter_map(|(role, x)| Some((*role, Held(x.as_ref()?.storage_and_layout()))))
-        .collect();
-    let mut grads = Grads {
-        out: None,
-        kv: None,
-        z: None,
-    };
+    let held: Vec<_> =
+        roles.filter_map(|(role, x)| Some((*role, Held(x.as_ref()?.storage_and_layout())))).collect();
+    let mut grads = Grads { out: None, kv: None, z: None };
     for (role, x) in &held {
         let view = Some(x.view(*role, problem)?);
         match role {
@@ -57,24 +51,11 @@ pub(crate) fn backward(
         }
     }
     let found = if problem.normalize {
-        let Some(out) = results.first() else {
-            bail!("{}: its result was not kept", problem.name)
-        };
-        let out = Held(out.storage_and_layout());
-        normalize::backward(
-            problem,
-            &inputs,
-            &out.view(Role::V, problem)?,
-            &grads,
-            wants,
-        )
+        normalize::backward(problem, &inputs, &grads, wants)
     } else {
         backward::backward(problem, &inputs, &grads, wants)
     };
-    Ok(found
-        .into_iter()
-        .map(|(role, x)| (role, x.into_storage()))
-        .collect())
+    Ok(found.into_iter().map(|(role, x)| (role, x.into_storage())).collect())
 }
 
 /// The gradients of the results, where there are any.
@@ -109,20 +90,8 @@ fn views<'a>(problem: &Problem, held: &'a Inputs<Held<'a>>) -> Result<Inputs<Vie
         q: held.q.view(Role::Q, problem)?,
         k: held.k.view(Role::K, problem)?,
         v: held.v.view(Role::V, problem)?,
-        g: held
-            .g
-            .as_ref()
-            .map(|x| x.view(Role::G, problem))
-            .transpose()?,
-        kv: held
-            .kv
-            .as_ref()
-            .map(|x| x.view(Role::Kv, problem))
-            .transpose()?,
-        z: held
-            .z
-            .as_ref()
-            .map(|x| x.view(Role::Z, problem))
-            .transpose()?,
+        g: held.g.as_ref().map(|x| x.view(Role::G, problem)).transpose()?,
+        kv: held.kv.as_ref().map(|x| x.view(Role::Kv, problem)).transpose()?,
+        z: held.z.as_ref().map(|x| x.view(Role::Z, problem)).transpose()?,
     })
 }

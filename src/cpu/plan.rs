@@ -27,23 +27,62 @@ pub(super) struct Task<'a> {
 
 /// All tasks of a sweep over states with `cols` columns, in as many slices as keep `threads` busy.
 pub(super) fn tasks(problem: &Problem, cols: usize, threads: usize) -> Vec<Task<'_>> {
+    let wanted = threads.div_ceil((problem.sequences.len() * problem.v_heads).max(1));
+    slices(problem, cols, cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS))
+}
+
+/// All tasks of a sweep, in slices as narrow as they may be: for sweeps that keep states of each task.
+pub(super) fn narrow_tasks(problem: &Problem, cols: usize) -> Vec<Task<'_>> {
+    slices(problem, cols, LEAST_COLUMNS)
+}
+
+fn slices(problem: &Problem, cols: usize, width: usize) -> Vec<Task<'_>> {
     let whole = problem.sequences.len() * problem.v_heads;
-    let wanted = threads.div_ceil(whole.max(1));
-    let width = cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS);
     let mut tasks = Vec::with_capacity(whole * cols.div_ceil(width));
     for (n, sequence) in problem.sequences.iter().enumerate() {
         for head in 0..problem.v_heads {
             for from in (0..cols).step_by(width) {
-                tasks.push(Task {
-                    n,
-                    sequence,
-                    head,
-                    cols: from..cols.min(from + width),
-                });
+                tasks.push(Task { n, sequence, head, cols: from..cols.min(from + width) });
             }
         }
     }
     tasks
+}
+
+/// Tokens in a segment.
+const SEGMENT: usize = 32;
+
+/// The sequences cut in segments of tokens, at whose ends the gradient of the decay is computed from the states: sums
+/// over more tokens would lose digits, and every end costs a product of two states.
+pub(super) struct Segments {
+    /// For each sequence, how many segments are before its own; then the number of all.
+    first: Vec<usize>,
+}
+
+impl Segments {
+    pub fn new(problem: &Problem) -> Self {
+        let mut first = vec![0];
+        for sequence in &problem.sequences {
+            first.push(first[first.len() - 1] + sequence.tokens.len().div_ceil(SEGMENT));
+        }
+        Self { first }
+    }
+
+    pub fn count(&self) -> usize {
+        self.first[self.first.len() - 1]
+    }
+
+    /// The segments of a sequence, in order.
+    pub fn of(&self, sequence: &Sequence) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+        let Range { start, end } = sequence.tokens;
+        (0..(end - start).div_ceil(SEGMENT))
+            .map(move |i| start + i * SEGMENT..end.min(start + (i + 1) * SEGMENT))
+    }
+
+    /// Where the row of segment `i` of the task's sequence begins in `[segments, HV, K]`.
+    pub fn row(&self, problem: &Problem, task: &Task, i: usize) -> usize {
+        ((self.first[task.n] + i) * problem.v_heads + task.head) * problem.k_dim
+    }
 }
 
 /// The algorithm for a problem.
@@ -54,11 +93,7 @@ pub(super) fn algorithm(problem: &Problem) -> Algorithm {
         Mode::FusedChunk => Algorithm::FusedChunk,
         Mode::Auto => {
             let longest = problem.sequences.iter().map(|s| s.tokens.len()).max();
-            if longest.unwrap_or(0) <= SHORT {
-                Algorithm::Recurrent
-            } else {
-                Algorithm::FusedChunk
-            }
+            if longest.unwrap_or(0) <= SHORT { Algorithm::Recurrent } else { Algorithm::FusedChunk }
         }
     }
 }

@@ -35,13 +35,8 @@ impl WithSimd for Recurrent<'_, '_> {
             out.fill(0.);
             for (r, s) in state.chunks_exact_mut(sweep.cols).enumerate() {
                 let (q, w) = (read[r] * sweep.read_scale, write[r] * sweep.write_scale);
-                let row = Row {
-                    decay: row_decay[r],
-                    col_decay: &col_decay,
-                    read: q,
-                    write: w,
-                    value: &value,
-                };
+                let row =
+                    Row { decay: row_decay[r], col_decay: &col_decay, read: q, write: w, value: &value };
                 if sweep.inclusive {
                     row.step::<S, true>(simd, s, &mut out);
                 } else {
@@ -50,12 +45,7 @@ impl WithSimd for Recurrent<'_, '_> {
             }
             sweep.out.store(t, &out);
         }
-        if sweep.reverse {
-            load_decay(sweep, sweep.tokens.len(), &mut row_decay, &mut col_decay);
-            for (s, d) in state.chunks_exact_mut(sweep.cols).zip(&row_decay) {
-                s.iter_mut().zip(&col_decay).for_each(|(s, c)| *s *= d * c);
-            }
-        }
+        sweep.fade(state, sweep.tokens.len());
     }
 }
 

@@ -13,6 +13,7 @@
 
 use std::ops::Range;
 
+use super::exp::exp_in_place;
 use super::view::{Rows, Writer};
 use super::{chunk, fused, recurrent};
 
@@ -26,6 +27,29 @@ pub(super) enum Gate<'a> {
     Rows(Rows<'a>),
     /// One for each column of the state.
     Cols(Rows<'a>),
+}
+
+impl Gate<'_> {
+    /// Multiplies a state with `cols` columns by a decay.
+    pub fn fade(&self, state: &mut [f32], cols: usize, decay: &[f32]) {
+        for (r, row) in state.chunks_exact_mut(cols).enumerate() {
+            match self {
+                Gate::None => {}
+                Gate::Scalar(_) | Gate::Cols(_) => scale(row, decay),
+                Gate::Rows(_) => scale(row, &decay[r..=r]),
+            }
+        }
+    }
+}
+
+/// `x *= factors`, where one factor stands for all and none for 1.
+#[inline(always)]
+pub(super) fn scale(x: &mut [f32], factors: &[f32]) {
+    match factors {
+        [] => {}
+        [f] => x.iter_mut().for_each(|x| *x *= f),
+        _ => x.iter_mut().zip(factors).for_each(|(x, f)| *x *= f),
+    }
 }
 
 /// Where the rows of the result go.
@@ -43,11 +67,7 @@ impl<'a> Out<'a> {
     ///
     /// As long as this is used, no other thread touches the elements that its rows cover.
     pub unsafe fn new(writer: Writer<'a>, offset: usize, stride: usize) -> Self {
-        Self {
-            writer,
-            offset,
-            stride,
-        }
+        Self { writer, offset, stride }
     }
 
     #[inline(always)]
@@ -80,11 +100,7 @@ impl<'a> Sweep<'a> {
     /// The token of step `i`.
     #[inline(always)]
     pub fn token(&self, i: usize) -> usize {
-        if self.reverse {
-            self.tokens.end - 1 - i
-        } else {
-            self.tokens.start + i
-        }
+        if self.reverse { self.tokens.end - 1 - i } else { self.tokens.start + i }
     }
 
     /// The token whose decay is due before step `i`, for `i` up to the number of tokens: what is due then comes after
@@ -94,6 +110,22 @@ impl<'a> Sweep<'a> {
         match self.reverse {
             false => (i < self.tokens.len()).then(|| self.token(i)),
             true => i.checked_sub(1).map(|i| self.token(i)),
+        }
+    }
+
+    /// The decay due before step `i`, if there is one.
+    pub fn load_decay(&self, i: usize) -> Option<Vec<f32>> {
+        let ((g, width), t) = (self.gate_rows()?, self.decay_before(i)?);
+        let mut decay = vec![0.; width];
+        g.load(t, &mut decay);
+        exp_in_place(&mut decay);
+        Some(decay)
+    }
+
+    /// Applies the decay due before step `i` to the state.
+    pub fn fade(&self, state: &mut [f32], i: usize) {
+        if let Some(decay) = self.load_decay(i) {
+            self.gate.fade(state, self.cols, &decay);
         }
     }
 
@@ -118,11 +150,7 @@ pub(super) enum Algorithm {
 
 /// Runs `sweep` from `state` (`rows x cols`, row-major) and leaves the last state there.
 pub(super) fn run(algorithm: Algorithm, sweep: &Sweep, state: &mut [f32]) {
-    assert_eq!(
-        state.len(),
-        sweep.rows * sweep.cols,
-        "a state that is not rows x cols"
-    );
+    assert_eq!(state.len(), sweep.rows * sweep.cols, "a state that is not rows x cols");
     match algorithm {
         Algorithm::Recurrent => recurrent::run(sweep, state),
         Algorithm::Chunk => chunk::run(sweep, state),

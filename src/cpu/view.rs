@@ -34,38 +34,22 @@ impl<'a> View<'a> {
         for (&axis, &stride) in axes.iter().zip(layout.stride()) {
             strides[axis] = stride;
         }
-        Ok(Self {
-            data,
-            offset: layout.start_offset(),
-            strides,
-        })
+        Ok(Self { data, offset: layout.start_offset(), strides })
     }
 
     /// Contiguous f32 values.
     pub fn of_slice(data: &'a [f32], [_, t, h, d]: [usize; 4]) -> Self {
-        Self {
-            data: Data::F32(data),
-            offset: 0,
-            strides: [t * h * d, h * d, d, 1],
-        }
+        Self { data: Data::F32(data), offset: 0, strides: [t * h * d, h * d, d, 1] }
     }
 
     /// Contiguous f32 states `[N, HV, K, V]`, read a key row at a time.
     pub fn of_states(data: &'a [f32], [h, k, v]: [usize; 3]) -> Self {
-        Self {
-            data: Data::F32(data),
-            offset: 0,
-            strides: [h * k * v, v, k * v, 1],
-        }
+        Self { data: Data::F32(data), offset: 0, strides: [h * k * v, v, k * v, 1] }
     }
 
     /// The same number everywhere; `value` holds it.
     pub fn constant(value: &'a [f32; 1]) -> Self {
-        Self {
-            data: Data::F32(value),
-            offset: 0,
-            strides: [0; 4],
-        }
+        Self { data: Data::F32(value), offset: 0, strides: [0; 4] }
     }
 
     /// The dtype of the tensor.
@@ -80,22 +64,14 @@ impl<'a> View<'a> {
     /// The states with rows and columns exchanged.
     pub fn transposed(self) -> Self {
         let [b, t, h, d] = self.strides;
-        Self {
-            strides: [b, d, h, t],
-            ..self
-        }
+        Self { strides: [b, d, h, t], ..self }
     }
 
     /// The rows of one batch entry and head, `d` elements from `from` on.
     pub fn rows(&self, batch: usize, head: usize, from: usize) -> Rows<'a> {
         let [b, t, h, d] = self.strides;
         let offset = self.offset + batch * b + head * h + from * d;
-        Rows {
-            data: self.data,
-            offset,
-            token: t,
-            element: d,
-        }
+        Rows { data: self.data, offset, token: t, element: d }
     }
 }
 
@@ -115,13 +91,7 @@ impl Rows<'_> {
         let at = self.offset + t * self.token;
         match self.data {
             Data::F32(x) => self.copy(x, at, row, |x, row| row.copy_from_slice(x), |x| x),
-            Data::F16(x) => self.copy(
-                x,
-                at,
-                row,
-                |x, row| x.convert_to_f32_slice(row),
-                f16::to_f32,
-            ),
+            Data::F16(x) => self.copy(x, at, row, |x, row| x.convert_to_f32_slice(row), f16::to_f32),
             Data::BF16(x) => self.copy(x, at, row, widen_bf16, bf16::to_f32),
         }
     }
@@ -197,11 +167,7 @@ impl Buffer {
             Self::F16(x) => (Pointer::F16(x.as_mut_ptr()), x.len()),
             Self::BF16(x) => (Pointer::BF16(x.as_mut_ptr()), x.len()),
         };
-        Writer {
-            data,
-            len,
-            borrow: PhantomData,
-        }
+        Writer { data, len, borrow: PhantomData }
     }
 }
 
@@ -243,10 +209,7 @@ impl<'a> Writer<'a> {
                     std::slice::from_raw_parts_mut(p.add(at), row.len()).convert_from_f32_slice(row)
                 }
                 Pointer::BF16(p) => {
-                    for (y, x) in std::slice::from_raw_parts_mut(p.add(at), row.len())
-                        .iter_mut()
-                        .zip(row)
-                    {
+                    for (y, x) in std::slice::from_raw_parts_mut(p.add(at), row.len()).iter_mut().zip(row) {
                         *y = bf16::from_f32(*x);
                     }
                 }
@@ -260,9 +223,7 @@ impl<'a> Writer<'a> {
     ///
     /// While the row is used no one else, on this thread or another, reads or writes these elements.
     pub unsafe fn row(&self, at: usize, len: usize) -> &'a mut [f32] {
-        let Pointer::F32(p) = self.data else {
-            unreachable!("rows are taken of f32 buffers only")
-        };
+        let Pointer::F32(p) = self.data else { unreachable!("rows are taken of f32 buffers only") };
         assert!(at + len <= self.len, "a row ends beyond its buffer");
         // SAFETY: the range was checked to lie within the buffer and the caller promises that it is ours.
         unsafe { std::slice::from_raw_parts_mut(p.add(at), len) }

@@ -1,1 +1,36 @@
-//! Models.
+//! Whole causal language models, chosen by the `model_type` of their `config.json` and loaded from safetensors with the
+//! names that the Hugging Face Hub has.
+//!
+//! ```no_run
+//! use candle_core::{Device, Tensor};
+//! use candle_linear_attn::models::Model;
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let model = Model::load("path/to/checkpoint", None, &Device::Cpu)?;
+//! let mut cache = model.new_cache();
+//! let prompt = Tensor::new(&[[5u32, 17, 3]], &Device::Cpu)?;
+//! let logits = model.forward(&prompt, Some(&mut cache))?; // [1, 3, vocab_size]
+//! let next = Tensor::new(&[[8u32]], &Device::Cpu)?;
+//! let logits = model.forward(&next, Some(&mut cache))?; // [1, 1, vocab_size]
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A new model is one file with a [`Family`](registry::Family) and one line in [`registry::FAMILIES`].
+
+mod cache;
+mod checkpoint;
+mod config;
+mod decoder;
+mod fields;
+mod gla;
+pub mod hub;
+mod linear_attn;
+mod model;
+mod registry;
+mod retnet;
+
+pub use cache::Cache;
+pub use config::Config;
+pub use model::Model;
+pub use registry::SUPPORTED;

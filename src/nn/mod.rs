@@ -1,1 +1,52 @@
-//! Layers.
+//! Layers in candle-nn's style: `new(&config, vb)`, then `forward(&xs, cache)`.
+//!
+//! Each takes `xs` of shape `[B, T, hidden_size]` in f32, f16 or bf16 and returns the same shape and dtype. All can be
+//! trained: built from a [`VarBuilder`](candle_nn::VarBuilder) over a [`VarMap`](candle_nn::VarMap), every parameter
+//! gets a gradient. Parameter names are those of flash-linear-attention, so its checkpoints load as they are.
+//!
+//! A [`LayerCache`] carries a layer from one piece of a sequence to the next: a prompt in one call, then a token a call.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_linear_attn::nn::{GatedLinearAttention, GatedLinearAttentionConfig};
+//! use candle_nn::{VarBuilder, VarMap};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let varmap = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+//! let config = GatedLinearAttentionConfig { hidden_size: 32, num_heads: 2, ..Default::default() };
+//! let layer = GatedLinearAttention::new(&config, vb)?;
+//! let xs = Tensor::randn(0f32, 1., (1, 10, 32), &Device::Cpu)?;
+//! assert_eq!(layer.forward(&xs, None)?.dims(), [1, 10, 32]);
+//! # Ok(())
+//! # }
+//! ```
+
+mod activation;
+mod cache;
+mod feature_map;
+mod gated_linear_attention;
+mod gated_mlp;
+mod heads;
+mod linear;
+mod linear_attention;
+mod output_norm;
+mod qkv;
+mod retention;
+mod rms_norm;
+mod rotary;
+mod short_conv;
+
+pub use activation::Activation;
+pub use cache::LayerCache;
+pub use feature_map::{FeatureMap, FeatureMapKind};
+pub use gated_linear_attention::{GatedLinearAttention, GatedLinearAttentionConfig};
+pub use gated_mlp::{GatedMlp, GatedMlpConfig, GluKind};
+pub use linear_attention::{LinearAttention, LinearAttentionConfig};
+pub use retention::{MultiScaleRetention, MultiScaleRetentionConfig};
+pub use rms_norm::RmsNorm;
+pub use rotary::RotaryEmbedding;
+pub use short_conv::ShortConvolution;
+
+pub(crate) use heads::MAX_SIZE;
+pub(crate) use linear::{Linear, normal, project, resident};

@@ -53,21 +53,11 @@ pub fn chunk_linear_attn(q: &Tensor, k: &Tensor, v: &Tensor, opts: &Options) -> 
 }
 
 /// [`linear_attn`] in [`Mode::FusedChunk`].
-pub fn fused_chunk_linear_attn(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    opts: &Options,
-) -> Result<Output> {
+pub fn fused_chunk_linear_attn(q: &Tensor, k: &Tensor, v: &Tensor, opts: &Options) -> Result<Output> {
     linear_attn(q, k, v, &opts.clone().with_mode(Mode::FusedChunk))
 }
 
 /// [`linear_attn`] in [`Mode::Recurrent`].
-pub fn fused_recurrent_linear_attn(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    opts: &Options,
-) -> Result<Output> {
+pub fn fused_recurrent_linear_attn(q: &Tensor, k: &Tensor, v: &Tensor, opts: &Options) -> Result<Output> {
     linear_attn(q, k, v, &opts.clone().with_mode(Mode::Recurrent))
 }

@@ -6,8 +6,6 @@ mod retention;
 mod simple_gla;
 
 pub use gla::gla;
-pub use linear_attn::{
-    chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn, linear_attn,
-};
+pub use linear_attn::{chunk_linear_attn, fused_chunk_linear_attn, fused_recurrent_linear_attn, linear_attn};
 pub use retention::retention;
 pub use simple_gla::simple_gla;

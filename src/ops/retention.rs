@@ -24,13 +24,7 @@ use crate::problem::{Decay, Problem};
 /// # Errors
 ///
 /// As for [`linear_attn`](crate::linear_attn); `normalize` is refused.
-pub fn retention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    log_decay: &Tensor,
-    opts: &Options,
-) -> Result<Output> {
+pub fn retention(q: &Tensor, k: &Tensor, v: &Tensor, log_decay: &Tensor, opts: &Options) -> Result<Output> {
     let decay = (Decay::Head, Some(("log_decay", log_decay)));
     let (problem, inputs) = Problem::new("retention", [q, k, v], decay, opts)?;
     backend::solve(problem, inputs)

@@ -25,13 +25,7 @@ use crate::problem::{Decay, Problem};
 /// # Errors
 ///
 /// As for [`linear_attn`](crate::linear_attn); `normalize` is refused.
-pub fn simple_gla(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    g: &Tensor,
-    opts: &Options,
-) -> Result<Output> {
+pub fn simple_gla(q: &Tensor, k: &Tensor, v: &Tensor, g: &Tensor, opts: &Options) -> Result<Output> {
     let decay = (Decay::Scalar, Some(("g", g)));
     let (problem, inputs) = Problem::new("simple_gla", [q, k, v], decay, opts)?;
     backend::solve(problem, inputs)

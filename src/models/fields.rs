@@ -1,0 +1,123 @@
+//! Reads the fields of a `config.json` one by one, with errors that name the field, what it was and what it must be.
+
+use crate::nn::MAX_SIZE;
+use candle_core::{Result, bail};
+use serde_json::{Map, Value};
+
+/// The fields of a configuration. An absent one is filled in with its default as it is read, so that what is left in the
+/// end holds all of them.
+#[derive(Debug, Clone)]
+pub(super) struct Fields(Map<String, Value>);
+
+impl Fields {
+    pub fn new(map: Map<String, Value>) -> Self {
+        Self(map)
+    }
+
+    pub fn into_map(self) -> Map<String, Value> {
+        self.0
+    }
+
+    /// A size: a whole number from 1 up.
+    pub fn size(&mut self, name: &str, default: usize) -> Result<usize> {
+        match self.optional_size(name, Some(default))? {
+            Some(size) => Ok(size),
+            None => bail!("field `{name}` is null, it must be a whole number from 1 to {MAX_SIZE}"),
+        }
+    }
+
+    /// A size or null.
+    pub fn optional_size(&mut self, name: &str, default: Option<usize>) -> Result<Option<usize>> {
+        let value = self.value(name, default.into());
+        match value.as_u64() {
+            _ if value.is_null() => Ok(None),
+            Some(size) if (1..=MAX_SIZE as u64).contains(&size) => Ok(Some(size as usize)),
+            _ => bail!("field `{name}` is {value}, it must be a whole number from 1 to {MAX_SIZE}"),
+        }
+    }
+
+    /// A finite number.
+    pub fn number(&mut self, name: &str, default: f64) -> Result<f64> {
+        match self.optional_number(name, Some(default))? {
+            Some(number) => Ok(number),
+            None => bail!("field `{name}` is null, it must be a number"),
+        }
+    }
+
+    /// A finite number or null.
+    pub fn optional_number(&mut self, name: &str, default: Option<f64>) -> Result<Option<f64>> {
+        let value = self.value(name, default.into());
+        match value.as_f64() {
+            _ if value.is_null() => Ok(None),
+            Some(number) if number.is_finite() => Ok(Some(number)),
+            _ => bail!("field `{name}` is {value}, it must be a number"),
+        }
+    }
+
+    /// A finite number above 0.
+    pub fn positive(&mut self, name: &str, default: f64) -> Result<f64> {
+        match self.number(name, default)? {
+            number if number > 0. => Ok(number),
+            number => bail!("field `{name}` is {number}, it must be above 0"),
+        }
+    }
+
+    /// true or false; null is false, as it is to the Python that wrote the file.
+    pub fn flag(&mut self, name: &str, default: bool) -> Result<bool> {
+        match self.value(name, default.into()) {
+            Value::Bool(flag) => Ok(*flag),
+            Value::Null => Ok(false),
+            value => bail!("field `{name}` is {value}, it must be true or false"),
+        }
+    }
+
+    /// A string.
+    pub fn text(&mut self, name: &str, default: &str) -> Result<String> {
+        match self.optional_text(name, Some(default))? {
+            Some(text) => Ok(text),
+            None => bail!("field `{name}` is null, it must be a string"),
+        }
+    }
+
+    /// A string or null.
+    pub fn optional_text(&mut self, name: &str, default: Option<&str>) -> Result<Option<String>> {
+        match self.value(name, default.into()) {
+            Value::String(text) => Ok(Some(text.clone())),
+            Value::Null => Ok(None),
+            value => bail!("field `{name}` is {value}, it must be a string"),
+        }
+    }
+
+    /// One of a few strings.
+    pub fn choice(&mut self, name: &str, default: &str, allowed: &[&str]) -> Result<String> {
+        let text = self.text(name, default)?;
+        if !allowed.contains(&text.as_str()) {
+            bail!(
+                "field `{name}` is \"{text}\", it must be one of {}",
+                allowed.join(", ")
+            );
+        }
+        Ok(text)
+    }
+
+    /// A feature that is not there: only null will do.
+    pub fn absent(&mut self, name: &str, what: &str) -> Result<()> {
+        match self.value(name, Value::Null) {
+            Value::Null => Ok(()),
+            value => bail!("field `{name}` is {value}, it must be null: {what} are not supported"),
+        }
+    }
+
+    /// A field that is not checked here, filled in with its default.
+    pub fn value(&mut self, name: &str, default: Value) -> &Value {
+        self.0.entry(name).or_insert(default)
+    }
+}
+
+/// Puts the name of a field in front of what is wrong with it.
+pub(super) fn in_field<T>(name: &str, result: Result<T>) -> Result<T> {
+    match result {
+        Ok(value) => Ok(value),
+        Err(error) => bail!("field `{name}` {error}"),
+    }
+}

@@ -1,0 +1,170 @@
+//! A model, whatever its kind.
+
+use crate::Mode;
+use crate::models::cache::Cache;
+use crate::models::checkpoint::Checkpoint;
+use crate::models::config::Config;
+use crate::models::registry::CausalLm;
+use candle_core::{DType, Device, Result, Tensor, bail};
+use candle_nn::VarBuilder;
+use std::path::Path;
+
+/// A causal language model.
+pub struct Model {
+    config: Config,
+    inner: Box<dyn CausalLm>,
+    dtype: DType,
+    device: Device,
+}
+
+impl Model {
+    /// Makes a model from the parameters of `vb`, in its dtype and on its device. Over a
+    /// [`VarMap`](candle_nn::VarMap) the parameters are fresh, and every one of them can be trained: projections and
+    /// embeddings normal with the deviation `initializer_range`, biases 0, norms 1.
+    ///
+    /// # Errors
+    /// Sizes that do not divide, by the name of the field; whatever `vb` has to say of a tensor.
+    pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        let (dtype, device) = (vb.dtype(), vb.device().clone());
+        check_dtype(dtype)?;
+        Ok(Self {
+            config: config.clone(),
+            inner: (config.parsed().build)(vb)?,
+            dtype,
+            device,
+        })
+    }
+
+    /// Loads a checkpoint: a folder with `config.json` and the weights, `model.safetensors` or, in several files, those
+    /// that `model.safetensors.index.json` lists.
+    ///
+    /// `dtype` is f32, f16 or bf16; `None` means as stored. The files are mapped while they are read and must not be
+    /// changed meanwhile.
+    ///
+    /// # Errors
+    /// By the path of the file: one that is missing, truncated or corrupt; a field of `config.json` by its name; a tensor
+    /// that is missing, or whose shape is not what the configuration says, by its name.
+    pub fn load(folder: impl AsRef<Path>, dtype: Option<DType>, device: &Device) -> Result<Self> {
+        let folder = folder.as_ref();
+        if !folder.is_dir() {
+            bail!(
+                "{}: not a folder; it must hold config.json and model.safetensors",
+                folder.display()
+            );
+        }
+        if let Some(dtype) = dtype {
+            check_dtype(dtype)?;
+        }
+        let config = Config::from_file(folder.join("config.json"))?;
+        let checkpoint = Checkpoint::open(folder)?;
+        let dtype = dtype.unwrap_or(checkpoint.dtype());
+        Self::new(
+            &config,
+            VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()),
+        )
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The dtype of parameters, activations and logits. States are f32 whatever it is.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the model is.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The algorithm of every layer's operator. Default: [`Mode::Auto`].
+    pub fn set_mode(&mut self, mode: Mode) {
+        self.inner.set_mode(mode);
+    }
+
+    /// An empty cache for this model.
+    pub fn new_cache(&self) -> Cache {
+        self.inner.new_cache()
+    }
+
+    /// `input_ids: [B, T]`, u32, to `[B, T, hidden_size]`, behind the last norm. With a cache, the tokens continue what
+    /// the cache has seen; any split of a sequence into pieces gives the same result.
+    ///
+    /// # Errors
+    /// A wrong shape or dtype, no tokens, a token id that is not in the vocabulary; a cache of another model or batch
+    /// size.
+    pub fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
+        self.check_ids(input_ids)?;
+        self.inner.hidden_states(input_ids, cache)
+    }
+
+    /// The head: `[.., hidden_size]` to `[.., vocab_size]`. To pick the next token, give it the last position alone.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        match hidden.dims() {
+            [.., last] if *last == self.config.hidden_size() => self.inner.logits(hidden),
+            dims => bail!(
+                "hidden: shape is {dims:?}, it must end in {}",
+                self.config.hidden_size()
+            ),
+        }
+    }
+
+    /// [`hidden_states`](Self::hidden_states), then [`logits`](Self::logits): `[B, T]` to `[B, T, vocab_size]`.
+    pub fn forward(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
+        self.logits(&self.hidden_states(input_ids, cache)?)
+    }
+
+    /// A backend's lookup would answer an id outside the table with a puzzling error at best.
+    fn check_ids(&self, input_ids: &Tensor) -> Result<()> {
+        match *input_ids.dims() {
+            [batch, tokens] if batch > 0 && tokens > 0 => {}
+            _ => bail!(
+                "input_ids: shape is {:?}, it must be [B, T] with B and T at least 1",
+                input_ids.dims()
+            ),
+        }
+        if !matches!(input_ids.dtype(), DType::U8 | DType::U32 | DType::I64) {
+            bail!(
+                "input_ids: dtype is {:?}, it must be U32",
+                input_ids.dtype()
+            );
+        }
+        let ids = input_ids
+            .flatten_all()?
+            .to_dtype(DType::I64)?
+            .to_vec1::<i64>()?;
+        let known = 0..self.config.vocab_size() as i64;
+        match ids.iter().find(|id| !known.contains(id)) {
+            Some(id) => bail!(
+                "input_ids: token {id}, it must be below the vocabulary size {}",
+                known.end
+            ),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            config,
+            dtype,
+            device,
+            ..
+        } = self;
+        f.debug_struct("Model")
+            .field("config", config)
+            .field("dtype", dtype)
+            .field("device", device)
+            .finish()
+    }
+}
+
+fn check_dtype(dtype: DType) -> Result<()> {
+    match dtype {
+        DType::F32 | DType::F16 | DType::BF16 => Ok(()),
+        _ => bail!("dtype is {dtype:?}, it must be F32, F16 or BF16"),
+    }
+}

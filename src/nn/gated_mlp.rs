@@ -1,0 +1,117 @@
+//! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
+
+use crate::nn::Linear;
+use candle_core::{DType, Result, Tensor, bail};
+use candle_nn::{Init, VarBuilder};
+
+/// The exponent of [`GluKind::PowLu`], which no configuration changes.
+const POWER: f64 = 3.;
+
+/// How the gate acts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GluKind {
+    /// `silu(gate) * up`
+    #[default]
+    Swish,
+    /// `gate^(3 / (sqrt(gate) + 1)) * sigmoid(gate) * up` where the gate is above 0, as `Swish` elsewhere.
+    PowLu,
+}
+
+/// What a [`GatedMlp`] is made from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GatedMlpConfig {
+    /// Width of input and output.
+    pub hidden_size: usize,
+    /// Width in between.
+    pub intermediate_size: usize,
+    /// How the gate acts.
+    pub kind: GluKind,
+    /// Deviation of fresh weights.
+    pub initializer_range: f64,
+}
+
+impl GatedMlpConfig {
+    /// The width of a layer that has about `hidden_ratio * hidden_size^2` parameters, a multiple of 256.
+    pub fn intermediate_size(hidden_size: usize, hidden_ratio: f64) -> usize {
+        let exact = (hidden_size as f64 * hidden_ratio * 2. / 3.) as usize;
+        exact.div_ceil(256).max(1) * 256
+    }
+}
+
+/// `down_proj(glu(gate_proj(x), up_proj(x)))`, no biases.
+#[derive(Debug, Clone)]
+pub struct GatedMlp {
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+    kind: GluKind,
+}
+
+impl GatedMlp {
+    /// Reads `gate_proj.weight` and `up_proj.weight`, `[intermediate, hidden]`, and `down_proj.weight`,
+    /// `[hidden, intermediate]`. Checkpoints from before February 2025 have gate and up as one tensor,
+    /// `gate_proj.weight [2 * intermediate, hidden]`, gate first: that is recognised.
+    pub fn new(cfg: &GatedMlpConfig, vb: VarBuilder) -> Result<Self> {
+        let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
+        if hidden == 0 || inner == 0 {
+            bail!("hidden_size is {hidden} and intermediate_size {inner}, both must be at least 1");
+        }
+        let linear = |inputs, outputs, name: &str| {
+            Linear::new(inputs, outputs, false, cfg.initializer_range, vb.pp(name))
+        };
+        let (gate_proj, up_proj) = match fused_gate_and_up(hidden, inner, &vb)? {
+            Some(pair) => pair,
+            None => (
+                linear(hidden, inner, "gate_proj")?,
+                linear(hidden, inner, "up_proj")?,
+            ),
+        };
+        Ok(Self {
+            gate_proj,
+            up_proj,
+            down_proj: linear(inner, hidden, "down_proj")?,
+            kind: cfg.kind,
+        })
+    }
+
+    /// `[.., hidden]` to the same shape and dtype.
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        let gate = self.gate_proj.forward(xs)?.to_dtype(DType::F32)?;
+        let up = self.up_proj.forward(xs)?.to_dtype(DType::F32)?;
+        let gate = match self.kind {
+            GluKind::Swish => gate.silu()?,
+            GluKind::PowLu => powlu(&gate)?,
+        };
+        self.down_proj.forward(&(gate * up)?.to_dtype(xs.dtype())?)
+    }
+}
+
+/// The two projections of the old layout, if that is what there is. A fresh model has neither tensor yet and gets the
+/// layout of today.
+fn fused_gate_and_up(
+    hidden: usize,
+    inner: usize,
+    vb: &VarBuilder,
+) -> Result<Option<(Linear, Linear)>> {
+    let (gate, up) = (vb.pp("gate_proj"), vb.pp("up_proj"));
+    if up.contains_tensor("weight") || !gate.contains_tensor("weight") {
+        return Ok(None);
+    }
+    // Through `get` for its errors: only a tensor twice as tall is the old layout, any other means `up_proj` is missing.
+    if gate.get_unchecked("weight")?.dims() != [2 * inner, hidden] {
+        return Ok(None);
+    }
+    let both = gate.get_with_hints((2 * inner, hidden), "weight", Init::Const(0.))?;
+    let half = |start| Linear::from_parts(both.narrow(0, start, inner)?.contiguous()?, None);
+    Ok(Some((half(0)?, half(inner)?)))
+}
+
+fn powlu(gate: &Tensor) -> Result<Tensor> {
+    let zeros = gate.zeros_like()?;
+    let above = gate.gt(&zeros)?;
+    // The other lanes take log(1) = 0, so that no NaN reaches the gradient.
+    let base = above.where_cond(gate, &gate.ones_like()?)?;
+    let exponent = ((base.sqrt()? + 1.)?.recip()? * POWER)?;
+    let power = (exponent * base.log()?)?.exp()?;
+    above.where_cond(&power, gate)? * candle_nn::ops::sigmoid(gate)?
+}

@@ -1,0 +1,65 @@
+//! Rotary position embedding ([Su et al., 2021](https://arxiv.org/abs/2104.09864)), the form that rotates the two halves
+//! of a head against each other.
+
+use candle_core::{D, DType, Result, Tensor, bail};
+
+/// `[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]` with the angle `t / base^(2i / dim)` for channel i of token t,
+/// computed in f32.
+///
+/// candle-nn's `rope` has no backward; this one is made of plain tensor operations.
+#[derive(Debug, Clone)]
+pub struct RotaryEmbedding {
+    inverse_frequencies: Vec<f32>,
+}
+
+impl RotaryEmbedding {
+    /// For heads of `dim` channels, an even number.
+    pub fn new(dim: usize, base: f64) -> Result<Self> {
+        if dim == 0 || dim % 2 != 0 {
+            bail!(
+                "rotary embedding: the head has {dim} channels, it must have an even number of them"
+            );
+        }
+        let inverse_frequency = |i| (1. / base.powf((2 * i) as f64 / dim as f64)) as f32;
+        Ok(Self {
+            inverse_frequencies: (0..dim / 2).map(inverse_frequency).collect(),
+        })
+    }
+
+    /// `xs: [B, T, H, dim]`, whose first token has position `offset`, to the same shape and dtype.
+    pub fn forward(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
+        let half = self.inverse_frequencies.len();
+        let (_, tokens, _, dim) = xs.dims4()?;
+        if dim != 2 * half {
+            bail!(
+                "rotary embedding: xs has heads of {dim} channels, it must be {}",
+                2 * half
+            );
+        }
+        let (cos, sin) = self.tables(offset, tokens, xs)?;
+        let wide = xs.to_dtype(DType::F32)?;
+        let x1 = wide.narrow(D::Minus1, 0, half)?;
+        let x2 = wide.narrow(D::Minus1, half, half)?;
+        let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
+        let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype())
+    }
+
+    /// cos and sin, `[T, 1, dim / 2]`. The product of position and frequency is rounded to f32, as where the
+    /// checkpoints were trained.
+    fn tables(&self, offset: usize, tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let angles: Vec<f32> = (offset..offset + tokens)
+            .flat_map(|t| {
+                self.inverse_frequencies
+                    .iter()
+                    .map(move |frequency| t as f32 * frequency)
+            })
+            .collect();
+        let angles = Tensor::from_vec(
+            angles,
+            (tokens, 1, self.inverse_frequencies.len()),
+            like.device(),
+        )?;
+        Ok((angles.cos()?, angles.sin()?))
+    }
+}

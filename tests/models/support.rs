@@ -1,0 +1,92 @@
+//! What the tests share.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_linear_attn::models::{Config, Model};
+use candle_nn::{VarBuilder, VarMap};
+use std::path::PathBuf;
+
+pub const CPU: Device = Device::Cpu;
+
+/// The checkpoints of the original implementation, with the logits it computed.
+pub const GOLDEN: [&str; 5] = ["linear_attn", "linear_attn-elu", "gla", "gla-tied", "retnet"];
+
+pub fn golden_folder(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name)
+}
+
+/// `||x - reference|| / ||reference||`
+pub fn relative_error(x: &Tensor, reference: &Tensor) -> Result<f64> {
+    let (x, reference) = (x.to_dtype(DType::F64)?, reference.to_dtype(DType::F64)?);
+    let norm = |t: &Tensor| t.sqr()?.sum_all()?.to_scalar::<f64>();
+    Ok((norm(&(x - &reference)?)? / norm(&reference)?).sqrt())
+}
+
+/// Fails unless `x` is within `limit` of the reference; NaN is not.
+pub fn assert_close(what: &str, x: &Tensor, reference: &Tensor, limit: f64) -> Result<()> {
+    assert_eq!(x.dims(), reference.dims(), "{what}: shape");
+    let error = relative_error(x, reference)?;
+    assert!(error <= limit, "{what}: relative error {error:.3e}, at most {limit:.1e} is allowed");
+    Ok(())
+}
+
+/// A small model with the given fields besides the sizes. Its parameters are large enough that every part of it shows
+/// in the logits, which those of a fresh model are not.
+pub fn small_model(fields: &str) -> Result<(Model, VarMap)> {
+    let config = small_config(fields)?;
+    let varmap = VarMap::new();
+    Model::new(&config, VarBuilder::from_varmap(&varmap, DType::F32, &CPU))?;
+    for (i, (_, var)) in sorted(&varmap).iter().enumerate() {
+        let shift = if var.rank() == 1 { 1. } else { 0. };
+        var.set(&(pseudo_random(var.dims(), i as u64)? * 0.4)?.affine(1., shift * 0.5)?)?;
+    }
+    let model = Model::new(&config, VarBuilder::from_varmap(&varmap, DType::F32, &CPU))?;
+    Ok((model, varmap))
+}
+
+pub fn small_config(fields: &str) -> Result<Config> {
+    let sizes = r#""hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 11, "intermediate_size": 24"#;
+    // A key that comes twice has its last value.
+    Config::from_json_str(&format!("{{{sizes}, {fields}}}"))
+}
+
+/// The parameters by name.
+pub fn sorted(varmap: &VarMap) -> Vec<(String, candle_core::Var)> {
+    let data = varmap.data().lock().unwrap();
+    let mut vars: Vec<_> = data.iter().map(|(name, var)| (name.clone(), var.clone())).collect();
+    vars.sort_by(|a, b| a.0.cmp(&b.0));
+    vars
+}
+
+/// About uniform in [-1, 1], the same every time: Candle's generator cannot be seeded on a CPU.
+pub fn pseudo_random(dims: &[usize], seed: u64) -> Result<Tensor> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5678);
+    let mut next = || {
+        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) >> 40) as f32 / (1u64 << 23) as f32 - 1.
+    };
+    Tensor::from_vec((0..dims.iter().product()).map(|_| next()).collect(), dims, &CPU)
+}
+
+/// Token ids below `vocab`, `[batch, tokens]`.
+pub fn pseudo_tokens(batch: usize, tokens: usize, vocab: u32) -> Result<Tensor> {
+    let ids = (0..batch * tokens).map(|i| (i as u32 * 7 + i as u32 / 5) % vocab).collect();
+    Tensor::from_vec::<_, u32>(ids, (batch, tokens), &CPU)
+}
+
+/// The message of an error, which there must be.
+pub fn message<T>(result: Result<T>) -> String {
+    match result {
+        Ok(_) => panic!("this must fail"),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// Fails unless the message holds every part.
+pub fn assert_says(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "\"{message}\" does not say \"{part}\"");
+    }
+}

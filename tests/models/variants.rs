@@ -1,0 +1,215 @@
+//! Every configuration that the three model types promise, against the reference: logits, gradients, caches.
+
+use crate::reference;
+use crate::support::*;
+use candle_core::{D, DType, Result, Tensor};
+use candle_linear_attn::Mode;
+use candle_linear_attn::models::Model;
+use candle_nn::VarMap;
+use serde_json::Value;
+
+const TOKENS: usize = 9;
+
+/// Fields besides the sizes of a small model.
+const VARIANTS: &[&str] = &[
+    r#""model_type": "linear_attn""#,
+    r#""model_type": "linear_attn", "tie_feature_map_qk": true, "tie_word_embeddings": true"#,
+    r#""model_type": "linear_attn", "feature_map": "hedgehog", "norm_feature_map": true"#,
+    r#""model_type": "linear_attn", "feature_map": "hedgehog", "tie_feature_map_qk": true, "num_kv_heads": 1"#,
+    r#""model_type": "linear_attn", "feature_map": "t2r", "norm_q": true, "norm_k": true"#,
+    r#""model_type": "linear_attn", "feature_map": "t2r", "tie_feature_map_qk": true, "fuse_norm": false"#,
+    r#""model_type": "linear_attn", "feature_map": "dpfp", "expand_k": 0.5, "expand_v": 1.5"#,
+    r#""model_type": "linear_attn", "feature_map": "elu", "norm_feature_map": true, "norm_q": true, "num_heads": 4, "num_kv_heads": 2"#,
+    r#""model_type": "linear_attn", "feature_map": "relu", "elementwise_affine": false"#,
+    r#""model_type": "linear_attn", "feature_map": "identity", "hidden_act": "powlu", "intermediate_size": null"#,
+    r#""model_type": "gla""#,
+    r#""model_type": "gla", "use_short_conv": true"#,
+    r#""model_type": "gla", "use_short_conv": true, "conv_size": 1, "use_output_gate": false"#,
+    r#""model_type": "gla", "num_heads": 4, "num_kv_heads": 2, "use_short_conv": true, "conv_size": 3"#,
+    r#""model_type": "gla", "num_heads": 4, "num_kv_heads": 1, "fuse_norm": false, "norm_eps": 0.01"#,
+    r#""model_type": "gla", "feature_map": "relu", "clamp_min": -0.03, "expand_k": 1, "expand_v": 2"#,
+    r#""model_type": "gla", "feature_map": "gelu", "elementwise_affine": null, "tie_word_embeddings": true"#,
+    r#""model_type": "gla", "feature_map": "sqrelu", "hidden_act": "silu""#,
+    r#""model_type": "gla", "feature_map": "sigmoid", "hidden_ratio": null, "intermediate_size": null"#,
+    r#""model_type": "gla", "feature_map": "logsigmoid", "num_hidden_layers": 1"#,
+    r#""model_type": "gla", "feature_map": "swish", "num_heads": 1"#,
+    r#""model_type": "retnet""#,
+    r#""model_type": "retnet", "num_heads": 4, "num_kv_heads": 2, "tie_word_embeddings": true"#,
+    r#""model_type": "retnet", "use_output_gate": false, "expand_k": 0.5, "expand_v": 1"#,
+    r#""model_type": "retnet", "fuse_norm": false, "elementwise_affine": false"#,
+    r#""model_type": "retnet", "hidden_act": "silu", "feature_map": "gelu""#,
+    r#""model_type": "retnet", "feature_map": "relu2", "intermediate_size": null"#,
+    r#""model_type": "retnet", "feature_map": "mish", "use_short_conv": true"#,
+    r#""model_type": "retnet", "feature_map": "quick_gelu", "num_kv_heads": 1"#,
+    r#""model_type": "retnet", "feature_map": "tanh""#,
+];
+
+/// A variant with its tokens and everything the reference needs.
+struct Case {
+    model: Model,
+    varmap: VarMap,
+    config: Value,
+    ids: Tensor,
+}
+
+impl Case {
+    fn new(fields: &str) -> Result<Self> {
+        let (model, varmap) = small_model(fields)?;
+        let config = serde_json::from_str(&model.config().to_json()).expect("to_json is JSON");
+        Ok(Self { model, varmap, config, ids: pseudo_tokens(1, TOKENS, 11)? })
+    }
+
+    fn params(&self) -> Result<reference::Params> {
+        let vars = sorted(&self.varmap);
+        reference::params(vars.iter().map(|(name, var)| (name.clone(), var.as_tensor())))
+    }
+
+    fn reference(&self, params: &reference::Params) -> Result<Tensor> {
+        let ids = self.ids.flatten_all()?.to_vec1::<u32>()?;
+        let logits = reference::model(&self.config, params, &ids);
+        Tensor::new(logits, &CPU)?.unsqueeze(0)
+    }
+}
+
+#[test]
+fn logits_are_those_of_the_definition() -> Result<()> {
+    for fields in VARIANTS {
+        let mut case = Case::new(fields)?;
+        let expected = case.reference(&case.params()?)?;
+        for mode in [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::FusedChunk] {
+            case.model.set_mode(mode);
+            assert_close(&format!("{fields} {mode:?}"), &case.model.forward(&case.ids, None)?, &expected, 2e-5)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every parameter gets a gradient, and it is the central difference of the reference.
+#[test]
+fn every_parameter_gets_its_gradient() -> Result<()> {
+    for fields in VARIANTS {
+        let case = Case::new(fields)?;
+        let logits = case.model.forward(&case.ids, None)?;
+        let weights = pseudo_random(logits.dims(), 77)?;
+        let gradients = (&logits * &weights)?.sum_all()?.backward()?;
+        let loss = |params: &reference::Params| -> Result<f64> {
+            (case.reference(params)? * weights.to_dtype(DType::F64)?)?.sum_all()?.to_scalar::<f64>()
+        };
+        let mut params = case.params()?;
+        for (name, var) in sorted(&case.varmap) {
+            let Some(gradient) = gradients.get(&var) else { panic!("{fields}: {name} has no gradient") };
+            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+            let (mut error, mut size) = (0., 0.);
+            for at in (0..4).map(|i| (i * 37 + 5) % gradient.len()) {
+                let expected = central_difference(&mut params, &name, at, &loss)?;
+                error += (gradient[at] as f64 - expected).powi(2);
+                size += expected.powi(2);
+            }
+            // The floor is for parameters whose gradient is small beside the others', and its rounding is not.
+            let relative = error.sqrt() / size.sqrt().max(1e-2);
+            assert!(relative < 1e-3, "{fields}: gradient of {name}: relative error {relative:.2e}");
+        }
+    }
+    Ok(())
+}
+
+fn central_difference(
+    params: &mut reference::Params,
+    name: &str,
+    at: usize,
+    loss: &impl Fn(&reference::Params) -> Result<f64>,
+) -> Result<f64> {
+    const STEP: f64 = 1e-6;
+    let centre = params[name].1[at];
+    let mut shifted = |by: f64| {
+        params.get_mut(name).expect("a parameter").1[at] = centre + by;
+        loss(params)
+    };
+    let (above, below) = (shifted(STEP)?, shifted(-STEP)?);
+    shifted(0.)?;
+    Ok((above - below) / (2. * STEP))
+}
+
+#[test]
+fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
+    for fields in VARIANTS {
+        let case = Case::new(fields)?;
+        let ids = pseudo_tokens(2, TOKENS, 11)?;
+        let whole = case.model.forward(&ids, None)?;
+        for pieces in [&[1, 8][..], &[2, 7], &[5, 4], &[8, 1], &[3, 0, 2, 1, 3], &[1; TOKENS]] {
+            let mut cache = case.model.new_cache();
+            let mut logits = Vec::new();
+            for piece in pieces.iter().filter(|piece| **piece > 0) {
+                let ids = ids.narrow(1, cache.tokens(), *piece)?;
+                logits.push(case.model.forward(&ids, Some(&mut cache))?);
+            }
+            assert_close(&format!("{fields} {pieces:?}"), &Tensor::cat(&logits, 1)?, &whole, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn later_tokens_do_not_reach_earlier_logits() -> Result<()> {
+    for fields in VARIANTS {
+        let case = Case::new(fields)?;
+        let start = case.ids.narrow(1, 0, 5)?;
+        let other = Tensor::cat(&[&start, &((case.ids.narrow(1, 5, 4)? - 3.)?.abs()?)], 1);
+        let other = other.or_else(|_| Tensor::cat(&[&start, &case.ids.narrow(1, 1, 4)?], 1))?;
+        let [a, b] = [&case.ids, &other].map(|ids| case.model.forward(ids, None));
+        let [a, b] = [a?.narrow(1, 0, 5)?, b?.narrow(1, 0, 5)?];
+        assert_close(fields, &a, &b, 1e-6)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn sixteen_bits_run_every_variant() -> Result<()> {
+    for fields in VARIANTS {
+        let case = Case::new(fields)?;
+        let whole = case.model.forward(&case.ids, None)?;
+        for (dtype, limit) in [(DType::F16, 2e-2), (DType::BF16, 1.5e-1)] {
+            let tensors = sorted(&case.varmap).into_iter().map(|(name, var)| (name, var.as_tensor().clone())).collect();
+            let vb = candle_nn::VarBuilder::from_tensors(tensors, dtype, &CPU);
+            let model = Model::new(case.model.config(), vb)?;
+            let mut cache = model.new_cache();
+            let first = model.forward(&case.ids.narrow(1, 0, 6)?, Some(&mut cache))?;
+            let rest = model.forward(&case.ids.narrow(1, 6, 3)?, Some(&mut cache))?;
+            assert_eq!(first.dtype(), dtype);
+            assert_close(&format!("{fields} {dtype:?}"), &Tensor::cat(&[first, rest], 1)?, &whole, limit)?;
+        }
+    }
+    Ok(())
+}
+
+/// Sixteen-bit parameters can be trained as they are.
+#[test]
+fn sixteen_bit_parameters_get_gradients() -> Result<()> {
+    for model_type in ["linear_attn", "gla", "retnet"] {
+        let config = small_config(&format!(r#""model_type": "{model_type}""#))?;
+        let varmap = VarMap::new();
+        let model = Model::new(&config, candle_nn::VarBuilder::from_varmap(&varmap, DType::BF16, &CPU))?;
+        let logits = model.forward(&pseudo_tokens(1, TOKENS, 11)?, None)?.to_dtype(DType::F32)?;
+        let gradients = candle_nn::ops::log_softmax(&logits, D::Minus1)?.sum_all()?.backward()?;
+        for (name, var) in sorted(&varmap) {
+            let gradient = gradients.get(&var).unwrap_or_else(|| panic!("{model_type}: {name} has no gradient"));
+            assert_eq!(gradient.dtype(), DType::BF16, "{model_type}: {name}");
+        }
+    }
+    Ok(())
+}
+
+/// A parameter that has changed shows in the next forward: no layer works on a copy.
+#[test]
+fn updates_of_parameters_take_effect() -> Result<()> {
+    for fields in [r#""model_type": "linear_attn", "feature_map": "hedgehog""#, r#""model_type": "gla", "use_short_conv": true"#] {
+        let case = Case::new(fields)?;
+        case.model.forward(&case.ids, None)?;
+        for (_, var) in sorted(&case.varmap) {
+            var.set(&(var.as_tensor() * 0.7)?)?;
+        }
+        let expected = case.reference(&case.params()?)?;
+        assert_close(fields, &case.model.forward(&case.ids, None)?, &expected, 2e-5)?;
+    }
+    Ok(())
+}

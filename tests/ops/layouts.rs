@@ -1,0 +1,218 @@
+//! Inputs that are views: strides, offsets, repeated elements. Gradients arrive at the tensor behind the view.
+
+use crate::case::{ARGS, Case, Gates, Inputs, Op};
+use crate::compare::{close, inner, values};
+use crate::run::{Graph, MODES};
+use candle_core::{DType, Device, Result, Shape, Tensor, Var};
+
+/// A way for a tensor of some shape to lie in memory.
+#[derive(Debug, Clone, Copy)]
+enum Layout {
+    /// Two dimensions swapped: 1 and 2 is heads before time, 2 and 3 a last dimension that is not contiguous.
+    Swapped(usize, usize),
+    /// All dimensions in reverse order.
+    Reversed,
+    /// A window of something larger in each dimension, with NaN around it.
+    Window,
+    /// One dimension repeated with stride zero.
+    Repeated(usize),
+}
+
+const ALL: [Layout; 9] = [
+    Layout::Swapped(1, 2),
+    Layout::Swapped(2, 3),
+    Layout::Swapped(0, 1),
+    Layout::Reversed,
+    Layout::Window,
+    Layout::Repeated(0),
+    Layout::Repeated(1),
+    Layout::Repeated(2),
+    Layout::Repeated(3),
+];
+
+impl Layout {
+    /// Whether a tensor of this rank can lie so.
+    fn fits(self, rank: usize) -> bool {
+        match self {
+            Layout::Swapped(_, dim) | Layout::Repeated(dim) => dim < rank,
+            Layout::Reversed | Layout::Window => true,
+        }
+    }
+
+    /// A contiguous tensor whose [`view`](Self::view) is `x` (`x` along one index of a repeated dimension).
+    fn base(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Layout::Repeated(dim) => x.narrow(dim, 0, 1)?.contiguous(),
+            Layout::Window => {
+                let mut base = x.clone();
+                for dim in 0..x.rank() {
+                    let pad = |base: &Tensor, n: usize| {
+                        let mut dims = base.dims().to_vec();
+                        dims[dim] = n;
+                        Tensor::full(f32::NAN, dims, &Device::Cpu)?.to_dtype(x.dtype())
+                    };
+                    base = Tensor::cat(&[&pad(&base, 1)?, &base, &pad(&base, 2)?], dim)?;
+                }
+                Ok(base)
+            }
+            _ => self.view(x, x.shape())?.contiguous(),
+        }
+    }
+
+    fn view(self, base: &Tensor, shape: &Shape) -> Result<Tensor> {
+        match self {
+            Layout::Swapped(i, j) => base.transpose(i, j),
+            Layout::Reversed => base.permute((0..base.rank()).rev().collect::<Vec<_>>()),
+            Layout::Repeated(_) => base.broadcast_as(shape),
+            Layout::Window => {
+                let mut dims = shape.dims().iter().enumerate();
+                dims.try_fold(base.clone(), |x, (dim, &n)| x.narrow(dim, 1, n))
+            }
+        }
+    }
+
+    /// The gradient of the base, from that of the view.
+    fn base_gradient(self, grad: &Tensor) -> Result<Tensor> {
+        match self {
+            Layout::Swapped(..) | Layout::Reversed => self.base(grad),
+            Layout::Repeated(dim) => grad.sum_keepdim(dim),
+            Layout::Window => (0..grad.rank()).try_fold(grad.clone(), |x, dim| x.pad_with_zeros(dim, 1, 2)),
+        }
+    }
+}
+
+/// Each argument that `chosen` names lies in `layout`; the rest are contiguous.
+fn check(case: &Case, layout: Layout, chosen: &[usize]) {
+    let mut inputs = case.inputs().unwrap();
+    let mut vars: [Option<Var>; 6] = Default::default();
+    let mut args = inputs.args.clone();
+    let lies_so = |i: usize, x: &Tensor| chosen.contains(&i) && layout.fits(x.rank());
+    for i in 0..6 {
+        let Some(x) = &inputs.args[i] else { continue };
+        let var = match lies_so(i, x) {
+            true => Var::from_tensor(&layout.base(x).unwrap()).unwrap(),
+            false => Var::from_tensor(x).unwrap(),
+        };
+        let seen = match lies_so(i, x) {
+            true => layout.view(&var, x.shape()).unwrap(),
+            false => var.as_tensor().clone(),
+        };
+        args[i] = Some(seen);
+        vars[i] = Some(var);
+    }
+    inputs.args = args.clone().map(|x| x.map(|x| x.detach()));
+    let want = case.expected(&inputs, [true; 3]).unwrap();
+    let outputs_only = Graph { loss: [true; 3], ..Graph::NONE };
+    for mode in MODES {
+        let label = format!("{layout:?} of {chosen:?}, {mode:?}, {case:?}");
+        let (outputs, store) = case
+            .run_on(mode, &args, &inputs.cotangents, [true; 3])
+            .unwrap_or_else(|e| panic!("{label}: {e}"));
+        let untracked = case.run(mode, &inputs, outputs_only).unwrap();
+        for outputs in [&outputs, &untracked.outputs] {
+            for (x, want) in outputs.iter().zip(&want.outputs) {
+                if let Some(x) = x {
+                    close(x, want, DType::F32, 1e-5, &label).unwrap();
+                }
+            }
+        }
+        for (i, var) in vars.iter().enumerate() {
+            let (Some(var), Some(x)) = (var, &inputs.args[i]) else {
+                continue;
+            };
+            let grad = Tensor::from_slice(&want.grads[i], x.shape(), &Device::Cpu).unwrap();
+            let grad = match lies_so(i, x) {
+                true => layout.base_gradient(&grad).unwrap(),
+                false => grad,
+            };
+            let got = store.as_ref().and_then(|s| s.get(var)).unwrap();
+            let label = format!("gradient of {}, {label}", ARGS[i]);
+            close(got, &values(&grad).unwrap(), DType::F32, 2e-5, &label).unwrap();
+        }
+    }
+}
+
+fn case(op: Op) -> Case {
+    Case { op, b: 2, t: 67, h: 2, group: 2, k: 9, v: 12, gates: Gates::Mild, ..Case::default() }
+}
+
+#[test]
+fn every_input_in_every_layout() {
+    for op in Op::ALL {
+        for layout in ALL {
+            check(&case(op), layout, &[0, 1, 2, 3, 4, 5]);
+        }
+    }
+}
+
+#[test]
+fn one_input_in_every_layout() {
+    for layout in ALL {
+        for only in 0..6 {
+            let op = if only == 3 { Op::Gla } else { Op::LinearAttn };
+            let normalize = op == Op::LinearAttn && only == 5;
+            check(&Case { normalize, ..case(op) }, layout, &[only]);
+        }
+        for op in [Op::Retention, Op::SimpleGla] {
+            check(&case(op), layout, &[3]);
+        }
+    }
+}
+
+#[test]
+fn packed_sequences_in_every_layout() {
+    for layout in ALL {
+        let case = Case { b: 1, cu_seqlens: Some(vec![0, 0, 1, 50, 67]), ..case(Op::SimpleGla) };
+        check(&case, layout, &[0, 1, 2, 3, 4]);
+    }
+}
+
+/// The cotangents of o and of the state reach the operator as views too.
+#[test]
+fn cotangents_in_every_layout() {
+    for op in Op::ALL {
+        let case = case(op);
+        let inputs = case.inputs().unwrap();
+        let want = case.expected(&inputs, [true; 3]).unwrap();
+        let opposite = |x: &Tensor, d: &Option<Tensor>| {
+            let turn = |x: &Tensor| x.permute((3, 1, 0, 2)).unwrap();
+            inner(&turn(x), &turn(d.as_ref().unwrap())).unwrap()
+        };
+        for mode in MODES {
+            let vars = inputs.args.clone().map(|x| x.map(|x| Var::from_tensor(&x).unwrap()));
+            let args = vars.clone().map(|v| v.map(|v| v.as_tensor().clone()));
+            let opts = case.options(mode, &args).with_final_state(true);
+            let result = case.call(&args, &opts).unwrap();
+            let loss = (opposite(&result.out, &inputs.cotangents[0])
+                + opposite(&result.state.unwrap().kv, &inputs.cotangents[1]))
+            .unwrap();
+            let store = loss.backward().unwrap();
+            for (i, var) in vars.iter().enumerate() {
+                if let Some(var) = var {
+                    let label = format!("{op:?} {mode:?}: gradient of {}", ARGS[i]);
+                    close(store.get(var).unwrap(), &want.grads[i], DType::F32, 2e-5, &label).unwrap();
+                }
+            }
+        }
+    }
+}
+
+/// `sum_all` sends one number, repeated with stride zero.
+#[test]
+fn cotangent_of_a_plain_sum() {
+    for op in Op::ALL {
+        let case = case(op);
+        let mut inputs: Inputs = case.inputs().unwrap();
+        inputs.cotangents[0] = Some(inputs.cotangents[0].take().unwrap().ones_like().unwrap());
+        let want = case.expected(&inputs, [true, false, false]).unwrap();
+        for mode in MODES {
+            let var = Var::from_tensor(inputs.args[2].as_ref().unwrap()).unwrap();
+            let mut args = inputs.args.clone();
+            args[2] = Some(var.as_tensor().clone());
+            let out = case.call(&args, &case.options(mode, &args)).unwrap().out;
+            let store = out.sum_all().unwrap().backward().unwrap();
+            let dv = store.get(&var).unwrap();
+            close(dv, &want.grads[2], DType::F32, 2e-5, &format!("{op:?} {mode:?}")).unwrap();
+        }
+    }
+}
