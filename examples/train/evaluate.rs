@@ -39,11 +39,7 @@ fn rows_nats(model: &Model, rows: &[&[u32]], seq_len: usize) -> Result<f64> {
     Ok(nats)
 }
 
-fn window_nats(
-    model: &Model,
-    window: &Window,
-    cache: &mut candle_linear_attn::models::Cache,
-) -> Result<f64> {
+fn window_nats(model: &Model, window: &Window, cache: &mut candle_linear_attn::models::Cache) -> Result<f64> {
     let (rows, len) = (window.rows, window.inputs.len() / window.rows);
     let device = model.device();
     let inputs = Tensor::from_slice(&window.inputs, (rows, len), device)?;
@@ -62,10 +58,7 @@ fn split_at_ends(tokens: &[u32], end_token: u32) -> Vec<&[u32]> {
     let mut start = 0;
     for row in 1..=ROWS {
         let from = (row * (tokens.len() - 1) / ROWS).max(start + 1);
-        let Some(ahead) = tokens
-            .get(from..)
-            .and_then(|t| t.iter().position(|&t| t == end_token))
-        else {
+        let Some(ahead) = tokens.get(from..).and_then(|t| t.iter().position(|&t| t == end_token)) else {
             break;
         };
         rows.push(&tokens[start..=from + ahead]);
@@ -84,21 +77,12 @@ struct Window {
 
 impl Window {
     fn new(rows: &[&[u32]], start: usize, len: usize) -> Self {
-        let positions = || {
-            rows.iter()
-                .flat_map(|row| (start..start + len).map(move |i| (row, i)))
-        };
+        let positions = || rows.iter().flat_map(|row| (start..start + len).map(move |i| (row, i)));
         Self {
             rows: rows.len(),
-            inputs: positions()
-                .map(|(row, i)| row.get(i).copied().unwrap_or(0))
-                .collect(),
-            targets: positions()
-                .map(|(row, i)| row.get(i + 1).copied().unwrap_or(0))
-                .collect(),
-            weights: positions()
-                .map(|(row, i)| f32::from(u8::from(i + 1 < row.len())))
-                .collect(),
+            inputs: positions().map(|(row, i)| row.get(i).copied().unwrap_or(0)).collect(),
+            targets: positions().map(|(row, i)| row.get(i + 1).copied().unwrap_or(0)).collect(),
+            weights: positions().map(|(row, i)| f32::from(u8::from(i + 1 < row.len()))).collect(),
         }
     }
 }

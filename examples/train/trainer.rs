@@ -3,7 +3,7 @@
 use crate::{
     args::Args,
     bpe, chart, checkpoint,
-    common::runtime,
+    common::{files::remove_partial_files, runtime},
     data::{Batches, Texts, TokenStream, fingerprint},
     evaluate::bits_per_byte,
     log::{Log, Row},
@@ -28,14 +28,12 @@ use tokenizers::Tokenizer;
 /// Trains as `args` say, from where the folder `--out` is.
 pub fn train(args: &Args) -> Result<()> {
     let folder = args.out.as_deref().context("--out is missing")?;
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create --out {}", folder.display()))?;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot create --out {}", folder.display()))?;
+    remove_partial_files(folder)?;
     let corpus = Corpus::open(args, folder)?;
     let mut run = Run::open(args, folder, &corpus)?;
     let first = run.log.rows().len();
-    let deadline = args
-        .max_minutes
-        .map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
+    let deadline = args.max_minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
     for step in run.steps_taken..args.steps {
         let last = step + 1 == args.steps || deadline.is_some_and(|at| Instant::now() >= at);
         run.step(step, last)?;
@@ -45,18 +43,9 @@ pub fn train(args: &Args) -> Result<()> {
     }
     run.progress.finish();
     if let (true, Some(row)) = (run.log.rows().len() > first, run.log.rows().last()) {
-        eprintln!(
-            "stopped after step {} of {}; the model is in {}",
-            row.step,
-            args.steps,
-            folder.display()
-        );
+        eprintln!("stopped after step {} of {}; the model is in {}", row.step, args.steps, folder.display());
     } else {
-        eprintln!(
-            "all {} steps are done; the model is in {}",
-            args.steps,
-            folder.display()
-        );
+        eprintln!("all {} steps are done; the model is in {}", args.steps, folder.display());
     }
     Ok(())
 }
@@ -84,10 +73,7 @@ impl Corpus {
             }
         };
         let tokenizer_id = fingerprint(
-            tokenizer
-                .to_string(false)
-                .map_err(|e| anyhow!("cannot write the tokenizer: {e}"))?
-                .as_bytes(),
+            tokenizer.to_string(false).map_err(|e| anyhow!("cannot write the tokenizer: {e}"))?.as_bytes(),
         );
         let encode = |name: &str, texts: &Texts| {
             let cache = folder.join(format!("tokens-{name}.bin"));
@@ -99,14 +85,7 @@ impl Corpus {
             None => None,
         };
         let data_id = texts.fingerprint();
-        Ok(Self {
-            tokenizer,
-            end_token,
-            tokenizer_id,
-            data_id,
-            train,
-            valid,
-        })
+        Ok(Self { tokenizer, end_token, tokenizer_id, data_id, train, valid })
     }
 }
 
@@ -149,12 +128,8 @@ impl<'a> Run<'a> {
         // Only now: the folder may have turned out to be another run's.
         let dtype = args.dtype.into();
         checkpoint::write_metadata(folder, &config, dtype, &corpus.tokenizer, &args.end_token)?;
-        let schedule = Schedule {
-            peak: args.lr,
-            last: args.min_lr(),
-            warmup: args.warmup,
-            steps: args.steps,
-        };
+        let schedule =
+            Schedule { peak: args.lr, last: args.min_lr(), warmup: args.warmup, steps: args.steps };
         let sizes = parameters.vars().into_values().map(|var| var.elem_count());
         eprintln!(
             "{} with {} parameters, {} training tokens, {}",
@@ -249,12 +224,7 @@ impl<'a> Run<'a> {
     }
 
     /// Mean loss of `count` sequences from number `first` on, times `weight`, and its gradient.
-    fn share_gradients(
-        &self,
-        first: u64,
-        count: usize,
-        weight: f64,
-    ) -> Result<(Tensor, Vec<Tensor>)> {
+    fn share_gradients(&self, first: u64, count: usize, weight: f64) -> Result<(Tensor, Vec<Tensor>)> {
         let (inputs, targets) = self.batches.get(first, count, &self.device)?;
         let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
         let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? * weight)?;
@@ -272,13 +242,7 @@ impl<'a> Run<'a> {
                 let vb = VarBuilder::from_tensors(tensors, DType::F32, &self.device);
                 let mut model = Model::new(&self.config, vb)?;
                 model.set_mode(self.args.mode.into());
-                Some(bits_per_byte(
-                    &model,
-                    stream,
-                    self.corpus.end_token,
-                    self.args.seq_len,
-                    &self.workers,
-                )?)
+                Some(bits_per_byte(&model, stream, self.corpus.end_token, self.args.seq_len, &self.workers)?)
             }
         };
         let best = self.log.best();
@@ -287,8 +251,7 @@ impl<'a> Run<'a> {
         }
         if let Some(bits) = bits {
             let best = best.map_or(String::new(), |best| format!(" (best before: {best:.4})"));
-            self.progress
-                .note(&format!("step {done}: {bits:.4} bits per byte{best}"));
+            self.progress.note(&format!("step {done}: {bits:.4} bits per byte{best}"));
         }
         Ok(bits)
     }
@@ -296,8 +259,5 @@ impl<'a> Run<'a> {
 
 fn add(sum: (Tensor, Vec<Tensor>), part: (Tensor, Vec<Tensor>)) -> Result<(Tensor, Vec<Tensor>)> {
     let grads = sum.1.par_iter().zip(&part.1).map(|(a, b)| a + b);
-    Ok((
-        (sum.0 + part.0)?,
-        grads.collect::<candle_core::Result<_>>()?,
-    ))
+    Ok(((sum.0 + part.0)?, grads.collect::<candle_core::Result<_>>()?))
 }

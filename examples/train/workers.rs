@@ -16,17 +16,9 @@ pub struct Workers {
 impl Workers {
     /// As many as there are cores, but one on a GPU.
     pub fn new(device: &Device) -> Result<Self> {
-        let count = if device.is_cpu() {
-            rayon::current_num_threads()
-        } else {
-            1
-        };
+        let count = if device.is_cpu() { rayon::current_num_threads() } else { 1 };
         let pool = |_| ThreadPoolBuilder::new().num_threads(1).build();
-        let pools = if count > 1 {
-            (0..count).map(pool).collect::<Result<_, _>>()?
-        } else {
-            Vec::new()
-        };
+        let pools = if count > 1 { (0..count).map(pool).collect::<Result<_, _>>()? } else { Vec::new() };
         Ok(Self { pools })
     }
 
@@ -35,19 +27,11 @@ impl Workers {
     }
 
     /// `work(0), work(1), ... work(shares - 1)`, in that order, for no more shares than there are workers.
-    pub fn map<T: Send>(
-        &self,
-        shares: usize,
-        work: impl Fn(usize) -> Result<T> + Sync,
-    ) -> Result<Vec<T>> {
+    pub fn map<T: Send>(&self, shares: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
         if self.pools.is_empty() {
             return (0..shares).map(work).collect();
         }
-        self.pools[..shares]
-            .par_iter()
-            .enumerate()
-            .map(|(i, pool)| pool.install(|| work(i)))
-            .collect()
+        self.pools[..shares].par_iter().enumerate().map(|(i, pool)| pool.install(|| work(i))).collect()
     }
 }
 
