@@ -37,11 +37,17 @@ pub fn values(t: &Tensor) -> Result<Vec<f64>> {
 pub struct Expected {
     pub outputs: [Vec<f64>; 3],
     pub grads: [Vec<f64>; 6],
+    /// The norm of the terms of the gate's gradient: a decay that tokens share adds up many that cancel.
+    pub gate_terms: f64,
 }
 
 impl Expected {
     pub fn new(o: Outputs, g: Gradients) -> Self {
-        Self { outputs: [o.out, o.kv, o.z], grads: [g.q, g.k, g.v, g.log_decay, g.kv, g.z] }
+        Self {
+            outputs: [o.out, o.kv, o.z],
+            grads: [g.q, g.k, g.v, g.log_decay, g.kv, g.z],
+            gate_terms: g.log_decay_terms,
+        }
     }
 }
 
@@ -67,25 +73,47 @@ impl Limits {
     }
 }
 
+/// `||x||`
+pub fn norm(x: &[f64]) -> f64 {
+    x.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
 /// `||x - want|| / ||want||`; where `want` is zero, infinite unless `x` is zero to 1e-6. A NaN makes it infinite.
 pub fn relative_error(x: &[f64], want: &[f64]) -> f64 {
-    let norm = |it: &mut dyn Iterator<Item = f64>| it.map(|x| x * x).sum::<f64>().sqrt();
-    let size = norm(&mut want.iter().copied());
-    let error = norm(&mut x.iter().zip(want).map(|(x, w)| x - w));
-    match size {
+    let difference: Vec<f64> = x.iter().zip(want).map(|(x, w)| x - w).collect();
+    let error = norm(&difference);
+    match norm(want) {
         _ if x.len() != want.len() || error.is_nan() => f64::INFINITY,
         0.0 if x.iter().all(|x| x.abs() <= 1e-6) => 0.0,
-        size => error / size,
+        0.0 => f64::INFINITY,
+        // Below 1.2e-38 an f32 has ever fewer digits.
+        size => error / size.max(1e-36),
     }
 }
 
 /// Fails unless `x` has the dtype and, within `limit`, the values wanted.
 pub fn close(x: &Tensor, want: &[f64], dtype: DType, limit: f64, label: &str) -> Result<()> {
+    close_for_size(x, want, 0.0, dtype, limit, label)
+}
+
+/// As [`close`], but relative to `size` if that is larger than `||want||`.
+pub fn close_for_size(
+    x: &Tensor,
+    want: &[f64],
+    size: f64,
+    dtype: DType,
+    limit: f64,
+    label: &str,
+) -> Result<()> {
     if x.dtype() != dtype {
         candle_core::bail!("{label}: dtype {:?}, should be {dtype:?}", x.dtype());
     }
     let x = values(x)?;
-    let error = relative_error(&x, want);
+    let own = norm(want);
+    let error = match relative_error(&x, want) {
+        error if size > own && own > 0.0 => error * own / size,
+        error => error,
+    };
     // Not `error > limit`: that would let a NaN through.
     if error <= limit {
         return Ok(());

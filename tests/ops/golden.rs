@@ -87,6 +87,7 @@ impl Golden {
         Expected {
             outputs: ["o", "ht", "zt"].map(get),
             grads: ["dq", "dk", "dv", "dg", "dh0", "dz0"].map(get),
+            gate_terms: 0.0,
         }
     }
 }

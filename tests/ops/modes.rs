@@ -116,6 +116,33 @@ fn gates_that_swing_between_decay_and_growth() {
     }
 }
 
+/// A state of up to e^72 is a number like any other in f32, wherever in a chunk the growth begins and ends.
+#[test]
+fn gates_that_grow_and_decay_by_72_orders_of_e() {
+    for op in [Op::SimpleGla, Op::Gla] {
+        for start in [0, 20, 63, 64] {
+            let case = Case { op, t: 200, ..Case::default() };
+            let mut inputs = case.inputs().unwrap();
+            let gate = inputs.args[3].take().unwrap();
+            let per_token = gate.elem_count() / case.t;
+            let growth = |t: usize| match t.checked_sub(start) {
+                Some(0..60) => 1.2,
+                Some(60..120) => -1.2,
+                _ => -0.1,
+            };
+            let data: Vec<f32> = (0..gate.elem_count()).map(|i| growth(i / per_token)).collect();
+            let gate = candle_core::Tensor::from_vec(data, gate.shape(), gate.device());
+            inputs.args[3] = Some(gate.unwrap());
+            let want = case.expected(&inputs, Graph::ALL.loss).unwrap();
+            for mode in MODES {
+                let got = case.run(mode, &inputs, Graph::ALL).unwrap();
+                let label = format!("{op:?} {mode:?} growth from {start}");
+                case.check(&got, &want, Graph::ALL, &label).unwrap();
+            }
+        }
+    }
+}
+
 #[test]
 fn named_wrappers_are_the_modes() {
     let case = Case { t: 100, group: 2, scale: Some(-0.37), ..Case::default() };
@@ -149,6 +176,8 @@ fn named_wrappers_are_the_modes() {
 #[test]
 fn error_does_not_grow_with_the_length() {
     for op in Op::ALL {
-        Case { op, t: 4096, h: 1, ..Case::default() }.check_modes(Graph::ALL).unwrap();
+        for normalize in [false, op == Op::LinearAttn] {
+            Case { op, normalize, t: 4096, h: 1, ..Case::default() }.check_modes(Graph::ALL).unwrap();
+        }
     }
 }

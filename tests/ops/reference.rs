@@ -66,6 +66,8 @@ pub struct Gradients {
     pub k: Vec<f64>,
     pub v: Vec<f64>,
     pub log_decay: Vec<f64>,
+    /// The norm of what `log_decay` is summed up from, one number a token and channel.
+    pub log_decay_terms: f64,
     pub kv: Vec<f64>,
     pub z: Vec<f64>,
 }
@@ -209,6 +211,7 @@ impl Problem {
             k: vec![0.0; self.k.len()],
             v: vec![0.0; self.v.len()],
             log_decay: vec![0.0; n_decay],
+            log_decay_terms: 0.0,
             kv: vec![0.0; self.n_states() * hv * k * v],
             z: vec![0.0; self.n_states() * hv * k],
         };
@@ -230,6 +233,7 @@ impl Problem {
             grads.kv[lane.state * k * v..][..k * v].copy_from_slice(&d_state.s);
             grads.z[lane.state * k..][..k].copy_from_slice(&d_state.z);
         }
+        grads.log_decay_terms = grads.log_decay_terms.sqrt();
         grads
     }
 
@@ -281,7 +285,9 @@ impl Problem {
             }
             let decay = self.decay(lane, t, c);
             if let Some(at) = self.decay_at(lane, t, c) {
-                grads.log_decay[at] += decay * dot(row, &before.s[c * vn..][..vn]);
+                let term = decay * dot(row, &before.s[c * vn..][..vn]);
+                grads.log_decay[at] += term;
+                grads.log_decay_terms += term * term;
             }
             row.iter_mut().for_each(|ds| *ds *= decay);
         }

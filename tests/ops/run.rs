@@ -1,7 +1,7 @@
 //! Running an operator on a case, and holding the outcome against the reference.
 
 use crate::case::{ARGS, Case, GATE, Inputs, Op};
-use crate::compare::{Expected, Limits, close, loss};
+use crate::compare::{Expected, Limits, close, close_for_size, loss};
 use candle_core::{DType, Result, Tensor, Var, backprop::GradStore};
 use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
 
@@ -143,7 +143,10 @@ impl Case {
             let limit = if dtype == DType::F32 { limits.f32_grad } else { limits.grad };
             let label = format!("{label}: gradient of {name}");
             match &got.grads[i] {
-                Some(x) => close(x, &want.grads[i], dtype, limit, &label)?,
+                Some(x) => {
+                    let size = if i == GATE { want.gate_terms } else { 0.0 };
+                    close_for_size(x, &want.grads[i], size, dtype, limit, &label)?
+                }
                 // An input that the loss does not reach may have no gradient at all.
                 None if want.grads[i].iter().all(|&g| g == 0.0) => {}
                 None => candle_core::bail!("{label} is missing"),

@@ -105,14 +105,6 @@ fn with_token(x: &Tensor, t: usize, by: f64) -> Tensor {
     Tensor::cat(&[&head, &token, &tail], 1).unwrap()
 }
 
-/// Bit for bit; a NaN differs from everything.
-fn assert_same(a: &Tensor, b: &Tensor, label: &str) {
-    let (a, b) = (values(a).unwrap(), values(b).unwrap());
-    let bits = |x: &[f64]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-    assert!(!a.iter().any(|x| x.is_nan()), "{label}: NaN");
-    assert!(bits(&a) == bits(&b), "{label}: differs");
-}
-
 /// Changes token `t` of the arguments `which` and expects every output before it unchanged to the bit.
 fn check_causality(case: &Case, which: &[usize], tokens: &[usize], by: f64) {
     let inputs = case.inputs().unwrap();
