@@ -190,9 +190,12 @@ impl<F: Function> Call<F> {
         answer
     }
 
-    fn backward(&self) -> Result<()> {
+    /// `visited` is what the results of this pass have added up: an earlier pass that failed may have left more.
+    fn backward(&self, visited: &Tensor) -> Result<()> {
+        let visited = visited.flatten_all()?.to_vec1::<f32>()?[0] as u32;
         let mut given = self.pending(|p| std::mem::take(&mut p.of_results));
-        let grads: Vec<_> = (0..self.results).map(|i| given.remove(&i)).collect();
+        let grads: Vec<_> =
+            (0..self.results).map(|i| given.remove(&i).filter(|_| visited >> i & 1 == 1)).collect();
         let grads = self.f.backward(&self.saved, &grads, &self.wanted)?;
         let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?)));
         self.pending(|p| p.of_inputs = grads.collect());
@@ -208,9 +211,9 @@ struct Link<F> {
 }
 
 impl<F: Function> Link<F> {
-    fn gradient(&self) -> Result<Tensor> {
+    fn gradient(&self, token: &Tensor) -> Result<Tensor> {
         if self.last {
-            self.call.backward()?;
+            self.call.backward(token)?;
         }
         match self.call.pending(|p| p.of_inputs.remove(&self.input)) {
             Some(grad) => Ok(grad),
@@ -236,8 +239,8 @@ impl<F: Function> CustomOp1 for Link<F> {
         token(x)
     }
 
-    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        self.gradient().map(Some)
+    fn bwd(&self, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<Option<Tensor>> {
+        self.gradient(token).map(Some)
     }
 }
 
@@ -262,8 +265,8 @@ impl<F: Function> CustomOp2 for Link<F> {
     }
 
     #[rustfmt::skip]
-    fn bwd(&self, chain: &Tensor, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(chain.zeros_like()?), Some(self.gradient()?)))
+    fn bwd(&self, chain: &Tensor, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(chain.zeros_like()?), Some(self.gradient(token)?)))
     }
 }
 
@@ -293,6 +296,7 @@ impl<F: Function> CustomOp1 for Leave<F> {
 
     fn bwd(&self, chain: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         self.call.pending(|p| p.of_results.insert(self.at, grad.detach()));
-        Ok(Some(chain.zeros_like()?))
+        // One bit for each result, so that their sum says which of them this pass has been to.
+        Ok(Some(chain.ones_like()?.affine(f64::from(1u32 << self.at), 0.)?))
     }
 }
