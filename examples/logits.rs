@@ -49,10 +49,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let len = args.tokens.len();
     let split = args.split.unwrap_or(len);
-    ensure!(
-        split <= len,
-        "--split is {split}, must be at most the number of tokens, {len}"
-    );
+    ensure!(split <= len, "--split is {split}, must be at most the number of tokens, {len}");
     let model = open_model(&args.model, args.dtype, args.mode, &device(args.cpu)?)?;
     let vocab = model.config().vocab_size();
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {

@@ -31,16 +31,7 @@ fn generate(arguments: &[&str]) -> Command {
 #[test]
 fn the_same_seed_writes_the_same_text_and_another_one_another() {
     let text = |seed: &str| {
-        succeed(&mut generate(&[
-            "--prompt",
-            "Once",
-            "--temperature",
-            "1.5",
-            "-n",
-            "40",
-            "--seed",
-            seed,
-        ]))
+        succeed(&mut generate(&["--prompt", "Once", "--temperature", "1.5", "-n", "40", "--seed", seed]))
     };
     assert_eq!(text("1"), text("1"));
     assert_ne!(text("1"), text("2"));
@@ -48,16 +39,7 @@ fn the_same_seed_writes_the_same_text_and_another_one_another() {
 
 #[test]
 fn all_modes_write_the_same_greedy_text() {
-    let text = |mode: &str| {
-        succeed(&mut generate(&[
-            "--temperature",
-            "0",
-            "-n",
-            "30",
-            "--mode",
-            mode,
-        ]))
-    };
+    let text = |mode: &str| succeed(&mut generate(&["--temperature", "0", "-n", "30", "--mode", mode]));
     let auto = text("auto");
     assert!(auto.len() > 60, "{auto}");
     for mode in ["recurrent", "chunk", "fused-chunk"] {
@@ -66,25 +48,24 @@ fn all_modes_write_the_same_greedy_text() {
 }
 
 #[test]
+fn without_arguments_the_bundled_model_writes_or_it_is_said_where_to_get_it() {
+    if Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model.safetensors").is_file() {
+        let text = succeed(example("generate").args(["-n", "20"]));
+        assert!(text.starts_with("Once upon a time") && text.trim_end().len() > 80, "{text}");
+    } else {
+        let message = fail(&mut example("generate"));
+        assert!(message.contains("bundled checkpoint") && message.contains("--model"), "{message}");
+    }
+}
+
+#[test]
 fn a_prompt_may_come_from_stdin() {
     let arguments = |prompt| generate(&["--temperature", "0", "-n", "5", "--prompt", prompt]);
-    let mut child = arguments("-")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    child
-        .stdin
-        .take()
-        .unwrap()
-        .write_all("A little fox ❄\n".as_bytes())
-        .unwrap();
+    let mut child = arguments("-").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all("A little fox ❄\n".as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success());
-    assert_eq!(
-        String::from_utf8(output.stdout).unwrap(),
-        succeed(&mut arguments("A little fox ❄"))
-    );
+    assert_eq!(String::from_utf8(output.stdout).unwrap(), succeed(&mut arguments("A little fox ❄")));
 }
 
 #[test]
@@ -99,24 +80,15 @@ fn speeds_and_state_size_are_reported() {
 #[test]
 fn bad_arguments_of_generate_are_named() {
     for (arguments, part) in [
-        (
-            &["--temperature=-1"][..],
-            "--temperature is -1, must be 0 or a positive number",
-        ),
+        (&["--temperature", "-1"][..], "--temperature is -1, must be 0 or a positive number"),
         (&["--temperature", "nan"], "--temperature is NaN"),
-        (
-            &["--top-p", "0"],
-            "--top-p is 0, must be more than 0 and at most 1",
-        ),
+        (&["--top-p", "0"], "--top-p is 0, must be more than 0 and at most 1"),
         (&["--top-p", "1.5"], "--top-p is 1.5"),
         (&["--top-k", "0"], "--top-k is 0, must be at least 1"),
-        (
-            &["--repeat-penalty", "0"],
-            "--repeat-penalty is 0, must be a positive number",
-        ),
+        (&["--repeat-penalty", "0"], "--repeat-penalty is 0, must be a positive number"),
         (&["-n", "0"], "--max-new-tokens is 0, must be at least 1"),
         (&["--prompt", ""], "--prompt is empty"),
-        (&["--revision", "main"], "--model-id"),
+        (&["--revision", "main"], "--revision belongs to --model-id"),
         (&["--mode", "sideways"], "fused-chunk"),
     ] {
         let message = fail(&mut generate(arguments));
@@ -131,11 +103,7 @@ fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     assert!(message(Path::new("nowhere")).contains("nowhere"));
     std::fs::create_dir_all(&broken).unwrap();
     assert!(message(&broken).contains("no tokenizer at"));
-    std::fs::copy(
-        model().join("tokenizer.json"),
-        broken.join("tokenizer.json"),
-    )
-    .unwrap();
+    std::fs::copy(model().join("tokenizer.json"), broken.join("tokenizer.json")).unwrap();
     assert!(message(&broken).contains("config.json"));
     std::fs::write(broken.join("config.json"), r#"{"model_type": "gpt2"}"#).unwrap();
     let unsupported = message(&broken);
@@ -148,57 +116,23 @@ fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
 
 fn logits(model: &Path, tokens: &str, more: &[&str], output: &Path) -> Command {
     let mut command = example("logits");
-    command
-        .arg("--model")
-        .arg(model)
-        .args(["--tokens", tokens])
-        .args(more)
-        .arg("--output")
-        .arg(output);
+    command.arg("--model").arg(model).args(["--tokens", tokens]).args(more).arg("--output").arg(output);
     command
 }
 
 /// `||x - reference|| / ||reference||`
 fn error(x: &Tensor, reference: &Tensor) -> f32 {
-    let norm = |x: &Tensor| {
-        x.sqr()
-            .unwrap()
-            .sum_all()
-            .unwrap()
-            .sqrt()
-            .unwrap()
-            .to_scalar::<f32>()
-            .unwrap()
-    };
+    let norm = |x: &Tensor| x.sqr().unwrap().sum_all().unwrap().sqrt().unwrap().to_scalar::<f32>().unwrap();
     norm(&(x - reference).unwrap()) / norm(reference)
 }
 
 #[test]
 fn logits_are_those_of_the_original_implementation_however_they_are_split() {
-    for name in [
-        "gla",
-        "gla-tied",
-        "linear_attn",
-        "linear_attn-elu",
-        "retnet",
-    ] {
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/data/models")
-            .join(name);
-        let golden =
-            candle_core::safetensors::load(folder.join("golden.safetensors"), &Device::Cpu)
-                .unwrap();
-        let ids = golden["input_ids"]
-            .flatten_all()
-            .unwrap()
-            .to_dtype(candle_core::DType::U32)
-            .unwrap();
-        let ids: Vec<String> = ids
-            .to_vec1::<u32>()
-            .unwrap()
-            .iter()
-            .map(u32::to_string)
-            .collect();
+    for name in ["gla", "gla-tied", "linear_attn", "linear_attn-elu", "retnet"] {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name);
+        let golden = candle_core::safetensors::load(folder.join("golden.safetensors"), &Device::Cpu).unwrap();
+        let ids = golden["input_ids"].flatten_all().unwrap().to_dtype(candle_core::DType::U32).unwrap();
+        let ids: Vec<String> = ids.to_vec1::<u32>().unwrap().iter().map(u32::to_string).collect();
         let output = FOLDER.path().join(format!("{name}.safetensors"));
         for split in [&[][..], &["--split", "67"], &["--split", "0"]] {
             succeed(&mut logits(&folder, &ids.join(","), split, &output));
@@ -213,16 +147,8 @@ fn logits_are_those_of_the_original_implementation_however_they_are_split() {
 fn bad_arguments_of_logits_are_named() {
     let output = FOLDER.path().join("logits.safetensors");
     for (tokens, more, part) in [
-        (
-            "1,2,3",
-            &["--split", "4"][..],
-            "--split is 4, must be at most the number of tokens, 3",
-        ),
-        (
-            "1,999999",
-            &[],
-            "--tokens has 999999, must be less than the vocabulary size",
-        ),
+        ("1,2,3", &["--split", "4"][..], "--split is 4, must be at most the number of tokens, 3"),
+        ("1,999999", &[], "--tokens has 999999, must be less than the vocabulary size"),
         ("1,x", &[], "invalid digit"),
         ("", &[], "--tokens"),
     ] {

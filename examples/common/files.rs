@@ -10,6 +10,29 @@ use std::{
     io::{Read, Write},
     path::Path,
 };
+use tempfile::NamedTempFile;
+
+const PARTIAL: &str = ".partial-";
+
+/// A temporary file that [`write_atomically`] and others rename when it is whole.
+pub fn partial_file(folder: &Path, suffix: &str) -> Result<NamedTempFile> {
+    tempfile::Builder::new()
+        .prefix(PARTIAL)
+        .suffix(suffix)
+        .tempfile_in(folder)
+        .with_context(|| format!("cannot create a file in {}", folder.display()))
+}
+
+/// Removes what a killed process was in the middle of writing.
+pub fn remove_partial_files(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(PARTIAL) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
 
 /// Writes a file under a temporary name in the same folder, then renames it.
 ///
@@ -20,19 +43,12 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
 }
 
 /// The same with the contents in pieces.
-pub fn write_atomically_with(
-    path: &Path,
-    write: impl FnOnce(&mut File) -> Result<()>,
-) -> Result<()> {
+pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let folder = path.parent().context("a file needs a folder")?;
-    let mut file = tempfile::Builder::new()
-        .prefix(".partial-")
-        .tempfile_in(folder)
-        .with_context(|| format!("cannot create a file in {}", folder.display()))?;
+    let mut file = partial_file(folder, "")?;
     write(file.as_file_mut()).with_context(|| format!("cannot write {}", path.display()))?;
     make_readable(file.as_file())?;
-    file.persist(path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    file.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(())
 }
 
@@ -76,9 +92,7 @@ pub fn write_safetensors(
     write_atomically_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
-        tensors
-            .iter()
-            .try_for_each(|(_, tensor)| write_values(file, tensor))
+        tensors.iter().try_for_each(|(_, tensor)| write_values(file, tensor))
     })
 }
 
@@ -93,26 +107,17 @@ fn dtype_name(dtype: DType) -> Result<&'static str> {
 
 /// The values go to the kernel from where they are: a copy for each step of a training run would cost more than the write.
 fn write_values(file: &mut File, tensor: &Tensor) -> Result<()> {
-    const {
-        assert!(
-            cfg!(target_endian = "little"),
-            "safetensors are little-endian"
-        )
-    };
+    const { assert!(cfg!(target_endian = "little"), "safetensors are little-endian") };
     let tensor = tensor.to_device(&Device::Cpu)?.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
-    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
-    else {
+    let (Storage::Cpu(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
         bail!("cannot store a tensor that is not contiguous on the cpu");
     };
     let bytes: &[u8] = match storage {
         CpuStorage::F32(values) => cast_slice(&values[start..end]),
         CpuStorage::F16(values) => cast_slice(&values[start..end]),
         CpuStorage::BF16(values) => cast_slice(&values[start..end]),
-        other => bail!(
-            "cannot store dtype {:?}: expected f32, f16 or bf16",
-            other.dtype()
-        ),
+        other => bail!("cannot store dtype {:?}: expected f32, f16 or bf16", other.dtype()),
     };
     Ok(file.write_all(bytes)?)
 }
@@ -121,14 +126,9 @@ fn write_values(file: &mut File, tensor: &Tensor) -> Result<()> {
 pub fn read_metadata(path: &Path) -> Result<BTreeMap<String, String>> {
     let mut file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let mut length = [0; 8];
-    file.read_exact(&mut length)
-        .with_context(|| format!("{} is cut off", path.display()))?;
+    file.read_exact(&mut length).with_context(|| format!("{} is cut off", path.display()))?;
     let length = u64::from_le_bytes(length);
-    ensure!(
-        length <= file.metadata()?.len(),
-        "{} is cut off or is no safetensors file",
-        path.display()
-    );
+    ensure!(length <= file.metadata()?.len(), "{} is cut off or is no safetensors file", path.display());
     let mut header = Vec::new();
     file.take(length).read_to_end(&mut header)?;
     let header: Value = serde_json::from_slice(&header)

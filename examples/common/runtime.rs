@@ -49,18 +49,12 @@ pub fn device(force_cpu: bool) -> Result<Device> {
     if force_cpu {
         return Ok(Device::Cpu);
     }
-    Device::cuda_if_available(0)
-        .context("cannot open the CUDA device; --cpu runs on the CPU instead")
+    Device::cuda_if_available(0).context("cannot open the CUDA device; --cpu runs on the CPU instead")
 }
 
 /// Loads the model in `folder`. Without a dtype it is computed in f32 on a CPU, where 16-bit matrix products are slower
 /// than 32-bit ones, and in the dtype it is stored in elsewhere.
-pub fn open_model(
-    folder: &Path,
-    dtype: Option<DTypeArg>,
-    mode: ModeArg,
-    device: &Device,
-) -> Result<Model> {
+pub fn open_model(folder: &Path, dtype: Option<DTypeArg>, mode: ModeArg, device: &Device) -> Result<Model> {
     if !folder.is_dir() {
         bail!(
             "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",

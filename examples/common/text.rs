@@ -3,8 +3,8 @@
 use anyhow::{Result, anyhow, bail};
 use std::path::Path;
 use tokenizers::{
-    DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper,
-    Tokenizer, tokenizer::DecodeStream,
+    DecoderWrapper, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
+    tokenizer::DecodeStream,
 };
 
 /// Ends every text; also what a text is told to come after.
@@ -18,15 +18,13 @@ pub fn load_tokenizer(file: &Path) -> Result<Tokenizer> {
             file.display()
         );
     }
-    Tokenizer::from_file(file)
-        .map_err(|e| anyhow!("cannot read the tokenizer {}: {e}", file.display()))
+    Tokenizer::from_file(file).map_err(|e| anyhow!("cannot read the tokenizer {}: {e}", file.display()))
 }
 
 /// Token ids of `text`, with the special tokens that the tokenizer puts around a text.
 pub fn encode_prompt(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer
-        .encode_fast(text, true)
-        .map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))?;
+    let encoding =
+        tokenizer.encode_fast(text, true).map_err(|e| anyhow!("cannot tokenize the prompt: {e}"))?;
     Ok(encoding.get_ids().to_vec())
 }
 
@@ -45,9 +43,7 @@ pub struct TextStream<'a> {
 impl<'a> TextStream<'a> {
     /// The prompt is decoded and dropped: some decoders strip the space before the first token they see.
     pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
-        let mut stream = Self {
-            stream: tokenizer.decode_stream(true),
-        };
+        let mut stream = Self { stream: tokenizer.decode_stream(true) };
         for &id in prompt {
             stream.push(id)?;
         }
@@ -56,10 +52,7 @@ impl<'a> TextStream<'a> {
 
     /// The text that `id` completes: empty in the middle of a character.
     pub fn push(&mut self, id: u32) -> Result<String> {
-        let piece = self
-            .stream
-            .step(id)
-            .map_err(|e| anyhow!("cannot decode token {id}: {e}"))?;
+        let piece = self.stream.step(id).map_err(|e| anyhow!("cannot decode token {id}: {e}"))?;
         Ok(piece.unwrap_or_default())
     }
 }

@@ -13,6 +13,7 @@ const DEFAULT_PROMPT: &str = "Once upon a time, there was a little girl named Li
 
 /// Writes a text with a linear-attention model: without arguments, a story by the model that comes with this repository.
 #[derive(Parser, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct Args {
     /// Folder with config.json, model.safetensors and tokenizer.json.
     #[arg(long, value_name = "DIR", conflicts_with = "model_id")]
@@ -21,7 +22,7 @@ pub struct Args {
     #[arg(long, value_name = "ID")]
     model_id: Option<String>,
     /// Branch, tag or commit of --model-id.
-    #[arg(long, requires = "model_id")]
+    #[arg(long)]
     revision: Option<String>,
     /// Text to go on from; "-" reads it from stdin.
     #[arg(long, default_value = DEFAULT_PROMPT)]
@@ -77,27 +78,23 @@ impl Args {
             self.repeat_penalty
         );
         ensure!(
-            self.max_new_tokens > 0,
-            "--max-new-tokens is 0, must be at least 1"
+            self.revision.is_none() || self.model_id.is_some(),
+            "--revision belongs to --model-id, which is not given"
         );
+        ensure!(self.max_new_tokens > 0, "--max-new-tokens is 0, must be at least 1");
         Ok(())
     }
 
     pub fn prompt(&self) -> Result<String> {
         let prompt = if self.prompt == "-" {
             let mut text = String::new();
-            std::io::stdin()
-                .read_to_string(&mut text)
-                .context("cannot read the prompt from stdin")?;
+            std::io::stdin().read_to_string(&mut text).context("cannot read the prompt from stdin")?;
             // The newline that ends a piped line is not the user's.
             text.trim_end_matches(['\n', '\r']).to_owned()
         } else {
             self.prompt.clone()
         };
-        ensure!(
-            !prompt.is_empty(),
-            "--prompt is empty, must have at least one character"
-        );
+        ensure!(!prompt.is_empty(), "--prompt is empty, must have at least one character");
         Ok(prompt)
     }
 

@@ -53,17 +53,11 @@ fn run(args: &Args) -> Result<()> {
         cache: model.new_cache(),
         model: &model,
         limit: args.max_new_tokens,
-        report: Report {
-            prompt_tokens: ids.len(),
-            ..Report::default()
-        },
+        report: Report { prompt_tokens: ids.len(), ..Report::default() },
     };
     let mut stdout = std::io::stdout();
     let mut show = |text: &str| -> Result<bool> {
-        match stdout
-            .write_all(text.as_bytes())
-            .and_then(|()| stdout.flush())
-        {
+        match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
             Ok(()) => Ok(true),
             // Whoever reads has had enough.
             Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
@@ -148,11 +142,7 @@ impl Generator<'_> {
         let Some(last) = last else {
             anyhow::bail!("the prompt has no tokens");
         };
-        let logits = self
-            .model
-            .logits(&last)?
-            .flatten_all()?
-            .to_dtype(DType::F32)?;
+        let logits = self.model.logits(&last)?.flatten_all()?.to_dtype(DType::F32)?;
         Ok(logits.to_device(&candle_core::Device::Cpu)?)
     }
 }

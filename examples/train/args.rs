@@ -15,6 +15,7 @@ use std::path::PathBuf;
 /// Texts in a data file are separated by a line `<|endoftext|>`. Killed at any moment and started again with the same
 /// arguments, it goes on where it was.
 #[derive(Parser, Debug)]
+#[command(allow_negative_numbers = true)]
 pub struct Args {
     /// Text to train on.
     #[arg(long, value_name = "TXT", required_unless_present = "eval_only")]
@@ -127,25 +128,13 @@ impl Args {
             ensure!(value > 0, "--{name} is 0, must be at least 1");
         }
         for (name, value) in [("lr", self.lr), ("clip", self.clip)] {
-            ensure!(
-                value.is_finite() && value > 0.0,
-                "--{name} is {value}, must be a positive number"
-            );
+            ensure!(value.is_finite() && value > 0.0, "--{name} is {value}, must be a positive number");
         }
         for (name, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            ensure!(
-                (0.0..1.0).contains(&value),
-                "--{name} is {value}, must be in [0, 1)"
-            );
+            ensure!((0.0..1.0).contains(&value), "--{name} is {value}, must be in [0, 1)");
         }
-        for (name, value) in [
-            ("min-lr", self.min_lr()),
-            ("weight-decay", self.weight_decay),
-        ] {
-            ensure!(
-                value.is_finite() && value >= 0.0,
-                "--{name} is {value}, must be 0 or a positive number"
-            );
+        for (name, value) in [("min-lr", self.min_lr()), ("weight-decay", self.weight_decay)] {
+            ensure!(value.is_finite() && value >= 0.0, "--{name} is {value}, must be 0 or a positive number");
         }
         ensure!(
             self.vocab_size > 256,
@@ -154,10 +143,7 @@ impl Args {
             self.end_token
         );
         if let Some(minutes) = self.max_minutes {
-            ensure!(
-                minutes > 0.0,
-                "--max-minutes is {minutes}, must be more than 0"
-            );
+            ensure!(minutes > 0.0, "--max-minutes is {minutes}, must be more than 0");
         }
         Ok(())
     }
@@ -176,10 +162,7 @@ impl Args {
             let (name, value) = parse_field(assignment)?;
             fields.insert(name, value);
         }
-        let wanted = fields
-            .get("vocab_size")
-            .and_then(Value::as_u64)
-            .unwrap_or(0);
+        let wanted = fields.get("vocab_size").and_then(Value::as_u64).unwrap_or(0);
         fields.insert("vocab_size".into(), json!(vocab_size.max(wanted as usize)));
         fields.insert("bos_token_id".into(), json!(end_token));
         fields.insert("eos_token_id".into(), json!(end_token));
@@ -200,9 +183,7 @@ impl Args {
             "num_heads": self.heads,
             "tie_word_embeddings": self.tie_embeddings,
         });
-        let Value::Object(fields) = fields else {
-            unreachable!("an object literal")
-        };
+        let Value::Object(fields) = fields else { unreachable!("an object literal") };
         Ok(fields)
     }
 
@@ -236,10 +217,9 @@ impl Args {
 }
 
 fn read_object(file: &PathBuf) -> Result<Map<String, Value>> {
-    let text = std::fs::read_to_string(file)
-        .with_context(|| format!("cannot read --config {}", file.display()))?;
-    serde_json::from_str(&text)
-        .with_context(|| format!("--config {} is not a JSON object", file.display()))
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("cannot read --config {}", file.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("--config {} is not a JSON object", file.display()))
 }
 
 fn parse_field(assignment: &str) -> Result<(String, Value)> {

@@ -27,12 +27,7 @@ pub fn load(file: &Path, end_token: &str) -> Result<(Tokenizer, u32)> {
 
 /// Trains a byte-level BPE. Encoding a text with special tokens puts `end_token` in front of it: a text always comes after
 /// the end of another in training.
-pub fn train(
-    texts: &Texts,
-    bytes: usize,
-    vocab_size: usize,
-    end_token: &str,
-) -> Result<(Tokenizer, u32)> {
+pub fn train(texts: &Texts, bytes: usize, vocab_size: usize, end_token: &str) -> Result<(Tokenizer, u32)> {
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, false, true)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
@@ -48,9 +43,7 @@ pub fn train(
     tokenizer
         .train(&mut trainer, texts.sample(bytes))
         .map_err(|e| anyhow!("cannot train a tokenizer: {e}"))?;
-    let id = tokenizer
-        .token_to_id(end_token)
-        .context("the trained tokenizer lacks its end token")?;
+    let id = tokenizer.token_to_id(end_token).context("the trained tokenizer lacks its end token")?;
     let template = TemplateProcessing::builder()
         .try_single(vec![end_token, "$A"])
         .map_err(|e| anyhow!("--end-token {end_token:?}: {e}"))?

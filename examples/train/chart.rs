@@ -1,6 +1,10 @@
 //! The loss curve as a picture.
 
-use crate::{log::Row, pixel_font};
+use crate::{
+    common::files::{partial_file, write_atomically},
+    log::Row,
+    pixel_font,
+};
 use anyhow::{Context, Result};
 use plotters::{coord::Shift, prelude::*};
 use std::{ops::Range, path::Path};
@@ -18,25 +22,16 @@ type Curve = Vec<(f64, f64)>;
 
 /// Writes `loss.png`: training loss, raw and smoothed, above; validation, where there is any, below.
 pub fn write(folder: &Path, rows: &[Row]) -> Result<()> {
-    let raw: Curve = rows
-        .iter()
-        .map(|row| (row.step as f64, f64::from(row.loss)))
-        .collect();
-    let valid: Curve = rows
-        .iter()
-        .filter_map(|row| Some((row.step as f64, row.valid_bpb?)))
-        .collect();
+    let raw: Curve = rows.iter().map(|row| (row.step as f64, f64::from(row.loss))).collect();
+    let valid: Curve = rows.iter().filter_map(|row| Some((row.step as f64, row.valid_bpb?))).collect();
     if raw.is_empty() {
         return Ok(());
     }
     // A reader who has the picture open, and a kill, must never meet half of it.
-    let file = tempfile::Builder::new()
-        .prefix(".partial-")
-        .suffix(".png")
-        .tempfile_in(folder)?;
+    let file = partial_file(folder, ".png")?;
     draw(file.path(), &raw, &valid).context("cannot draw the loss curve")?;
     let contents = std::fs::read(file.path())?;
-    crate::common::files::write_atomically(&folder.join("loss.png"), &contents)
+    write_atomically(&folder.join("loss.png"), &contents)
 }
 
 fn draw(path: &Path, raw: &Curve, valid: &Curve) -> Result<()> {
@@ -69,12 +64,7 @@ fn smoothed(raw: &Curve) -> Curve {
         .collect()
 }
 
-fn draw_panel(
-    area: &Area,
-    title: &str,
-    curves: &[(&Curve, RGBColor)],
-    steps: &Range<f64>,
-) -> Result<()> {
+fn draw_panel(area: &Area, title: &str, curves: &[(&Curve, RGBColor)], steps: &Range<f64>) -> Result<()> {
     let values = value_range(curves);
     let mut chart = ChartBuilder::on(area)
         .margin_top(36)
@@ -88,11 +78,7 @@ fn draw_panel(
         chart.draw_series(LineSeries::new([(steps.start, y), (steps.end, y)], GRID))?;
         let (x, pixel) = chart.backend_coord(&(steps.start, y));
         let label = label(y);
-        text(
-            &label,
-            x - 8 - pixel_font::width(&label),
-            pixel - pixel_font::HEIGHT / 2,
-        )?;
+        text(&label, x - 8 - pixel_font::width(&label), pixel - pixel_font::HEIGHT / 2)?;
     }
     for x in ticks(steps) {
         chart.draw_series(LineSeries::new([(x, values.start), (x, values.end)], GRID))?;
@@ -101,10 +87,7 @@ fn draw_panel(
         text(&label, pixel - pixel_font::width(&label) / 2, y + 8)?;
     }
     for (curve, color) in curves {
-        chart.draw_series(LineSeries::new(
-            curve.iter().copied(),
-            color.stroke_width(2),
-        ))?;
+        chart.draw_series(LineSeries::new(curve.iter().copied(), color.stroke_width(2)))?;
         if let [point] = curve.as_slice() {
             chart.draw_series([Circle::new(*point, 3, color.filled())])?;
         }
@@ -114,11 +97,7 @@ fn draw_panel(
 
 /// All values, and a little room around them.
 fn value_range(curves: &[(&Curve, RGBColor)]) -> Range<f64> {
-    let all = || {
-        curves
-            .iter()
-            .flat_map(|(curve, _)| curve.iter().map(|point| point.1))
-    };
+    let all = || curves.iter().flat_map(|(curve, _)| curve.iter().map(|point| point.1));
     let low = all().fold(f64::INFINITY, f64::min);
     let high = all().fold(f64::NEG_INFINITY, f64::max);
     let room = (0.05 * (high - low)).max(1e-3);

@@ -15,12 +15,7 @@ use tokenizers::Tokenizer;
 pub const STATE_FILE: &str = "training-state.safetensors";
 
 /// Writes the state after `steps` steps of the run that `recipe` describes.
-pub fn save(
-    folder: &Path,
-    steps: usize,
-    recipe: &Map<String, Value>,
-    optimizer: &AdamW,
-) -> Result<()> {
+pub fn save(folder: &Path, steps: usize, recipe: &Map<String, Value>, optimizer: &AdamW) -> Result<()> {
     let metadata = BTreeMap::from([
         ("steps".to_owned(), steps.to_string()),
         ("recipe".to_owned(), serde_json::to_string(recipe)?),
@@ -34,25 +29,15 @@ pub fn resume(folder: &Path, recipe: &Map<String, Value>, optimizer: &mut AdamW)
     if !file.exists() {
         return Ok(0);
     }
-    let unreadable = || {
-        format!(
-            "cannot resume from {}; delete it to start over",
-            file.display()
-        )
-    };
+    let unreadable = || format!("cannot resume from {}; delete it to start over", file.display());
     let metadata = read_metadata(&file).with_context(unreadable)?;
     let field = |name: &str| {
-        metadata
-            .get(name)
-            .with_context(|| format!("no {name} in its metadata"))
-            .with_context(unreadable)
+        metadata.get(name).with_context(|| format!("no {name} in its metadata")).with_context(unreadable)
     };
-    let saved: Map<String, Value> =
-        serde_json::from_str(field("recipe")?).with_context(unreadable)?;
+    let saved: Map<String, Value> = serde_json::from_str(field("recipe")?).with_context(unreadable)?;
     refuse_differences(folder, &saved, recipe)?;
     let steps = field("steps")?.parse().with_context(unreadable)?;
-    let mut tensors =
-        candle_core::safetensors::load(&file, &Device::Cpu).with_context(unreadable)?;
+    let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).with_context(unreadable)?;
     optimizer
         .restore(|name| match tensors.remove(name) {
             Some(tensor) => Ok(tensor),
@@ -62,24 +47,14 @@ pub fn resume(folder: &Path, recipe: &Map<String, Value>, optimizer: &mut AdamW)
     Ok(steps)
 }
 
-fn refuse_differences(
-    folder: &Path,
-    saved: &Map<String, Value>,
-    wanted: &Map<String, Value>,
-) -> Result<()> {
+fn refuse_differences(folder: &Path, saved: &Map<String, Value>, wanted: &Map<String, Value>) -> Result<()> {
     let absent = Value::Null;
     let mut names: Vec<&String> = saved.keys().chain(wanted.keys()).collect();
     names.sort();
     names.dedup();
     let differences: Vec<String> = names
         .into_iter()
-        .map(|name| {
-            (
-                name,
-                saved.get(name).unwrap_or(&absent),
-                wanted.get(name).unwrap_or(&absent),
-            )
-        })
+        .map(|name| (name, saved.get(name).unwrap_or(&absent), wanted.get(name).unwrap_or(&absent)))
         .filter(|(_, was, is)| was != is)
         .map(|(name, was, is)| format!("{name} was {was}, is {is}"))
         .collect();
@@ -127,9 +102,8 @@ pub fn write_metadata(
             "temperature": 0.8,
         }),
     )?;
-    let tokenizer = tokenizer
-        .to_string(false)
-        .map_err(|e| anyhow::anyhow!("cannot write the tokenizer: {e}"))?;
+    let tokenizer =
+        tokenizer.to_string(false).map_err(|e| anyhow::anyhow!("cannot write the tokenizer: {e}"))?;
     write_atomically(&folder.join("tokenizer.json"), tokenizer.as_bytes())
 }
 
@@ -145,8 +119,5 @@ pub fn write_model(folder: &Path, params: BTreeMap<String, Tensor>, dtype: DType
 }
 
 fn write_json(path: &Path, value: &Value) -> Result<()> {
-    write_atomically(
-        path,
-        (serde_json::to_string_pretty(value)? + "\n").as_bytes(),
-    )
+    write_atomically(path, (serde_json::to_string_pretty(value)? + "\n").as_bytes())
 }

@@ -16,14 +16,10 @@ pub struct Texts {
 
 impl Texts {
     pub fn read(file: &Path) -> Result<Self> {
-        let contents = std::fs::read_to_string(file)
-            .with_context(|| format!("cannot read {}", file.display()))?;
+        let contents =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
         let texts = Self { contents };
-        ensure!(
-            texts.iter().next().is_some(),
-            "{} has no text in it",
-            file.display()
-        );
+        ensure!(texts.iter().next().is_some(), "{} has no text in it", file.display());
         Ok(texts)
     }
 
@@ -47,9 +43,9 @@ impl Texts {
 
 /// FNV-1a: stable over versions of everything, and fast enough for a few hundred megabytes.
 pub fn fingerprint(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 /// All texts as one row of tokens, the end token before the first, between and after them.
@@ -104,20 +100,11 @@ impl TokenStream {
             return None;
         }
         let tokens = match number(3) {
-            2 => tokens
-                .chunks_exact(2)
-                .map(|b| u16::from_le_bytes([b[0], b[1]]).into())
-                .collect(),
-            4 => tokens
-                .chunks_exact(4)
-                .map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-                .collect(),
+            2 => tokens.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect(),
+            4 => tokens.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             _ => return None,
         };
-        Some(Self {
-            tokens,
-            text_bytes: number(2),
-        })
+        Some(Self { tokens, text_bytes: number(2) })
     }
 
     fn write(&self, cache: &Path, key: u64) -> Result<()> {
@@ -152,19 +139,11 @@ impl<'a> Batches<'a> {
     pub fn new(stream: &'a TokenStream, seq_len: usize, seed: u64) -> Result<Self> {
         let tokens = stream.tokens.as_slice();
         if tokens.len() <= seq_len {
-            bail!(
-                "--seq-len is {seq_len}, must be less than the {} tokens of the data",
-                tokens.len()
-            );
+            bail!("--seq-len is {seq_len}, must be less than the {} tokens of the data", tokens.len());
         }
         // One window less than fits, where there is more than one, leaves room to move them.
         let windows = ((tokens.len() - 1) / seq_len).saturating_sub(1).max(1) as u64;
-        Ok(Self {
-            tokens,
-            seq_len,
-            windows,
-            seed,
-        })
+        Ok(Self { tokens, seq_len, windows, seed })
     }
 
     /// Inputs and targets, `[batch_size, seq_len]` u32 each, of the batch whose first sequence is number `first`.
@@ -177,10 +156,7 @@ impl<'a> Batches<'a> {
             targets.extend(&self.tokens[start + 1..start + 1 + self.seq_len]);
         }
         let shape = (batch_size, self.seq_len);
-        Ok((
-            Tensor::from_vec(inputs, shape, device)?,
-            Tensor::from_vec(targets, shape, device)?,
-        ))
+        Ok((Tensor::from_vec(inputs, shape, device)?, Tensor::from_vec(targets, shape, device)?))
     }
 
     fn start_of(&self, sequence: u64) -> usize {

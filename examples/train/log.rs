@@ -37,32 +37,22 @@ impl Log {
         let path = folder.join("log.csv");
         let mut rows = Vec::new();
         if path.exists() {
-            let mut reader = csv::Reader::from_path(&path)
-                .with_context(|| format!("cannot read {}", path.display()))?;
+            let mut reader =
+                csv::Reader::from_path(&path).with_context(|| format!("cannot read {}", path.display()))?;
             // A row that does not parse was being written when the process was killed.
             rows.extend(reader.deserialize::<Row>().map_while(Result::ok));
             rows.retain(|row| row.step <= steps);
         }
         let mut kept = csv::Writer::from_writer(Vec::new());
         if rows.is_empty() {
-            kept.write_record([
-                "step",
-                "tokens",
-                "loss",
-                "lr",
-                "grad_norm",
-                "tokens_per_s",
-                "valid_bpb",
-            ])?;
+            kept.write_record(["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "valid_bpb"])?;
         }
         for row in &rows {
             kept.serialize(row)?;
         }
         write_atomically(&path, &kept.into_inner().context("cannot write the log")?)?;
         let file = OpenOptions::new().append(true).open(&path)?;
-        let writer = csv::WriterBuilder::new()
-            .has_headers(false)
-            .from_writer(file);
+        let writer = csv::WriterBuilder::new().has_headers(false).from_writer(file);
         Ok(Self { writer, rows })
     }
 
@@ -79,9 +69,6 @@ impl Log {
 
     /// The lowest bits per byte so far.
     pub fn best(&self) -> Option<f64> {
-        self.rows
-            .iter()
-            .filter_map(|row| row.valid_bpb)
-            .min_by(f64::total_cmp)
+        self.rows.iter().filter_map(|row| row.valid_bpb).min_by(f64::total_cmp)
     }
 }

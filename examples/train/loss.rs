@@ -9,9 +9,7 @@ use rayon::prelude::*;
 /// it is therefore an operator of its own that makes one forward and one backward, on all threads.
 pub fn token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if logits.device().is_cpu() {
-        let op = TokenNll {
-            targets: targets.to_vec1()?,
-        };
+        let op = TokenNll { targets: targets.to_vec1()? };
         return logits.contiguous()?.apply_op1(op);
     }
     composed_token_nll(logits, targets)
@@ -20,10 +18,7 @@ pub fn token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
 /// The same in plain tensor operations.
 pub fn composed_token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let log_probs = candle_nn::ops::log_softmax(logits, 1)?;
-    log_probs
-        .gather(&targets.unsqueeze(1)?, 1)?
-        .squeeze(1)?
-        .neg()
+    log_probs.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()
 }
 
 struct TokenNll {
@@ -35,10 +30,7 @@ impl TokenNll {
     fn rows<'a>(&self, storage: &'a CpuStorage, layout: &Layout) -> Result<(&'a [f32], usize)> {
         let (rows, vocab) = layout.shape().dims2()?;
         if rows != self.targets.len() {
-            bail!(
-                "token_nll: {rows} rows of logits, must be {} as the targets",
-                self.targets.len()
-            );
+            bail!("token_nll: {rows} rows of logits, must be {} as the targets", self.targets.len());
         }
         if let Some(target) = self.targets.iter().find(|&&t| t as usize >= vocab) {
             bail!("token_nll: target {target}, must be less than the {vocab} logits");
@@ -79,17 +71,16 @@ impl CustomOp1 for TokenNll {
         };
         let (rows, vocab) = self.rows(storage, layout)?;
         let mut out = vec![0f32; rows.len()];
-        out.par_chunks_exact_mut(vocab)
-            .zip(rows.par_chunks_exact(vocab))
-            .enumerate()
-            .for_each(|(i, (out, row))| {
+        out.par_chunks_exact_mut(vocab).zip(rows.par_chunks_exact(vocab)).enumerate().for_each(
+            |(i, (out, row))| {
                 let target = self.targets[i] as usize;
                 let normalizer = nll[i] + row[target];
                 for (out, x) in out.iter_mut().zip(row) {
                     *out = grad[i] * (x - normalizer).exp();
                 }
                 out[target] -= grad[i];
-            });
+            },
+        );
         Tensor::from_vec(out, logits.shape(), &Device::Cpu).map(Some)
     }
 }

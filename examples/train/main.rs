@@ -20,6 +20,7 @@ mod params;
 mod pixel_font;
 mod progress;
 mod trainer;
+mod workers;
 
 use anyhow::{Context, Result};
 use args::Args;
@@ -30,8 +31,10 @@ use common::{
 };
 use data::{Texts, TokenStream};
 use std::{path::Path, process::ExitCode};
+use workers::Workers;
 
 fn main() -> ExitCode {
+    workers::keep_operations_on_their_thread();
     common::exit_code(run(&Args::parse()))
 }
 
@@ -53,7 +56,8 @@ fn evaluate(args: &Args, folder: &Path) -> Result<()> {
         .token_to_id(&args.end_token)
         .with_context(|| format!("the tokenizer has no token {:?}", args.end_token))?;
     let stream = TokenStream::encode(&Texts::read(valid)?, &tokenizer, end_token)?;
-    let bits = evaluate::bits_per_byte(&model, &stream, end_token, args.seq_len)?;
+    let workers = Workers::new(&device)?;
+    let bits = evaluate::bits_per_byte(&model, &stream, end_token, args.seq_len, &workers)?;
     println!("{bits:.4} bits per byte over {} bytes", stream.text_bytes);
     Ok(())
 }

@@ -25,10 +25,7 @@ pub struct Parameters {
 
 impl Parameters {
     pub fn new(seed: u64) -> Self {
-        Self {
-            seed,
-            vars: Arc::default(),
-        }
+        Self { seed, vars: Arc::default() }
     }
 
     /// For building a model whose parameters end up here.
@@ -43,9 +40,7 @@ impl Parameters {
     /// The values alone, for a model that is not to be trained: its states would otherwise hold the whole graph.
     pub fn detached(&self) -> BTreeMap<String, Tensor> {
         let vars = self.vars.lock().unwrap();
-        vars.iter()
-            .map(|(name, var)| (name.clone(), var.as_detached_tensor()))
-            .collect()
+        vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
     }
 
     fn make(&self, shape: Shape, name: &str, init: Init, device: &Device) -> Result<Var> {
@@ -56,24 +51,14 @@ impl Parameters {
 }
 
 impl SimpleBackend for Parameters {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        init: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> Result<Tensor> {
+    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
         if dtype != DType::F32 {
             bail!("parameter {name}: dtype is {dtype:?}, must be f32 to be trained");
         }
         let mut vars = self.vars.lock().unwrap();
         if let Some(var) = vars.get(name) {
             if var.shape() != &shape {
-                bail!(
-                    "parameter {name}: shape is {:?}, asked for as {shape:?}",
-                    var.shape()
-                );
+                bail!("parameter {name}: shape is {:?}, asked for as {shape:?}", var.shape());
             }
             return Ok(var.as_tensor().clone());
         }
@@ -101,11 +86,7 @@ fn initial_values(shape: &Shape, init: Init, rng: &mut StdRng) -> Vec<f32> {
         Init::Const(x) => vec![x as f32; len],
         Init::Uniform { lo, up } => uniform(len, lo, up, rng),
         Init::Randn { mean, stdev } => normal(len, mean, stdev, rng),
-        Init::Kaiming {
-            dist,
-            fan,
-            non_linearity,
-        } => {
+        Init::Kaiming { dist, fan, non_linearity } => {
             let stdev = non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt();
             match dist {
                 NormalOrUniform::Normal => normal(len, 0.0, stdev, rng),
@@ -119,9 +100,7 @@ fn initial_values(shape: &Shape, init: Init, rng: &mut StdRng) -> Vec<f32> {
 }
 
 fn uniform(len: usize, lo: f64, up: f64, rng: &mut StdRng) -> Vec<f32> {
-    (0..len)
-        .map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32)
-        .collect()
+    (0..len).map(|_| (lo + (up - lo) * rng.random::<f64>()) as f32).collect()
 }
 
 /// Box and Muller's method.

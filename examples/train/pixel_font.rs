@@ -21,8 +21,7 @@ pub fn draw(area: &DrawingArea<BitMapBackend, Shift>, text: &str, at: (i32, i32)
     for (i, character) in text.chars().enumerate() {
         let x = at.0 + i as i32 * (COLUMNS + GAP) * DOT;
         let rows = glyph(character);
-        for (row, column) in (0..ROWS).flat_map(|row| (0..COLUMNS).map(move |column| (row, column)))
-        {
+        for (row, column) in (0..ROWS).flat_map(|row| (0..COLUMNS).map(move |column| (row, column))) {
             if rows[row as usize] >> (COLUMNS - 1 - column) & 1 == 1 {
                 let (x, y) = (x + column * DOT, at.1 + row * DOT);
                 let dot = Rectangle::new([(x, y), (x + DOT, y + DOT)], BLACK.filled());

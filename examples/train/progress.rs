@@ -24,25 +24,14 @@ impl Progress {
     pub fn new(steps: usize, done: usize) -> Self {
         let style = ProgressStyle::with_template("{bar:30} {pos}/{len} {msg}")
             .unwrap_or_else(|_| ProgressStyle::default_bar());
-        let bar = std::io::stderr().is_terminal().then(|| {
-            ProgressBar::new(steps as u64)
-                .with_style(style)
-                .with_position(done as u64)
-        });
-        Self {
-            bar,
-            steps,
-            started: Instant::now(),
-            first_step: done,
-            last_line: None,
-            loss: None,
-        }
+        let bar = std::io::stderr()
+            .is_terminal()
+            .then(|| ProgressBar::new(steps as u64).with_style(style).with_position(done as u64));
+        Self { bar, steps, started: Instant::now(), first_step: done, last_line: None, loss: None }
     }
 
     pub fn step(&mut self, row: &Row) {
-        let loss = self
-            .loss
-            .map_or(row.loss, |mean| 0.95 * mean + 0.05 * row.loss);
+        let loss = self.loss.map_or(row.loss, |mean| 0.95 * mean + 0.05 * row.loss);
         self.loss = Some(loss);
         let message = format!(
             "loss {loss:.3}  {:.0} tokens/s  {} left",
@@ -52,11 +41,7 @@ impl Progress {
         if let Some(bar) = &self.bar {
             bar.set_position(row.step as u64);
             bar.set_message(message);
-        } else if self
-            .last_line
-            .is_none_or(|at| at.elapsed() >= BETWEEN_LINES)
-            || row.step == self.steps
-        {
+        } else if self.last_line.is_none_or(|at| at.elapsed() >= BETWEEN_LINES) || row.step == self.steps {
             self.last_line = Some(Instant::now());
             eprintln!("step {}/{}  {message}", row.step, self.steps);
         }
@@ -87,9 +72,5 @@ impl Progress {
 fn clock(time: Duration) -> String {
     let seconds = time.as_secs();
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if hours > 0 {
-        format!("{hours}:{minutes:02}:{seconds:02}")
-    } else {
-        format!("{minutes}:{seconds:02}")
-    }
+    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
 }

@@ -3,7 +3,7 @@
 use crate::{
     args::Args,
     bpe, chart, checkpoint,
-    common::runtime,
+    common::{files::remove_partial_files, runtime},
     data::{Batches, Texts, TokenStream, fingerprint},
     evaluate::bits_per_byte,
     log::{Log, Row},
@@ -11,11 +11,13 @@ use crate::{
     optimizer::{AdamW, Hyperparameters, Schedule},
     params::Parameters,
     progress::Progress,
+    workers::Workers,
 };
 use anyhow::{Context, Result, anyhow, bail};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Config, Model};
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 use serde_json::{Map, Value};
 use std::{
     path::Path,
@@ -26,14 +28,12 @@ use tokenizers::Tokenizer;
 /// Trains as `args` say, from where the folder `--out` is.
 pub fn train(args: &Args) -> Result<()> {
     let folder = args.out.as_deref().context("--out is missing")?;
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("cannot create --out {}", folder.display()))?;
+    std::fs::create_dir_all(folder).with_context(|| format!("cannot create --out {}", folder.display()))?;
+    remove_partial_files(folder)?;
     let corpus = Corpus::open(args, folder)?;
     let mut run = Run::open(args, folder, &corpus)?;
     let first = run.log.rows().len();
-    let deadline = args
-        .max_minutes
-        .map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
+    let deadline = args.max_minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
     for step in run.steps_taken..args.steps {
         let last = step + 1 == args.steps || deadline.is_some_and(|at| Instant::now() >= at);
         run.step(step, last)?;
@@ -43,18 +43,9 @@ pub fn train(args: &Args) -> Result<()> {
     }
     run.progress.finish();
     if let (true, Some(row)) = (run.log.rows().len() > first, run.log.rows().last()) {
-        eprintln!(
-            "stopped after step {} of {}; the model is in {}",
-            row.step,
-            args.steps,
-            folder.display()
-        );
+        eprintln!("stopped after step {} of {}; the model is in {}", row.step, args.steps, folder.display());
     } else {
-        eprintln!(
-            "all {} steps are done; the model is in {}",
-            args.steps,
-            folder.display()
-        );
+        eprintln!("all {} steps are done; the model is in {}", args.steps, folder.display());
     }
     Ok(())
 }
@@ -82,10 +73,7 @@ impl Corpus {
             }
         };
         let tokenizer_id = fingerprint(
-            tokenizer
-                .to_string(false)
-                .map_err(|e| anyhow!("cannot write the tokenizer: {e}"))?
-                .as_bytes(),
+            tokenizer.to_string(false).map_err(|e| anyhow!("cannot write the tokenizer: {e}"))?.as_bytes(),
         );
         let encode = |name: &str, texts: &Texts| {
             let cache = folder.join(format!("tokens-{name}.bin"));
@@ -97,14 +85,7 @@ impl Corpus {
             None => None,
         };
         let data_id = texts.fingerprint();
-        Ok(Self {
-            tokenizer,
-            end_token,
-            tokenizer_id,
-            data_id,
-            train,
-            valid,
-        })
+        Ok(Self { tokenizer, end_token, tokenizer_id, data_id, train, valid })
     }
 }
 
@@ -114,6 +95,7 @@ struct Run<'a> {
     folder: &'a Path,
     corpus: &'a Corpus,
     device: Device,
+    workers: Workers,
     config: Config,
     recipe: Map<String, Value>,
     parameters: Parameters,
@@ -146,12 +128,8 @@ impl<'a> Run<'a> {
         // Only now: the folder may have turned out to be another run's.
         let dtype = args.dtype.into();
         checkpoint::write_metadata(folder, &config, dtype, &corpus.tokenizer, &args.end_token)?;
-        let schedule = Schedule {
-            peak: args.lr,
-            last: args.min_lr(),
-            warmup: args.warmup,
-            steps: args.steps,
-        };
+        let schedule =
+            Schedule { peak: args.lr, last: args.min_lr(), warmup: args.warmup, steps: args.steps };
         let sizes = parameters.vars().into_values().map(|var| var.elem_count());
         eprintln!(
             "{} with {} parameters, {} training tokens, {}",
@@ -177,6 +155,7 @@ impl<'a> Run<'a> {
             log: Log::open(folder, steps_taken)?,
             progress: Progress::new(args.steps, steps_taken),
             steps_taken,
+            workers: Workers::new(&device)?,
             device,
         })
     }
@@ -222,28 +201,35 @@ impl<'a> Run<'a> {
     /// Loss, norm of the gradient, and the gradient, over all batches of a step.
     fn gradients(&self, step: usize) -> Result<(f32, f32, Vec<Tensor>)> {
         let (batch_size, accum) = (self.args.batch_size, self.args.grad_accum);
-        let mut total: Option<(Tensor, Vec<Tensor>)> = None;
+        let mut total = None;
         for i in 0..accum {
             let first = ((step * accum + i) * batch_size) as u64;
-            let (inputs, targets) = self.batches.get(first, batch_size, &self.device)?;
-            let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
-            let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? / accum as f64)?;
-            let grads = self.optimizer.collect(&mut loss.backward()?)?;
-            let loss = loss.detach();
-            total = Some(match total {
-                None => (loss, grads),
-                Some((loss_sum, sums)) => {
-                    let sums = sums.iter().zip(&grads).map(|(a, b)| a + b);
-                    (
-                        (loss_sum + loss)?,
-                        sums.collect::<candle_core::Result<_>>()?,
-                    )
-                }
-            });
+            let shares = self.workers.count().min(batch_size);
+            let parts = self.workers.map(shares, |share| {
+                let start = share * batch_size / shares;
+                let end = (share + 1) * batch_size / shares;
+                let weight = (end - start) as f64 / (batch_size * accum) as f64;
+                self.share_gradients(first + start as u64, end - start, weight)
+            })?;
+            for part in parts {
+                total = Some(match total {
+                    None => part,
+                    Some(sum) => add(sum, part)?,
+                });
+            }
         }
         let (loss, grads) = total.context("a step has at least one batch")?;
         let scalars = Tensor::stack(&[loss, AdamW::norm(&grads)?], 0)?.to_vec1::<f32>()?;
         Ok((scalars[0], scalars[1], grads))
+    }
+
+    /// Mean loss of `count` sequences from number `first` on, times `weight`, and its gradient.
+    fn share_gradients(&self, first: u64, count: usize, weight: f64) -> Result<(Tensor, Vec<Tensor>)> {
+        let (inputs, targets) = self.batches.get(first, count, &self.device)?;
+        let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
+        let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? * weight)?;
+        let grads = self.optimizer.collect(&mut loss.backward()?)?;
+        Ok((loss.detach(), grads))
     }
 
     /// Validates, and writes the model if it is the best so far (or there is nothing to tell by).
@@ -256,12 +242,7 @@ impl<'a> Run<'a> {
                 let vb = VarBuilder::from_tensors(tensors, DType::F32, &self.device);
                 let mut model = Model::new(&self.config, vb)?;
                 model.set_mode(self.args.mode.into());
-                Some(bits_per_byte(
-                    &model,
-                    stream,
-                    self.corpus.end_token,
-                    self.args.seq_len,
-                )?)
+                Some(bits_per_byte(&model, stream, self.corpus.end_token, self.args.seq_len, &self.workers)?)
             }
         };
         let best = self.log.best();
@@ -270,9 +251,13 @@ impl<'a> Run<'a> {
         }
         if let Some(bits) = bits {
             let best = best.map_or(String::new(), |best| format!(" (best before: {best:.4})"));
-            self.progress
-                .note(&format!("step {done}: {bits:.4} bits per byte{best}"));
+            self.progress.note(&format!("step {done}: {bits:.4} bits per byte{best}"));
         }
         Ok(bits)
     }
+}
+
+fn add(sum: (Tensor, Vec<Tensor>), part: (Tensor, Vec<Tensor>)) -> Result<(Tensor, Vec<Tensor>)> {
+    let grads = sum.1.par_iter().zip(&part.1).map(|(a, b)| a + b);
+    Ok(((sum.0 + part.0)?, grads.collect::<candle_core::Result<_>>()?))
 }

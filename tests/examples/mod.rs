@@ -12,20 +12,11 @@ use std::{
 pub fn example(name: &str) -> Command {
     let test = std::env::current_exe().unwrap();
     let profile = test.ancestors().nth(2).unwrap();
-    let path = profile
-        .join("examples")
-        .join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
-    assert!(
-        path.is_file(),
-        "{} is missing: cargo build --examples",
-        path.display()
-    );
+    let path = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
+    assert!(path.is_file(), "{} is missing: cargo build --examples", path.display());
     let mut command = Command::new(path);
     // The answer must not depend on whether a GPU is there, nor a test on the tests beside it.
-    command
-        .arg("--cpu")
-        .env("RAYON_NUM_THREADS", "1")
-        .stdin(Stdio::null());
+    command.arg("--cpu").env("RAYON_NUM_THREADS", "1").stdin(Stdio::null());
     command
 }
 
@@ -52,15 +43,7 @@ fn stderr(output: &Output) -> String {
 /// Stories with enough pattern in them that a tiny model gets better in a few steps.
 pub fn write_stories(file: &Path, count: usize) {
     let who = ["cat", "dog", "bird", "fox", "bear"];
-    let what = [
-        "a ball",
-        "a hat",
-        "some cake",
-        "the moon",
-        "an old key",
-        "a café",
-        "snow ❄",
-    ];
+    let what = ["a ball", "a hat", "some cake", "the moon", "an old key", "a café", "snow ❄"];
     let stories = (0..count).map(|i| {
         let (a, b, c) = (who[i % 5], who[i / 5 % 5], what[i / 3 % 7]);
         format!("Once upon a time, a little {a} saw {c}.\nThe {b} said, \"I like {c} too!\" They were happy.\n<|endoftext|>\n")

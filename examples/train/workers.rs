@@ -1,0 +1,46 @@
+//! Sharing a batch out over the cores.
+
+use anyhow::Result;
+use candle_core::Device;
+use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
+
+/// Threads that each take a share of a batch through the whole model.
+///
+/// On a CPU that is much faster than all cores working on one operation at a time: most operations of a small model are too
+/// short to be split, some of candle's are never, and the cores need to meet once in a step only.
+pub struct Workers {
+    /// A pool of one thread for each: what an operation would split over the cores then stays on the worker's own.
+    pools: Vec<ThreadPool>,
+}
+
+impl Workers {
+    /// As many as there are cores, but one on a GPU.
+    pub fn new(device: &Device) -> Result<Self> {
+        let count = if device.is_cpu() { rayon::current_num_threads() } else { 1 };
+        let pool = |_| ThreadPoolBuilder::new().num_threads(1).build();
+        let pools = if count > 1 { (0..count).map(pool).collect::<Result<_, _>>()? } else { Vec::new() };
+        Ok(Self { pools })
+    }
+
+    pub fn count(&self) -> usize {
+        self.pools.len().max(1)
+    }
+
+    /// `work(0), work(1), ... work(shares - 1)`, in that order, for no more shares than there are workers.
+    pub fn map<T: Send>(&self, shares: usize, work: impl Fn(usize) -> Result<T> + Sync) -> Result<Vec<T>> {
+        if self.pools.is_empty() {
+            return (0..shares).map(work).collect();
+        }
+        self.pools[..shares].par_iter().enumerate().map(|(i, pool)| pool.install(|| work(i))).collect()
+    }
+}
+
+/// Keeps candle from splitting element-wise operations over threads of its own, which workers would wait for in turn. Must
+/// come before anything else: candle looks once, and no other thread may be running.
+pub fn keep_operations_on_their_thread() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: called at the start of main, where this is the only thread.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
