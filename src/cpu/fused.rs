@@ -49,13 +49,13 @@ fn sweep_in_blocks<S: Simd, const ROWS: usize>(simd: S, sweep: &Sweep, state: &m
     let mut done = 0;
     while done < sweep.tokens.len() {
         let n = decay.next_block(sweep, done);
-        tiles.load(sweep, done, n, &decay);
+        tiles.load::<S, ROWS>(sweep, done, n, &decay);
         if sweep.inclusive {
-            tiles.update::<S, ROWS, true>(simd, n, &decay.due);
+            tiles.update::<S, ROWS, true>(simd, sweep, done..done + n, decay.due());
         } else {
-            tiles.update::<S, ROWS, false>(simd, n, &decay.due);
+            tiles.update::<S, ROWS, false>(simd, sweep, done..done + n, decay.due());
         }
-        tiles.store(sweep, done, n, &decay);
+        tiles.store::<S>(sweep, done, n, &decay);
         decay.leave_block(n);
         done += n;
     }
@@ -87,6 +87,19 @@ struct Due {
     cols: Vec<f32>,
 }
 
+impl Due {
+    /// Multiplies the factors into `tile`, whose place in the state is `rows` and `cols`.
+    #[inline(always)]
+    fn pay<'a>(&self, tile: impl Iterator<Item = &'a mut [f32]>, rows: Range<usize>, cols: Range<usize>) {
+        let factors = &self.cols[cols];
+        for (s, d) in tile.zip(&self.rows[rows]) {
+            for (x, f) in s.iter_mut().zip(factors) {
+                *x *= d * f;
+            }
+        }
+    }
+}
+
 impl BlockDecay {
     fn new(sweep: &Sweep) -> Self {
         let width = sweep.gate_rows().map_or(0, |(_, width)| width);
@@ -110,6 +123,11 @@ impl BlockDecay {
         g.load(t, &mut self.next);
         exp_in_place(&mut self.next);
         true
+    }
+
+    /// What the state is owed; nothing without decay.
+    fn due(&self) -> Option<&Due> {
+        (self.width > 0).then_some(&self.due)
     }
 
     /// Multiplies `next` into what the state is owed.
@@ -189,7 +207,8 @@ struct Tiles {
     grid: (usize, usize),
     /// `[col tile][row][col]`
     state: Vec<f32>,
-    /// `[row tile][token][row]`
+    /// `[row tile][token][row]`. Rows are moved in pieces whose length the compiler knows: a call of `memcpy` for each
+    /// would cost as much as the arithmetic.
     read: Vec<f32>,
     write: Vec<f32>,
     /// `[col tile][token][col]`
@@ -213,8 +232,8 @@ impl Tiles {
             write: vec![0.; grid.0 * tile.0 * BLOCK],
             value: vec![0.; grid.1 * tile.1 * BLOCK],
             out: vec![0.; grid.1 * tile.1 * BLOCK],
-            row: vec![0.; sweep.rows],
-            col: vec![0.; sweep.cols],
+            row: vec![0.; grid.0 * tile.0],
+            col: vec![0.; grid.1 * tile.1],
         }
     }
 
@@ -239,39 +258,68 @@ impl Tiles {
     }
 
     #[inline(always)]
-    fn load(&mut self, sweep: &Sweep, first: usize, n: usize, decay: &BlockDecay) {
+    fn load<S: Simd, const ROWS: usize>(
+        &mut self,
+        sweep: &Sweep,
+        first: usize,
+        n: usize,
+        decay: &BlockDecay,
+    ) {
+        let (rows, cols) = (self.rows, self.cols);
         for i in 0..n {
             let t = sweep.token(first + i);
-            sweep.read.load(t, &mut self.row);
-            scale(&mut self.row, &[sweep.read_scale]);
-            scale(&mut self.row, decay.at(&decay.product, i, Along::Rows));
-            scatter(&self.row, &mut self.read, self.tile.0, i);
-            sweep.write.load(t, &mut self.row);
-            scale(&mut self.row, &[sweep.write_scale]);
-            scale(&mut self.row, decay.at(&decay.inverse, i, Along::Rows));
-            scatter(&self.row, &mut self.write, self.tile.0, i);
-            sweep.value.load(t, &mut self.col);
-            scale(&mut self.col, decay.at(&decay.inverse, i, Along::Cols));
-            scatter(&self.col, &mut self.value, self.tile.1, i);
-        }
-    }
-
-    #[inline(always)]
-    fn store(&mut self, sweep: &Sweep, first: usize, n: usize, decay: &BlockDecay) {
-        for i in 0..n {
-            for (c, x) in self.col.chunks_mut(self.tile.1).enumerate() {
-                let at = (c * BLOCK + i) * self.tile.1;
-                x.copy_from_slice(&self.out[at..at + x.len()]);
+            for (lane, factor, products, tiles) in [
+                (&sweep.read, sweep.read_scale, &decay.product, &mut self.read),
+                (&sweep.write, sweep.write_scale, &decay.inverse, &mut self.write),
+            ] {
+                let row = &mut self.row[..rows];
+                lane.load(t, row);
+                scale(row, decay.at(products, i, Along::Rows));
+                let (tiles, _) = tiles.as_chunks_mut::<ROWS>();
+                for (x, tile) in
+                    self.row.as_chunks::<ROWS>().0.iter().zip(tiles[i..].iter_mut().step_by(BLOCK))
+                {
+                    *tile = x.map(|x| x * factor);
+                }
             }
-            scale(&mut self.col, decay.at(&decay.product, i, Along::Cols));
-            sweep.out.store(sweep.token(first + i), &self.col);
+            let col = &mut self.col[..cols];
+            sweep.value.load(t, col);
+            scale(col, decay.at(&decay.inverse, i, Along::Cols));
+            let (tiles, _) = S::as_mut_simd_f32s(&mut self.value);
+            for (c, x) in S::as_simd_f32s(&self.col).0.chunks_exact(2).enumerate() {
+                let at = (c * BLOCK + i) * 2;
+                (tiles[at], tiles[at + 1]) = (x[0], x[1]);
+            }
         }
     }
 
-    /// Runs `n` tokens over all tiles.
     #[inline(always)]
-    fn update<S: Simd, const ROWS: usize, const INCLUSIVE: bool>(&mut self, simd: S, n: usize, due: &Due) {
+    fn store<S: Simd>(&mut self, sweep: &Sweep, first: usize, n: usize, decay: &BlockDecay) {
+        for i in 0..n {
+            let (col, out) = (S::as_mut_simd_f32s(&mut self.col).0, S::as_simd_f32s(&self.out).0);
+            for (c, x) in col.chunks_exact_mut(2).enumerate() {
+                let at = (c * BLOCK + i) * 2;
+                (x[0], x[1]) = (out[at], out[at + 1]);
+            }
+            let col = &mut self.col[..self.cols];
+            scale(col, decay.at(&decay.product, i, Along::Cols));
+            sweep.out.store(sweep.token(first + i), col);
+        }
+    }
+
+    /// Runs the tokens of `steps` over all tiles, and meanwhile has the next ones fetched.
+    #[inline(always)]
+    fn update<S: Simd, const ROWS: usize, const INCLUSIVE: bool>(
+        &mut self,
+        simd: S,
+        sweep: &Sweep,
+        steps: Range<usize>,
+        due: Option<&Due>,
+    ) {
         let (rows, cols) = self.tile;
+        let n = steps.len();
+        let tiles = self.grid.0 * self.grid.1;
+        let mut fetched = 0;
         for c in 0..self.grid.1 {
             let at = c * BLOCK * cols;
             let (value, out) = (&self.value[at..at + n * cols], &mut self.out[at..at + n * cols]);
@@ -280,11 +328,17 @@ impl Tiles {
             let width = cols.min(self.cols - c * cols);
             for (r, state) in state.chunks_exact_mut(rows * cols).enumerate() {
                 let height = rows.min(self.rows - r * rows);
-                for (s, d) in state.chunks_exact_mut(cols).zip(&due.rows[r * rows..][..height]) {
-                    if *d != 1. {
-                        scale(s, &[*d]);
-                    }
-                    scale(&mut s[..width], &due.cols[c * cols..][..width]);
+                if let Some(due) = due {
+                    due.pay(
+                        state.chunks_exact_mut(cols),
+                        r * rows..r * rows + height,
+                        c * cols..c * cols + width,
+                    );
+                }
+                while fetched * tiles < (c * self.grid.0 + r + 1) * n {
+                    sweep.prefetch(steps.end + fetched);
+                    sweep.out.prefetch(sweep.token(steps.start + fetched), sweep.cols);
+                    fetched += 1;
                 }
                 let at = r * BLOCK * rows;
                 let (read, write) = (&self.read[at..at + n * rows], &self.write[at..at + n * rows]);
@@ -295,15 +349,6 @@ impl Tiles {
                 }
             }
         }
-    }
-}
-
-/// Puts the row of token `i` in tiles of `width`.
-#[inline(always)]
-fn scatter(row: &[f32], tiles: &mut [f32], width: usize, i: usize) {
-    for (c, x) in row.chunks(width).enumerate() {
-        let at = (c * BLOCK + i) * width;
-        tiles[at..at + x.len()].copy_from_slice(x);
     }
 }
 

@@ -70,6 +70,12 @@ impl<'a> Out<'a> {
         Self { writer, offset, stride }
     }
 
+    /// Says that `len` elements of token `t` will be stored soon.
+    #[inline(always)]
+    pub fn prefetch(&self, t: usize, len: usize) {
+        self.writer.prefetch(self.offset + t * self.stride, len);
+    }
+
     #[inline(always)]
     pub fn store(&self, t: usize, row: &[f32]) {
         // SAFETY: what `new` was promised.
@@ -126,6 +132,20 @@ impl<'a> Sweep<'a> {
     pub fn fade(&self, state: &mut [f32], i: usize) {
         if let Some(decay) = self.load_decay(i) {
             self.gate.fade(state, self.cols, &decay);
+        }
+    }
+
+    /// Asks for what step `i`, if there is such a one, reads.
+    #[inline(always)]
+    pub fn prefetch(&self, i: usize) {
+        if i < self.tokens.len() {
+            let t = self.token(i);
+            self.read.prefetch(t, self.rows);
+            self.write.prefetch(t, self.rows);
+            self.value.prefetch(t, self.cols);
+            if let Some((g, width)) = self.gate_rows() {
+                g.prefetch(t, width);
+            }
         }
     }
 

@@ -84,7 +84,34 @@ pub(super) struct Rows<'a> {
     element: usize,
 }
 
+/// Asks for the cache lines of `len` elements. The rows of a head lie far apart, where no hardware prefetcher looks for
+/// the next one.
+#[inline(always)]
+fn prefetch<T>(first: *const T, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for offset in (0..len * size_of::<T>()).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a prefetch reads nothing; any address will do.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(first.cast::<i8>().wrapping_add(offset)) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (first, len);
+}
+
 impl Rows<'_> {
+    /// Says that the first `len` elements of token `t` will be loaded soon.
+    #[inline(always)]
+    pub fn prefetch(&self, t: usize, len: usize) {
+        let at = self.offset + t * self.token;
+        if self.element == 1 {
+            match self.data {
+                Data::F32(x) => prefetch(x.as_ptr().wrapping_add(at), len),
+                Data::F16(x) => prefetch(x.as_ptr().wrapping_add(at), len),
+                Data::BF16(x) => prefetch(x.as_ptr().wrapping_add(at), len),
+            }
+        }
+    }
+
     /// Fills `row` with the elements of token `t`.
     #[inline(always)]
     pub fn load(&self, t: usize, row: &mut [f32]) {
@@ -193,6 +220,16 @@ unsafe impl Send for Writer<'_> {}
 unsafe impl Sync for Writer<'_> {}
 
 impl<'a> Writer<'a> {
+    /// Says that the `len` elements from `at` on will be stored soon.
+    #[inline(always)]
+    pub fn prefetch(&self, at: usize, len: usize) {
+        match self.data {
+            Pointer::F32(p) => prefetch(p.wrapping_add(at), len),
+            Pointer::F16(p) => prefetch(p.wrapping_add(at), len),
+            Pointer::BF16(p) => prefetch(p.wrapping_add(at), len),
+        }
+    }
+
     /// Writes `row` to the elements from `at` on, rounding to the dtype.
     ///
     /// # Safety

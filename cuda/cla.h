@@ -1,0 +1,99 @@
+// What Rust and the kernels say to each other. `src/cuda/ffi.rs` has the same structs.
+//
+// Every kernel is a part of a *sweep* over the tokens of a sequence and head, forwards or backwards, with a state X of
+// rows x cols in f32:
+//
+//     X = decay X + write_t value_t^T        (no write at all if `writes` is 0)
+//     out_t = out_scale X^T read_t           (without token t's own write, if the sweep is exclusive)
+//
+// The forward pass of an additive operator is one sweep; its gradients are three. A factor on the writes is not applied
+// to them: X is the state divided by it, see `first_scale` and `last_scale`.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum cla_dtype { CLA_F32 = 0, CLA_F16 = 1, CLA_BF16 = 2 };
+
+// What a decay scales: nothing, the whole state, its rows or its columns. All decays are natural logarithms.
+enum cla_gate { CLA_NO_GATE = 0, CLA_GATE_SCALAR = 1, CLA_GATE_ROWS = 2, CLA_GATE_COLS = 3 };
+
+// A tensor [B, T, H, D]; strides in elements. Value head h reads its head h / group.
+typedef struct {
+  void *data;  // null: it is zero everywhere (as an input) or not wanted (as an output)
+  int64_t batch, token, head, element;
+  int32_t group;
+  int32_t dtype;  // enum cla_dtype
+} cla_tensor;
+
+// States [N, HV, rows, cols] in f32, each way round: strides in elements.
+typedef struct {
+  float *data;  // null: zero (initial) or not wanted (final)
+  int64_t sequence, head, row, col;
+} cla_states;
+
+typedef struct {
+  cla_tensor read, write, value, gate, out;  // gate: D is 1, rows or cols; out may be f32 whatever the inputs are
+  cla_states first, last;                    // the state before the first step and after the last
+  // X begins as first_scale * first, and last_scale * X is what is stored in `last`.
+  float out_scale, first_scale, last_scale;
+  int32_t rows, cols, heads;  // heads: value heads
+  int32_t gate_kind;          // enum cla_gate
+  int32_t writes, reverse, inclusive;
+  // Sequence n has the tokens cu_seqlens[n] .. cu_seqlens[n + 1] of batch entry 0, or, if cu_seqlens (on the device) is
+  // null, all `tokens` tokens of batch entry n.
+  const uint32_t *cu_seqlens;
+  int32_t sequences;
+  int64_t tokens;
+  // Chunked sweeps only: steps are cut in segments of `segment` steps (a multiple of CLA_CHUNK), solved in parallel;
+  // 0: one segment a sequence. `segments` is how many the longest sequence has. `starts` [N, segments, HV, rows, cols]
+  // has X at the start of each segment, `totals` [N, segments, HV, D of gate] the product of its decays.
+  int64_t segment;
+  int32_t segments;
+  float *starts, *totals;
+} cla_sweep;
+
+#define CLA_CHUNK 64
+
+// All return 0 or a cudaError_t; they only queue work on `stream`.
+
+// Token by token. Any rows and cols up to 256 (rows) and any cols.
+int32_t cla_sweep_recurrent(const cla_sweep *sweep, void *stream);
+
+// In chunks of CLA_CHUNK steps, on tensor cores. With segments: needs `starts`, which the next two fill.
+int32_t cla_sweep_chunked(const cla_sweep *sweep, void *stream);
+// What each segment adds to a zero state, into `starts`, and its decay, into `totals`.
+int32_t cla_segment_states(const cla_sweep *sweep, void *stream);
+// Turns what segments add into the states that they start from.
+int32_t cla_scan_segments(const cla_sweep *sweep, void *stream);
+// The dynamic shared memory, in bytes, of the kernel that cla_sweep_chunked launches. Rust checks it before a launch.
+int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
+
+// The gradient of the log decay from dq and dk [B, T, HV, K], f32, contiguous, computed by exclusive sweeps:
+//
+//     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back; `after` at the end of the sequence
+//     dg_t = sum_t, or its sum over K
+//
+// where a decay of -inf sets the sum to 0. Then adds each token's term with itself, own_t k_t and own_t q_t with
+// own_t = scale v_t . do_t, to dq and dk.
+typedef struct {
+  cla_tensor q, k, v, grad_out, gate;
+  float *dq, *dk;
+  const float *after;  // [N, HV, K]: sum over V of the final state and its gradient; null: 0
+  float *partial;      // scratch, [N, segments, HV, K]
+  float *dg;           // [B, T, HV, K] or, with `summed`, [B, T, HV]; f32, contiguous
+  float scale;
+  int32_t k_dim, v_dim, heads, summed;
+  const uint32_t *cu_seqlens;
+  int32_t sequences;
+  int64_t tokens, segment;  // any segment > 0
+  int32_t segments;
+} cla_gate_gradient;
+
+int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
