@@ -53,6 +53,7 @@ typedef struct {
   int64_t segment;
   int32_t segments;
   float *starts, *totals;
+  int64_t shared_limit;  // dynamic shared memory that a block may have, in bytes
 } cla_sweep;
 
 #define CLA_CHUNK 64
@@ -68,12 +69,13 @@ int32_t cla_sweep_chunked(const cla_sweep *sweep, void *stream);
 int32_t cla_segment_states(const cla_sweep *sweep, void *stream);
 // Turns what segments add into the states that they start from.
 int32_t cla_scan_segments(const cla_sweep *sweep, void *stream);
-// The dynamic shared memory, in bytes, of the kernel that cla_sweep_chunked launches. Rust checks it before a launch.
+// The dynamic shared memory, in bytes, of the kernel that cla_sweep_chunked would launch; -1 if none fits `shared_limit`
+// or rows > 256.
 int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 
 // The gradient of the log decay from dq and dk [B, T, HV, K], f32, contiguous, computed by exclusive sweeps:
 //
-//     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back; `after` at the end of the sequence
+//     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back; `after` behind the last
 //     dg_t = sum_t, or its sum over K
 //
 // where a decay of -inf sets the sum to 0. Then adds each token's term with itself, own_t k_t and own_t q_t with
@@ -81,15 +83,17 @@ int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 typedef struct {
   cla_tensor q, k, v, grad_out, gate;
   float *dq, *dk;
-  const float *after;  // [N, HV, K]: sum over V of the final state and its gradient; null: 0
-  float *partial;      // scratch, [N, segments, HV, K]
+  const float *after;  // [N, HV, K] or, with `summed`, [N, HV]: sum over V (and K) of the final state times its gradient;
+                       // null: 0
+  float *partial;      // scratch, [2, N, segments, HV, K] or, with `summed`, [2, N, segments, HV]
   float *dg;           // [B, T, HV, K] or, with `summed`, [B, T, HV]; f32, contiguous
   float scale;
   int32_t k_dim, v_dim, heads, summed;
   const uint32_t *cu_seqlens;
   int32_t sequences;
-  int64_t tokens, segment;  // any segment > 0
-  int32_t segments;
+  int64_t batch, tokens;
+  int64_t segment;   // tokens that one thread sums up, > 0
+  int32_t segments;  // of the longest sequence
 } cla_gate_gradient;
 
 int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream);

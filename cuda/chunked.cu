@@ -1,0 +1,60 @@
+// The chunked sweep and its division into segments of time.
+#include "chunked_launch.cuh"
+
+namespace cla {
+
+// 16-bit floats of the other kind have more digits than bf16, and f32 more still: those take both parts. So do outputs in
+// f32, which are meant to be exact.
+static bool fits_bf16(const cla_sweep &s) {
+  auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
+  return bf16(s.read) && bf16(s.write) && bf16(s.value) && bf16(s.out) &&
+         (s.gate_kind == CLA_NO_GATE || s.gate_kind == CLA_GATE_SCALAR);
+}
+
+static int32_t chunked(const Call &call) { return fits_bf16(call.sweep) ? chunked_bf16(call) : chunked_exact(call); }
+
+// One element of the states of a sequence and head: what each segment adds becomes the state that it starts from.
+CLA_KERNEL(256, 1) void scan_kernel(cla_sweep s) {
+  const int64_t sequence = block_x() / s.heads, at = block_y() * 256ll + thread_index();
+  const int head = block_x() % s.heads;
+  const int64_t size = (int64_t)s.rows * s.cols;
+  if (at >= size) return;
+  const int row = (int)(at / s.cols), col = (int)(at % s.cols);
+  const Steps steps(s.cu_seqlens, s.tokens, sequence, s.reverse);
+  const int64_t count = steps.count == 0 ? 1 : (steps.count + s.segment - 1) / s.segment;
+  const int width = s.gate_kind == CLA_GATE_ROWS ? s.rows : s.gate_kind == CLA_GATE_COLS ? s.cols : 1;
+  const int channel = s.gate_kind == CLA_GATE_ROWS ? row : s.gate_kind == CLA_GATE_COLS ? col : 0;
+  float x = 0.f;
+  if (s.first.data) {
+    x = s.first_scale * s.first.data[sequence * s.first.sequence + head * s.first.head + row * s.first.row + col * s.first.col];
+  }
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t index = (sequence * s.segments + i) * s.heads + head;
+    float *state = s.starts + index * size + at;
+    const float added = *state, decay = s.gate_kind == CLA_NO_GATE ? 1.f : s.totals[index * width + channel];
+    *state = x;
+    x = decay * x + added;
+  }
+}
+
+}  // namespace cla
+
+extern "C" int32_t cla_sweep_chunked(const cla_sweep *sweep, void *stream) {
+  return cla::chunked({*sweep, false, stream, nullptr});
+}
+
+extern "C" int32_t cla_segment_states(const cla_sweep *sweep, void *stream) {
+  return cla::chunked({*sweep, true, stream, nullptr});
+}
+
+extern "C" int32_t cla_scan_segments(const cla_sweep *sweep, void *stream) {
+  cla::Dims grid = {(int64_t)sweep->sequences * sweep->heads, ((int64_t)sweep->rows * sweep->cols + 255) / 256};
+  return cla::launch(cla::scan_kernel, grid, 256, 0, stream, *sweep);
+}
+
+extern "C" int64_t cla_chunked_shared_memory(const cla_sweep *sweep) {
+  int64_t bytes = -1;
+  if (sweep->rows > 256) return -1;
+  cla::chunked({*sweep, false, nullptr, &bytes});
+  return bytes <= sweep->shared_limit ? bytes : -1;
+}

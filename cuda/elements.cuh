@@ -1,0 +1,94 @@
+// Tensors element by element, whatever their dtype, and where the steps of a sweep lie.
+#pragma once
+#include "platform.cuh"
+
+namespace cla {
+
+CLA_DEVICE float bits_to_float(uint32_t x) {
+  union {
+    uint32_t u;
+    float f;
+  } b = {x};
+  return b.f;
+}
+CLA_DEVICE uint32_t float_to_bits(float x) {
+  union {
+    float f;
+    uint32_t u;
+  } b = {x};
+  return b.u;
+}
+
+CLA_DEVICE float load_element(const void *data, int32_t dtype, int64_t at) {
+  if (dtype == CLA_F32) return ((const float *)data)[at];
+  uint16_t bits = ((const uint16_t *)data)[at];
+  return dtype == CLA_BF16 ? from_bf16(bits) : from_f16(bits);
+}
+
+CLA_DEVICE void store_element(void *data, int32_t dtype, int64_t at, float x) {
+  if (dtype == CLA_F32) {
+    ((float *)data)[at] = x;
+  } else {
+    ((uint16_t *)data)[at] = dtype == CLA_BF16 ? to_bf16(x) : to_f16(x);
+  }
+}
+
+// The rows of a tensor for one batch entry and value head.
+struct Rows {
+  unsigned char *data;
+  int64_t token, element;
+  int32_t dtype;
+
+  CLA_DEVICE Rows(const cla_tensor &x, int64_t batch, int head)
+      : data((unsigned char *)x.data), token(x.token), element(x.element), dtype(x.dtype) {
+    if (data) data += (batch * x.batch + (head / x.group) * x.head) * size();
+  }
+  CLA_DEVICE int size() const { return dtype == CLA_F32 ? 4 : 2; }
+  CLA_DEVICE float load(int64_t t, int d) const {
+    return data ? load_element(data, dtype, t * token + d * element) : 0.f;
+  }
+  CLA_DEVICE void store(int64_t t, int d, float x) const { store_element(data, dtype, t * token + d * element, x); }
+  CLA_DEVICE unsigned char *row(int64_t t) const { return data + t * token * size(); }
+  // Whether rows of `width` can be moved 16 bytes at a time.
+  CLA_DEVICE bool in_pieces(int width) const {
+    int each = 16 / size();
+    return data && element == 1 && width % each == 0 && token % each == 0 && ((uintptr_t)data & 15) == 0;
+  }
+};
+
+// The tokens of one sequence in the order in which a sweep takes them.
+struct Steps {
+  int64_t batch, start, count;
+  bool reverse;
+
+  CLA_DEVICE Steps(const uint32_t *cu_seqlens, int64_t tokens, int64_t sequence, bool reverse) : reverse(reverse) {
+    batch = cu_seqlens ? 0 : sequence;
+    start = cu_seqlens ? cu_seqlens[sequence] : 0;
+    count = cu_seqlens ? cu_seqlens[sequence + 1] - start : tokens;
+  }
+  CLA_DEVICE int64_t token(int64_t step) const { return reverse ? start + count - 1 - step : start + step; }
+  // The log decay that is due before a step. Between two tokens it is that of the later one, whichever comes first.
+  CLA_DEVICE float decay_before(const Rows &gate, int64_t step, int d) const {
+    if (reverse) return step == 0 ? 0.f : gate.load(token(step - 1), d);
+    return gate.load(token(step), d);
+  }
+  // What is due after the last step.
+  CLA_DEVICE float decay_after(const Rows &gate, int d) const {
+    return reverse && count > 0 ? gate.load(token(count - 1), d) : 0.f;
+  }
+};
+
+// A segment of the steps and the value head that a block works on, from the index of the block.
+struct Place {
+  int64_t sequence, segment;
+  int head;
+
+  CLA_DEVICE Place(int64_t index, int32_t heads, int32_t segments) {
+    head = (int)(index % heads);
+    segment = index / heads % segments;
+    sequence = index / heads / segments;
+  }
+  CLA_DEVICE int64_t index(int32_t heads, int32_t segments) const { return (sequence * segments + segment) * heads + head; }
+};
+
+}  // namespace cla

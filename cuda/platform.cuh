@@ -1,0 +1,110 @@
+// Everything that a kernel asks of the machine, in one place: on a GPU these are instructions, on the host
+// (`host/platform.h`) a stand-in with the same meaning, so that tests can run the kernels where there is no GPU.
+#pragma once
+#include "cla.h"
+
+#ifdef CLA_HOST
+#include "host/platform.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define CLA_DEVICE __device__ __forceinline__
+#define CLA_KERNEL(threads, blocks_per_sm) __global__ __launch_bounds__(threads, blocks_per_sm)
+#define CLA_UNROLL _Pragma("unroll")
+#define CLA_NO_UNROLL _Pragma("unroll 1")
+#define CLA_UNROLL_TWICE _Pragma("unroll 2")
+
+namespace cla {
+
+CLA_DEVICE unsigned thread_index() { return threadIdx.x; }
+CLA_DEVICE unsigned block_x() { return blockIdx.x; }
+CLA_DEVICE unsigned block_y() { return blockIdx.y; }
+CLA_DEVICE unsigned grid_x() { return gridDim.x; }
+CLA_DEVICE unsigned grid_y() { return gridDim.y; }
+
+extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+CLA_DEVICE unsigned char *shared_memory() { return dynamic_shared_memory; }
+
+CLA_DEVICE void barrier() { __syncthreads(); }
+template <class T> CLA_DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class T> CLA_DEVICE T shuffle_up(T x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
+template <class T> CLA_DEVICE T shuffle(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+CLA_DEVICE int atomic_min(int *p, int x) { return atomicMin(p, x); }
+CLA_DEVICE float atomic_add(float *p, float x) { return atomicAdd(p, x); }
+
+CLA_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// 16 bytes from global to shared memory; zeros if not `valid`.
+CLA_DEVICE void copy16_async(void *shared, const void *global, bool valid) {
+  int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+CLA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> CLA_DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Four 8x8 matrices of 16-bit numbers; lane l has the address of row l % 8 of matrix l / 8.
+CLA_DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+CLA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void *row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// c += a b for a 16x16 by 16x8 product of bf16.
+CLA_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+CLA_DEVICE uint32_t pack_bf16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+CLA_DEVICE float low_bf16(uint32_t x) { return __uint_as_float(x << 16); }
+CLA_DEVICE float high_bf16(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
+CLA_DEVICE uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+CLA_DEVICE float from_bf16(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+CLA_DEVICE uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
+CLA_DEVICE float from_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+
+CLA_DEVICE float exp_fast(float x) { return exp2f(x * 1.4426950408889634f); }
+
+struct alignas(16) Vec4 {
+  uint32_t x, y, z, w;
+};
+CLA_DEVICE Vec4 load16(const void *p) {
+  uint4 v = *(const uint4 *)p;
+  return {v.x, v.y, v.z, v.w};
+}
+CLA_DEVICE void store16(void *p, Vec4 v) { *(uint4 *)p = make_uint4(v.x, v.y, v.z, v.w); }
+CLA_DEVICE void store16_streaming(void *p, Vec4 v) { __stcs((uint4 *)p, make_uint4(v.x, v.y, v.z, v.w)); }
+
+struct Dims {
+  int64_t x, y;
+};
+template <class Kernel, class... Args>
+int32_t launch(Kernel kernel, Dims grid, int threads, int64_t shared_bytes, void *stream, Args... args) {
+  if (grid.x <= 0 || grid.y <= 0) return 0;
+  if (grid.x > INT32_MAX || grid.y > 65535) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024) {
+    cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+    if (e != cudaSuccess) return e;
+  }
+  kernel<<<dim3((unsigned)grid.x, (unsigned)grid.y), threads, shared_bytes, (cudaStream_t)stream>>>(args...);
+  return cudaGetLastError();
+}
+
+}  // namespace cla
+#endif
