@@ -506,7 +506,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
       CLA_UNROLL
       for (int k = 0; k < 4; k++) {
         add_registers_by_columns<WGMMA, R>(state, a[k], w, 16 * k);
-        if (EXACT) add_registers_by_columns<WGMMA, R>(state, rest[k], w, 16 * k);
+        add_registers_by_columns<WGMMA, R>(state, rest[k], w, 16 * k);
         if (EXACT) add_registers_by_columns<WGMMA, R>(state, a[k], w_rest, 16 * k);
       }
     } else {
