@@ -10,11 +10,13 @@ constexpr int BLOCK_COLUMNS = 32, COLUMN_GROUPS = 8, ROW_GROUPS = 16, RECURRENT_
 // Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH.
 template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurrent_kernel(cla_sweep s) {
   const int tid = thread_index(), x = tid % COLUMN_GROUPS, y = tid / COLUMN_GROUPS;
-  const Place place(block_x(), s.heads, 1);
+  // Neighbouring blocks have neighbouring columns: their rows lie side by side in memory.
+  const int tiles = (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+  const Place place(block_x() / tiles, s.heads, 1);
   const Steps steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse);
   const Rows read(s.read, steps.batch, place.head), write(s.write, steps.batch, place.head),
       value(s.value, steps.batch, place.head), gate(s.gate, steps.batch, place.head), out(s.out, steps.batch, place.head);
-  const int block_column = block_y() * BLOCK_COLUMNS, column = block_column + 4 * x;
+  const int block_column = block_x() % tiles * BLOCK_COLUMNS, column = block_column + 4 * x;
   const bool rows_fade = s.gate_kind == CLA_GATE_ROWS, cols_fade = s.gate_kind == CLA_GATE_COLS;
 
   // Of the step at hand: read, write and decay of the rows, value and decay of the columns; then sums over rows.
@@ -127,7 +129,7 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
 }
 
 template <int EACH> int32_t launch_recurrent(const cla_sweep &s, void *stream) {
-  const Dims grid = {(int64_t)s.sequences * s.heads, (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS};
+  const Dims grid = {(int64_t)s.sequences * s.heads * ((s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), 1};
   const int floats = 3 * ROW_GROUPS * EACH + 2 * BLOCK_COLUMNS + RECURRENT_THREADS / 32 * BLOCK_COLUMNS;
   return launch(recurrent_kernel<EACH>, grid, RECURRENT_THREADS, 4 * floats, stream, s);
 }
