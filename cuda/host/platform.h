@@ -1,0 +1,185 @@
+// The machine of `platform.cuh`, played by the host so that tests run the kernels where there is no GPU: a block at a
+// time, a fiber a thread, and results that depend on nothing but the kernel and the order that cla_host_order sets.
+//
+// It is stricter than a GPU. What it can see to be wrong ends the process (abort), with a message that says where in the
+// kernel each thread is; what it cannot see it makes visible, as NaN:
+//  - shared memory is 0xff bytes, NaN in every format, until it is written;
+//  - what copy16_async copies lands when a copies_wait covers its group, and no sooner: until then its target is 0xff;
+//  - a thread runs alone as far as it can, so that a missing barrier shows under one order or another.
+// Under AddressSanitizer, reading what is still being copied is an error too, as is every access outside of shared memory.
+#pragma once
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <tuple>
+#include <utility>
+
+#define CLA_DEVICE inline
+#define CLA_KERNEL(threads, blocks_per_sm)
+#define CLA_UNROLL
+#define CLA_UNROLL_TWICE
+#define CLA_NO_UNROLL
+
+// The order in which threads and blocks of later launches from this OS thread run: 0 upwards (as at the start, unless the
+// environment variable CLA_HOST_ORDER says otherwise), 1 downwards, from 2 pseudo-random with this seed.
+extern "C" void cla_host_order(uint32_t seed);
+
+// Where in a kernel a call stands; the caller leaves it out.
+#define CLA_HOST_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace cla {
+
+struct alignas(16) Vec4 {
+  uint32_t x, y, z, w;
+};
+
+struct Dims {
+  int64_t x, y;
+};
+
+namespace host {
+
+// Of the thread that runs now.
+struct Here {
+  unsigned thread, block_x, block_y, grid_x, grid_y;
+  unsigned char *shared;
+};
+extern __thread Here here;
+
+struct Site {
+  const char *what, *file;
+  int line;
+};
+
+[[noreturn]] void fatal(const Site &site, const char *message);
+uint32_t shuffle(uint32_t x, unsigned from, const Site &site);
+void load_matrices(uint32_t (&r)[4], const void *row, bool transposed, const Site &site);
+void copies_wait(int64_t groups);
+int32_t run(Dims grid, int threads, int64_t shared_bytes, void (*kernel)(const void *), const void *arguments);
+
+template <class To, class From> To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+inline unsigned lane() { return here.thread & 31; }
+inline void check_alignment(const void *p, const Site &site) {
+  if ((uintptr_t)p & 15) fatal(site, "the address is not a multiple of 16");
+}
+
+}  // namespace host
+
+inline unsigned thread_index() { return host::here.thread; }
+inline unsigned block_x() { return host::here.block_x; }
+inline unsigned block_y() { return host::here.block_y; }
+inline unsigned grid_x() { return host::here.grid_x; }
+inline unsigned grid_y() { return host::here.grid_y; }
+inline unsigned char *shared_memory() { return host::here.shared; }
+
+void barrier(CLA_HOST_SITE);
+
+// Lanes that do not exist give the caller's own value, as on a GPU.
+template <class T> T shuffle_xor(T x, int mask, CLA_HOST_SITE) {
+  const unsigned lane = host::lane(), from = lane ^ (unsigned)mask;
+  return host::same_bits<T>(
+      host::shuffle(host::same_bits<uint32_t>(x), from < 32 ? from : lane, {"shuffle_xor", file, line}));
+}
+template <class T> T shuffle_up(T x, int delta, CLA_HOST_SITE) {
+  const unsigned lane = host::lane(), from = lane - (unsigned)delta;
+  return host::same_bits<T>(
+      host::shuffle(host::same_bits<uint32_t>(x), from < 32 ? from : lane, {"shuffle_up", file, line}));
+}
+template <class T> T shuffle(T x, int from, CLA_HOST_SITE) {
+  return host::same_bits<T>(host::shuffle(host::same_bits<uint32_t>(x), (unsigned)from & 31, {"shuffle", file, line}));
+}
+
+void copy16_async(void *shared, const void *global, bool valid, CLA_HOST_SITE);
+void copies_commit();
+template <int N> void copies_wait() {
+  static_assert(N >= 0, "a number of groups");
+  host::copies_wait(N);
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void *row, CLA_HOST_SITE) {
+  host::load_matrices(r, row, false, {"load_matrices", file, line});
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void *row, CLA_HOST_SITE) {
+  host::load_matrices(r, row, true, {"load_matrices_transposed", file, line});
+}
+// In f32: the sum of the 16 products, then c. A GPU's sum differs in the last bits, and from one generation to the next.
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CLA_HOST_SITE);
+
+inline float from_bf16(uint16_t x) { return host::same_bits<float>((uint32_t)x << 16); }
+inline uint16_t to_bf16(float x) {
+  if (x != x) return 0x7fff;
+  const uint32_t bits = host::same_bits<uint32_t>(x);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline uint32_t pack_bf16(float low, float high) { return to_bf16(low) | (uint32_t)to_bf16(high) << 16; }
+inline float low_bf16(uint32_t x) { return host::same_bits<float>(x << 16); }
+inline float high_bf16(uint32_t x) { return host::same_bits<float>(x & 0xffff0000u); }
+
+inline float from_f16(uint16_t x) {
+  const uint32_t sign = (uint32_t)(x & 0x8000) << 16, exponent = x >> 10 & 31, fraction = x & 0x3ff;
+  if (exponent == 31) return host::same_bits<float>(sign | 0x7f800000 | fraction << 13);
+  if (exponent != 0) return host::same_bits<float>(sign | (exponent + 112) << 23 | fraction << 13);
+  const float size = (float)fraction * 0x1p-24f;
+  return sign ? -size : size;
+}
+inline uint16_t to_f16(float x) {
+  if (x != x) return 0x7fff;
+  const uint32_t bits = host::same_bits<uint32_t>(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size >= 0x477ff000) return (uint16_t)(sign | 0x7c00);  // 65520 and more round to infinity
+  if (size >= 0x38800000) {
+    return (uint16_t)(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+  }
+  // Subnormal: the sum has units of 2^-24, and f32's addition rounds to them, to nearest even.
+  const float shifted = host::same_bits<float>(size) + 0.5f;
+  return (uint16_t)(sign | (host::same_bits<uint32_t>(shifted) - 0x3f000000));
+}
+
+inline float exp_fast(float x) { return expf(x); }
+
+inline Vec4 load16(const void *p, CLA_HOST_SITE) {
+  host::check_alignment(p, {"load16", file, line});
+  return *(const Vec4 *)p;
+}
+inline void store16(void *p, Vec4 x, CLA_HOST_SITE) {
+  host::check_alignment(p, {"store16", file, line});
+  *(Vec4 *)p = x;
+}
+inline void store16_streaming(void *p, Vec4 x, CLA_HOST_SITE) {
+  host::check_alignment(p, {"store16_streaming", file, line});
+  *(Vec4 *)p = x;
+}
+
+// A launch runs on one OS thread, so these need not be atomic.
+inline float atomic_add(float *p, float x) {
+  const float before = *p;
+  *p = before + x;
+  return before;
+}
+inline int atomic_min(int *p, int x) {
+  const int before = *p;
+  *p = x < before ? x : before;
+  return before;
+}
+
+// Runs the whole grid before it returns. The errors are those that a GPU gives: cudaErrorInvalidValue and
+// cudaErrorInvalidConfiguration, and cudaErrorMemoryAllocation where there is no room for stacks.
+template <class... Parameters, class... Given>
+int32_t launch(void (*kernel)(Parameters...), Dims grid, int threads, int64_t shared_bytes, void *, Given... given) {
+  static_assert(sizeof...(Parameters) == sizeof...(Given), "an argument for each parameter");
+  static_assert((sizeof(Parameters) + ... + 0) <= 4096, "what fits the parameters of a kernel");
+  // The parameters are by value: each thread gets its own.
+  using Call = std::pair<void (*)(Parameters...), std::tuple<Parameters...>>;
+  const Call call = {kernel, {static_cast<Parameters>(given)...}};
+  auto one_thread = [](const void *p) { std::apply(((const Call *)p)->first, ((const Call *)p)->second); };
+  return host::run(grid, threads, shared_bytes, one_thread, &call);
+}
+
+}  // namespace cla

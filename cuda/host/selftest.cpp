@@ -1,0 +1,424 @@
+// Checks the host's stand-in for a GPU against what PTX says of each instruction, and that kernel bugs do not pass. Exits
+// with 0 if all holds. `selftest speed` measures the products of warps a second instead.
+//
+//     g++ -std=c++17 -O2 -DCLA_HOST selftest.cpp runtime.cpp -o selftest && ./selftest
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <string>
+#include <vector>
+
+#include "platform.h"
+#include "sanitize.h"
+
+using namespace cla;
+
+static int failures = 0;
+
+static void check(bool holds, const char *what) {
+  if (holds) return;
+  printf("FAILED: %s\n", what);
+  failures++;
+}
+
+// ---- tensor cores ----
+
+// Small multiples of 1/8: their products and sums are exact in f32.
+static float entry(unsigned i) { return (float)((int)(i * 2654435761u >> 20) % 17 - 8) / 8.f; }
+
+struct Product {
+  uint16_t *a, *b;  // [16, 16] and [16, 8], rows by rows
+  float *c;         // [16, 8]
+};
+
+// PTX, "Matrix Fragments for mma.m16n8k16": which element of A, B and C is the i-th of a lane.
+static void a_place(int lane, int i, int &row, int &col) {
+  row = lane / 4 + ((i < 2 || (i >= 4 && i < 6)) ? 0 : 8);
+  col = lane % 4 * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+}
+static void b_place(int lane, int i, int &row, int &col) {
+  row = lane % 4 * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+  col = lane / 4;
+}
+static void c_place(int lane, int i, int &row, int &col) {
+  row = lane / 4 + (i < 2 ? 0 : 8);
+  col = lane % 4 * 2 + (i & 1);
+}
+
+CLA_KERNEL(32, 1) static void product_of_fragments(Product p) {
+  const int lane = (int)thread_index();
+  uint16_t a[8], b[4];
+  float c[4];
+  int row, col;
+  for (int i = 0; i < 8; i++) a_place(lane, i, row, col), a[i] = p.a[row * 16 + col];
+  for (int i = 0; i < 4; i++) b_place(lane, i, row, col), b[i] = p.b[row * 8 + col];
+  for (int i = 0; i < 4; i++) c_place(lane, i, row, col), c[i] = p.c[row * 8 + col];
+  uint32_t packed[4];
+  for (int i = 0; i < 4; i++) packed[i] = a[2 * i] | (uint32_t)a[2 * i + 1] << 16;
+  mma(c, packed, b[0] | (uint32_t)b[1] << 16, b[2] | (uint32_t)b[3] << 16);
+  for (int i = 0; i < 4; i++) c_place(lane, i, row, col), p.c[row * 8 + col] = c[i];
+}
+
+// The same product with A and B in shared memory, each stored by rows or, if transposed, by columns.
+template <bool A_TRANSPOSED, bool B_TRANSPOSED> static void product_of_tiles(Product p) {
+  const int lane = (int)thread_index();
+  uint16_t *a = (uint16_t *)shared_memory(), *b = a + 256;
+  for (int i = lane; i < 256; i += 32) a[A_TRANSPOSED ? i % 16 * 16 + i / 16 : i] = p.a[i];
+  // B as mma wants it, with the sum along a row of memory, is what B_TRANSPOSED stores: n by k.
+  for (int i = lane; i < 128; i += 32) b[B_TRANSPOSED ? i % 8 * 16 + i / 8 : i] = p.b[i];
+  barrier();
+  uint32_t x[4], y[4];
+  const int in = lane % 8, matrix = lane / 8;
+  if (A_TRANSPOSED) {
+    load_matrices_transposed(x, a + (in + matrix / 2 * 8) * 16 + matrix % 2 * 8);
+  } else {
+    load_matrices(x, a + (in + matrix % 2 * 8) * 16 + matrix / 2 * 8);
+  }
+  if (B_TRANSPOSED) {
+    load_matrices(y, b + in * 16 + matrix % 2 * 8);
+  } else {
+    load_matrices_transposed(y, b + (in + matrix % 2 * 8) * 8);
+  }
+  float c[4];
+  int row, col;
+  for (int i = 0; i < 4; i++) c_place(lane, i, row, col), c[i] = p.c[row * 8 + col];
+  mma(c, x, y[0], y[1]);
+  for (int i = 0; i < 4; i++) c_place(lane, i, row, col), p.c[row * 8 + col] = c[i];
+}
+
+static bool is_product(void (*kernel)(Product)) {
+  std::vector<uint16_t> a(256), b(128);
+  std::vector<float> c(128), expected(128);
+  for (unsigned i = 0; i < 256; i++) a[i] = to_bf16(entry(i));
+  for (unsigned i = 0; i < 128; i++) b[i] = to_bf16(entry(1000 + i)), expected[i] = c[i] = entry(2000 + i);
+  for (int i = 0; i < 16; i++) {
+    for (int j = 0; j < 8; j++) {
+      for (int k = 0; k < 16; k++) expected[i * 8 + j] += from_bf16(a[i * 16 + k]) * from_bf16(b[k * 8 + j]);
+    }
+  }
+  const Product p = {a.data(), b.data(), c.data()};
+  return launch(kernel, {1, 1}, 32, 768, nullptr, p) == 0 && c == expected;
+}
+
+// ---- warps, blocks, grids ----
+
+struct Exchange {
+  float *xored, *from_five;
+  int32_t *up;
+};
+static void exchange(Exchange e) {
+  const int t = (int)thread_index();
+  e.xored[t] = shuffle_xor((float)t, 5);
+  e.up[t] = shuffle_up(t, 3);
+  e.from_five[t] = shuffle((float)t, 5);
+  // Lanes run ahead of each other between these; none may see another's later word.
+  int32_t sum = t;
+  for (int i = 0; i < 100; i++) sum = shuffle_xor(sum, 1 << i % 5) + shuffle_up(i, 0) - i;
+  e.up[64 + t] = sum;
+}
+
+static void check_shuffles() {
+  std::vector<float> xored(64), five(64);
+  std::vector<int32_t> up(128);
+  check(launch(exchange, {1, 1}, 64, 0, nullptr, Exchange{xored.data(), five.data(), up.data()}) == 0, "shuffles run");
+  bool holds = true;
+  for (int t = 0; t < 64; t++) {
+    int expected = t;
+    for (int i = 0; i < 100; i++) expected ^= 1 << i % 5;
+    holds &= xored[t] == (float)(t ^ 5) && five[t] == (float)(t / 32 * 32 + 5);
+    holds &= up[t] == (t % 32 < 3 ? t : t - 3) && up[64 + t] == expected;
+  }
+  check(holds, "shuffles bring the words of the lanes that they name");
+}
+
+// Each block adds 1 to its own counter and to all threads' sum, in several rounds of shared memory.
+static void rotate(int32_t *blocks, float *sum, int32_t *least) {
+  int32_t *row = (int32_t *)shared_memory();
+  const int t = (int)thread_index();
+  int32_t x = t;
+  for (int i = 0; i < 10; i++) {
+    row[t] = x;
+    barrier();
+    x = row[(t + 1) % 96];
+    barrier();
+  }
+  if (x == (t + 10) % 96) atomic_add(sum, 1.f);
+  atomic_min(least, -(int)(block_x() + grid_x() * block_y()));
+  if (t == 0) blocks[block_x() + grid_x() * block_y()] += 1 + (grid_y() != 3);
+}
+
+static void check_grids() {
+  std::vector<int32_t> blocks(15);
+  float sum = 0;
+  int32_t least = 1000;
+  check(launch(rotate, {5, 3}, 96, 96 * 4, nullptr, blocks.data(), &sum, &least) == 0, "a grid runs");
+  check(blocks == std::vector<int32_t>(15, 1), "each block runs once");
+  check(sum == 15 * 96 && least == -14, "barriers divide what threads write from what they read");
+}
+
+static void nothing() {}
+
+static void check_limits() {
+  check(launch(nothing, {0, 1}, 32, 0, nullptr) == 0, "an empty grid is no error");
+  check(launch(nothing, {(int64_t)1 << 31, 1}, 32, 0, nullptr) == 9, "grid.x ends at 2^31 - 1");
+  check(launch(nothing, {1, 65536}, 32, 0, nullptr) == 9, "grid.y ends at 65535");
+  check(launch(nothing, {1, 1}, 1025, 0, nullptr) == 9, "a block has up to 1024 threads");
+  check(launch(nothing, {1, 1}, 32, 232449, nullptr) == 1, "shared memory ends at 227 KB");
+  check(launch(nothing, {1, 65535}, 1, 0, nullptr) == 0 && launch(nothing, {1, 1}, 1024, 232448, nullptr) == 0,
+        "the limits themselves are allowed");
+}
+
+// Thread t takes what its neighbour below wrote, without a barrier: right only if that one ran first.
+static void no_barrier(float *out) {
+  float *row = (float *)shared_memory();
+  const int t = (int)thread_index();
+  row[t] = (float)t;
+  out[t] = t == 0 ? 0.f : row[t - 1];
+}
+// The threads that saw nothing.
+static std::vector<int> missed(uint32_t order) {
+  std::vector<float> out(64);
+  cla_host_order(order);
+  launch(no_barrier, {1, 1}, 64, 64 * 4, nullptr, out.data());
+  cla_host_order(0);
+  std::vector<int> threads;
+  for (int t = 0; t < 64; t++) {
+    if (isnan(out[(size_t)t])) threads.push_back(t);
+  }
+  return threads;
+}
+
+// ---- copies ----
+
+struct Copied {
+  const uint32_t *from;
+  uint32_t *to;  // [2 groups, 3 moments, 32 threads]
+};
+template <bool LOOK_EARLY> static void copy(Copied c) {
+  const int t = (int)thread_index();
+  uint32_t *shared = (uint32_t *)shared_memory() + 12 * t;
+  uint32_t *out = c.to + t;
+  copy16_async(shared, c.from + 4 * t, true);
+  copies_commit();
+  copy16_async(shared + 4, c.from + 4 * t, t % 2 == 0);
+  copies_commit();
+  copy16_async(shared + 8, c.from + 4 * t, true);  // never committed
+  if (LOOK_EARLY) out[0] = shared[1], out[96] = shared[5];
+  copies_wait<1>();
+  out[32] = shared[1];
+  if (LOOK_EARLY) out[128] = shared[5];
+  copies_wait<0>();
+  out[64] = shared[1], out[160] = shared[5];
+  if (LOOK_EARLY) out[192] = shared[9];
+}
+
+static void check_copies() {
+  alignas(16) uint32_t from[128];
+  for (unsigned i = 0; i < 128; i++) from[i] = 1000 + i;
+  std::vector<uint32_t> to(224);
+  check(launch(copy<false>, {1, 1}, 32, 32 * 48, nullptr, Copied{from, to.data()}) == 0, "copies run");
+  bool landed = true, early = true;
+  for (unsigned t = 0; t < 32; t++) {
+    const uint32_t x = 1001 + 4 * t;
+    landed &= to[32 + t] == x && to[64 + t] == x && to[160 + t] == (t % 2 ? 0 : x);
+  }
+  check(landed, "copies land, or zeros, when their group is waited for");
+  if (CLA_ASAN) return;  // that is an error there, see below
+  launch(copy<true>, {1, 1}, 32, 32 * 48, nullptr, Copied{from, to.data()});
+  for (unsigned t = 0; t < 32; t++) {
+    for (int at : {0, 96, 128, 192}) early &= to[at + t] == 0xffffffffu;
+  }
+  check(early, "copies do not land before their group is committed and waited for");
+}
+
+// ---- numbers ----
+
+static float f16_value(unsigned bits) {
+  const unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
+  return exponent ? ldexpf(1.f + (float)fraction / 1024.f, (int)exponent - 15) : ldexpf((float)fraction, -24);
+}
+
+// From the value of each finite number of a format and that of the next: halfway goes to the even one.
+template <class Value, class Round> static bool rounds_to_nearest_even(unsigned infinity, Value value, Round round) {
+  bool holds = true;
+  for (unsigned i = 0; i < infinity; i++) {
+    const double low = value(i), next = i + 1 < infinity ? value(i + 1) : 2 * low - value(i - 1);
+    const float half = (float)((low + next) / 2);
+    for (unsigned sign : {0u, 0x8000u}) {
+      const float s = sign ? -1.f : 1.f;
+      holds &= round(s * (float)low) == (i | sign) && round(s * half) == ((i + (i & 1)) | sign);
+      holds &= round(s * nextafterf(half, 0.f)) == (i | sign) && round(s * nextafterf(half, INFINITY)) == ((i + 1) | sign);
+    }
+  }
+  return holds && round(INFINITY) == infinity && round(-INFINITY) == (infinity | 0x8000);
+}
+
+static void check_numbers() {
+  bool same = true;
+  for (unsigned i = 0; i < 0x7c00; i++) same &= from_f16((uint16_t)i) == f16_value(i) && from_f16((uint16_t)(i | 0x8000)) == -f16_value(i);
+  check(same && from_f16(0x7c00) == INFINITY && from_f16(0xfc00) == -INFINITY && isnan(from_f16(0x7c01)), "f16 is read");
+  check(rounds_to_nearest_even(0x7c00, f16_value, to_f16) && isnan(from_f16(to_f16(NAN))), "f16 is rounded to");
+  auto bf16_value = [](unsigned i) { return from_bf16((uint16_t)i); };
+  check(from_bf16(0x3fc0) == 1.5f && from_bf16(0xc049) == -3.140625f && from_bf16(1) == 0x1p-133f, "bf16 is read");
+  check(rounds_to_nearest_even(0x7f80, bf16_value, to_bf16) && isnan(from_bf16(to_bf16(NAN))), "bf16 is rounded to");
+  const uint32_t pair = pack_bf16(1.f, -2.f);
+  check(pair == 0xc0003f80 && low_bf16(pair) == 1.f && high_bf16(pair) == -2.f, "the first of a pair is the low half");
+  check(exp_fast(0.f) == 1.f && exp_fast(-INFINITY) == 0.f && fabsf(exp_fast(-3.f) - 0.049787068f) < 1e-8f, "exp_fast");
+  check(isnan(low_bf16(0xffffffff)) && isnan(from_f16(0xffff)), "fresh shared memory is not a number");
+}
+
+// ---- kernel bugs ----
+
+static void one_returns() {
+  if (thread_index() == 40) return;
+  barrier();
+}
+static void half_a_warp() {
+  if (thread_index() % 32 < 16) shuffle_xor(1.f, 1);
+}
+static void half_at_barrier() {
+  if (thread_index() % 32 < 16) shuffle_xor(1.f, 1);
+  else barrier();
+}
+static void two_collectives() {
+  float c[4] = {};
+  const uint32_t a[4] = {};
+  if (thread_index() < 7) shuffle_xor(1.f, 1);
+  else mma(c, a, 0, 0);
+}
+static void two_barriers() {
+  if (thread_index() < 32) barrier();
+  else
+    barrier();
+}
+static void odd_target() { copy16_async(shared_memory() + 4, shared_memory(), true); }
+static void odd_source() { copy16_async(shared_memory(), shared_memory() + 4, true); }
+static void odd_row() {
+  uint32_t r[4];
+  load_matrices(r, shared_memory() + 8 * (thread_index() == 9));
+}
+static void outer_row() {
+  uint32_t r[4];
+  load_matrices(r, shared_memory() + 16 * thread_index());
+}
+static void odd_load() { load16(shared_memory() + 12); }
+static void odd_store() { store16(shared_memory() + 2, {}); }
+static void before_shared() { *((volatile unsigned char *)shared_memory() - 1) = 0; }
+static void beyond_shared() { *((volatile unsigned char *)shared_memory() + 100) = 0; }
+static void look_early() {
+  alignas(16) static const uint32_t from[4] = {1, 2, 3, 4};
+  volatile uint32_t *to = (uint32_t *)shared_memory();
+  copy16_async((void *)to, from, true);
+  copies_commit();
+  (void)to[0];
+}
+
+// Runs a kernel in a child, which must end itself and say `words`.
+static void check_aborts(void (*kernel)(), int threads, const char *words) {
+  int pipes[2];
+  if (pipe(pipes) != 0) return check(false, "pipe");
+  fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    dup2(pipes[1], 2);
+    launch(kernel, {1, 1}, threads, 100, nullptr);
+    _exit(0);
+  }
+  close(pipes[1]);
+  std::string said;
+  char buffer[4096];
+  for (ssize_t n; (n = read(pipes[0], buffer, sizeof buffer)) > 0;) said.append(buffer, (size_t)n);
+  close(pipes[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  const bool ended = child > 0 && !(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  if (ended && said.find(words) != std::string::npos) return;
+  printf("FAILED: a kernel bug should have said \"%s\", said \"%s\"\n", words, said.c_str());
+  failures++;
+}
+
+static void check_bugs() {
+  for (uint32_t order : {0, 1, 2}) {
+    cla_host_order(order);
+    check_aborts(one_returns, 64, "threads wait for others that will not come\n  threads 0..39: at barrier (");
+    check_aborts(one_returns, 64, "\n  threads 40..40: returned\n  threads 41..63: at barrier (");
+    check_aborts(half_a_warp, 64, "  threads 0..15: at shuffle_xor (");
+    check_aborts(half_at_barrier, 32, "  threads 16..31: at barrier (");
+    check_aborts(two_collectives, 32, "lanes of the warp are at another: ");
+    check_aborts(two_barriers, 64, "threads of the block are at another: barrier (");
+  }
+  cla_host_order(0);
+  check_aborts([] { shuffle(1, 0); }, 40, "the last warp has only 8 lanes");
+  check_aborts(odd_target, 32, "copy16_async");
+  check_aborts(odd_source, 32, "the address is not a multiple of 16");
+  check_aborts(odd_row, 32, "thread 9: load_matrices");
+  check_aborts(outer_row, 32, "thread 6: load_matrices");  // 16 * 6 + 16 > 100
+  check_aborts(odd_load, 32, "load16");
+  check_aborts(odd_store, 32, "store16");
+  check_aborts(before_shared, 32, CLA_ASAN ? "use-after-poison" : "outside of its shared memory, at byte -1 of 100");
+  check_aborts(beyond_shared, 32, CLA_ASAN ? "use-after-poison" : "outside of its shared memory, at byte 100 of 100");
+  if (CLA_ASAN) check_aborts(look_early, 32, "use-after-poison");
+}
+
+// ---- speed ----
+
+static void many_products(int count, float *out) {
+  const unsigned t = thread_index();
+  uint16_t *tile = (uint16_t *)shared_memory() + t / 32 * 256;
+  for (unsigned i = t % 32; i < 256; i += 32) tile[i] = to_bf16(entry(i));
+  barrier();
+  float c[4] = {};
+  uint32_t a[4];
+  for (int i = 0; i < count; i++) {
+    if (i % 4 == 0) load_matrices(a, tile + t % 16 * 16 + t / 16 % 2 * 8);
+    mma(c, a, a[0], a[1]);
+  }
+  out[t] = c[0];
+}
+
+static double seconds() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void measure() {
+  std::vector<float> out(128);
+  const int count = 100000;
+  for (uint32_t order : {0, 1, 2}) {
+    cla_host_order(order);
+    const double start = seconds();
+    launch(many_products, {1, 1}, 128, 2048, nullptr, count, out.data());
+    printf("order %u: %.0f thousand products a second, of four warps and with a load for every fourth\n", order,
+           4e-3 * count / (seconds() - start));
+  }
+}
+
+int main(int argc, char **argv) {
+  setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
+  if (argc > 1 && std::string(argv[1]) == "speed") return measure(), 0;
+  for (uint32_t order : {0, 1, 2, 3, 4}) {
+    cla_host_order(order);
+    check(is_product(product_of_fragments), "mma multiplies the fragments that PTX describes");
+    check(is_product(product_of_tiles<false, true>), "A by rows, B by columns");
+    check(is_product(product_of_tiles<false, false>), "A by rows, B by rows");
+    check(is_product(product_of_tiles<true, true>), "A by columns, B by columns");
+    check(is_product(product_of_tiles<true, false>), "A by columns, B by rows");
+    check_shuffles();
+    check_grids();
+    check_copies();
+  }
+  cla_host_order(0);
+  check_limits();
+  check_numbers();
+  check(missed(0).empty() && missed(1).size() == 63, "upwards and downwards");
+  const std::vector<int> two = missed(2), seven = missed(7);
+  check(!two.empty() && two == missed(2) && two != seven, "the seed makes the order");
+  check_bugs();
+  printf("%d failures\n", failures);
+  return failures != 0;
+}
