@@ -16,9 +16,16 @@
 //! the chain, which Candle visits after all results, has the tickets of just those that its own backward pass has been
 //! to; it computes the gradients of all inputs and leaves them for another ticket, with which each link fetches its own.
 //! So passes over one graph may run at the same time, or within one another, or end halfway with an error.
+//!
+//! On a GPU reading a ticket would mean waiting for everything that is queued there. There a pass is told by its thread,
+//! and what a failed one left by this, that Candle no longer holds the token's gradient (see [`Mark`]); passes may not run
+//! within one another.
+
+mod slot;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
@@ -26,6 +33,8 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result, Shape,
     Storage, Tensor, bail,
 };
+
+use slot::{Slot, cpu, cuda, metal};
 
 /// A differentiable function.
 pub(crate) trait Function: Send + Sync + 'static {
@@ -45,6 +54,11 @@ pub(crate) trait Function: Send + Sync + 'static {
 
 /// Calls `f` and links its results to those inputs that are tracked. With none tracked nothing is kept.
 pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    let readable = inputs.iter().all(|x| x.device().is_cpu());
+    apply_with(f, inputs, readable)
+}
+
+fn apply_with(f: impl Function, inputs: &[Tensor], readable: bool) -> Result<Vec<Tensor>> {
     let saved: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
     let wanted: Vec<bool> = inputs.iter().map(Tensor::track_op).collect();
     let mut results = f.forward(&saved)?;
@@ -58,7 +72,9 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     {
         return Ok(vec![a.apply_op3(b, c, Single { f, saved, wanted, result: Slot::new(result) })?]);
     }
-    let call = Arc::new(Call { f, saved, wanted, results: results.len(), deposits: Mutex::default() });
+    let results_len = results.len();
+    let call =
+        Arc::new(Call { f, saved, wanted, results: results_len, readable, deposits: Mutex::default() });
     let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
     let mut chain: Option<Tensor> = None;
     for &input in &tracked {
@@ -72,35 +88,6 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     let leave = |(at, result)| token.apply_op1(Leave { call: call.clone(), at, result: Slot::new(result) });
     let results = results.into_iter().enumerate().map(leave).collect::<Result<Vec<_>>>()?;
     Ok(results)
-}
-
-/// A result that was computed before its op was made; making the op takes it.
-struct Slot(Mutex<Option<(Storage, Shape)>>);
-
-impl Slot {
-    fn new(result: (Storage, Shape)) -> Self {
-        Self(Mutex::new(Some(result)))
-    }
-
-    fn take<S>(&self, name: &str, on: impl Fn(Storage) -> Option<S>) -> Result<(S, Shape)> {
-        let Some((storage, shape)) = lock(&self.0).take() else { bail!("{name}: its op ran twice") };
-        match on(storage) {
-            Some(storage) => Ok((storage, shape)),
-            None => bail!("{name}: the result is on another device than the inputs"),
-        }
-    }
-}
-
-fn cpu(storage: Storage) -> Option<CpuStorage> {
-    if let Storage::Cpu(s) = storage { Some(s) } else { None }
-}
-
-fn cuda(storage: Storage) -> Option<CudaStorage> {
-    if let Storage::Cuda(s) = storage { Some(s) } else { None }
-}
-
-fn metal(storage: Storage) -> Option<MetalStorage> {
-    if let Storage::Metal(s) = storage { Some(s) } else { None }
 }
 
 /// A new token for `results` results.
@@ -171,6 +158,8 @@ struct Call<F> {
     wanted: Vec<bool>,
     /// How many results there are.
     results: usize,
+    /// Whether the value of a token can be read at no cost.
+    readable: bool,
     deposits: Mutex<Deposits>,
 }
 
@@ -180,6 +169,16 @@ struct Deposits {
     issued: Ticket,
     of_results: HashMap<Ticket, Tensor>,
     of_inputs: HashMap<Ticket, HashMap<usize, Tensor>>,
+    /// Tickets that no token has.
+    marked: Vec<Marked>,
+}
+
+/// A ticket, who has it, and for which element of the token's gradient it stands.
+struct Marked {
+    thread: ThreadId,
+    alive: Weak<()>,
+    at: usize,
+    ticket: Ticket,
 }
 
 /// From 1 on; 0 is no ticket.
@@ -212,8 +211,41 @@ impl<F: Function> Call<F> {
 
     /// The gradient of `token` that has one ticket, in element `at`.
     fn hand_on(&self, at: usize, ticket: Ticket, token: &Tensor) -> Result<Tensor> {
+        if !self.readable {
+            return self.mark(at, ticket, token);
+        }
         let tickets = (0..self.results).map(|i| if i == at { ticket as f32 } else { 0. });
         Tensor::from_vec(tickets.collect(), token.shape(), token.device())
+    }
+
+    fn mark(&self, at: usize, ticket: Ticket, token: &Tensor) -> Result<Tensor> {
+        let thread = std::thread::current().id();
+        let alive = Arc::new(());
+        {
+            let marked = &mut lock(&self.deposits).marked;
+            marked.retain(|m| m.alive.strong_count() > 0);
+            if marked.iter().any(|m| (m.thread, m.at) == (thread, at)) {
+                bail!(
+                    "{}: on a GPU a backward pass cannot run within another one of its graph",
+                    self.f.name()
+                );
+            }
+            marked.push(Marked { thread, alive: Arc::downgrade(&alive), at, ticket });
+        }
+        token.apply_op1(Mark { name: self.f.name(), _alive: alive })
+    }
+
+    /// The tickets that the gradient of a token has.
+    fn tickets(&self, grad: &Tensor) -> Result<Vec<Ticket>> {
+        if self.readable {
+            return Ok(grad.to_vec1::<f32>()?.into_iter().map(|x| x as Ticket).collect());
+        }
+        let (mut tickets, me) = (vec![0; self.results], std::thread::current().id());
+        let marked = &mut lock(&self.deposits).marked;
+        for mine in marked.extract_if(.., |m| m.thread == me) {
+            tickets[mine.at] = mine.ticket;
+        }
+        Ok(tickets)
     }
 
     /// Computes the gradients of all inputs from those of the results that `tickets` are for.
@@ -256,7 +288,7 @@ struct Link<F> {
 impl<F: Function> Link<F> {
     /// The gradient of the input, and the ticket for those of the inputs before it on the chain.
     fn gradient(&self, token: &Tensor) -> Result<(Tensor, Ticket)> {
-        let tickets: Vec<Ticket> = token.to_vec1::<f32>()?.into_iter().map(|x| x as Ticket).collect();
+        let tickets = self.call.tickets(token)?;
         let ticket = if self.last { self.call.backward(&tickets)? } else { tickets[0] };
         Ok((self.call.fetch(ticket, self.input)?, ticket))
     }
@@ -339,3 +371,31 @@ impl<F: Function> CustomOp1 for Leave<F> {
         self.call.leave(self.at, grad.detach(), chain).map(Some)
     }
 }
+
+/// The gradient of a token, where no ticket can be read from it. Candle sums it up with those of other results, and the
+/// sum of what is differentiable keeps its op: it is there until the chain's next link takes the sum, or the pass fails.
+struct Mark {
+    name: &'static str,
+    _alive: Arc<()>,
+}
+
+impl CustomOp1 for Mark {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+
+    fn metal_fwd(&self, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -166,7 +166,8 @@ fn gate_gradient(
     let after = match &grads.kv {
         Some(grad) if pass.states() > 0 => {
             let last = final_states(pass, x)?.into_tensor();
-            Some((last * grad)?.sum(D::Minus1)?.contiguous()?)
+            let product = (last * grad)?;
+            Some(if p.decay == Decay::Channel { product.sum(D::Minus1)? } else { product.sum((2, 3))? })
         }
         _ => None,
     };

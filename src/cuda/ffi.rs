@@ -96,6 +96,7 @@ pub(super) struct GateGradient {
     pub summed: i32,
     pub cu_seqlens: *const u32,
     pub sequences: i32,
+    pub batch: i64,
     pub tokens: i64,
     pub segment: i64,
     pub segments: i32,

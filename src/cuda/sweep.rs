@@ -145,7 +145,8 @@ impl<'a> Pass<'a> {
         let [q, k, v, grad_out, gate, after] = held.each_ref().map(Option::as_ref);
         let cu_seqlens = self.cu_seqlens.as_ref().map(Held::new);
         let segments = self.longest.div_ceil(ffi::CHUNK).max(1);
-        let shape = (problem.sequences.len(), segments, heads, problem.k_dim);
+        let summed = problem.decay != Decay::Channel;
+        let shape = (2 * problem.sequences.len(), segments, heads, if summed { 1 } else { problem.k_dim });
         let mut partial = Buffer::new(&self.machine, DType::F32, shape)?;
         let mut at = Addresses::new(&self.machine);
         let call = ffi::GateGradient {
@@ -163,9 +164,10 @@ impl<'a> Pass<'a> {
             k_dim: problem.k_dim as i32,
             v_dim: problem.v_dim as i32,
             heads: heads as i32,
-            summed: (problem.decay != Decay::Channel).into(),
+            summed: summed.into(),
             cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
             sequences: problem.sequences.len() as i32,
+            batch: problem.batch as i64,
             tokens: problem.tokens as i64,
             segment: ffi::CHUNK as i64,
             segments: segments as i32,
@@ -224,8 +226,8 @@ pub(super) struct GateGradients<'a> {
     pub gate: &'a Tensor,
     pub dq: &'a mut Buffer,
     pub dk: &'a mut Buffer,
-    /// `[N, HV, K]`, f32, contiguous.
+    /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous.
     pub after: Option<&'a Tensor>,
-    /// `[B, T, HV, K]`, or `[B, T, HV]` for a decay that the channels share.
+    /// `[B, T, HV, K]`, or `[B, T, HV]`.
     pub dg: &'a mut Buffer,
 }
