@@ -10,13 +10,21 @@
 //!                                        └─ result 1
 //! ```
 //!
-//! What flows along the chain is a token of one element: Candle zero-fills and adds up every gradient it is handed, so
-//! the small token makes that cheap. The tensors themselves pass through the record: going back, each result leaves its
-//! gradient there, the end of the chain, which Candle visits after all results, computes the gradients of all inputs, and
-//! each link hands its own to Candle.
+//! What flows along the chain is a token of one element for each result: Candle zero-fills and adds up every gradient it
+//! is handed, so the small token makes that cheap. The tensors themselves pass through the record: going back, each
+//! result leaves its gradient there and gets a ticket for it, which is its element of the token's gradient. The end of
+//! the chain, which Candle visits after all results, has the tickets of just those that its own backward pass has been
+//! to; it computes the gradients of all inputs and leaves them for another ticket, with which each link fetches its own.
+//! So passes over one graph may run at the same time, or within one another, or end halfway with an error.
+//!
+//! On a GPU reading a ticket would mean waiting for everything that is queued there. There a pass is told by its thread,
+//! and what a failed one left by this, that Candle no longer holds the token's gradient (see [`Mark`]); passes may not run
+//! within one another.
+
+mod slot;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
@@ -25,6 +33,8 @@ use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, DType, Layout, MetalStorage, Result, Shape,
     Storage, Tensor, bail,
 };
+
+use slot::{Slot, cpu, cuda, metal};
 
 /// A differentiable function.
 pub(crate) trait Function: Send + Sync + 'static {
@@ -44,6 +54,11 @@ pub(crate) trait Function: Send + Sync + 'static {
 
 /// Calls `f` and links its results to those inputs that are tracked. With none tracked nothing is kept.
 pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+    let readable = inputs.iter().all(|x| x.device().is_cpu());
+    apply_with(f, inputs, readable)
+}
+
+fn apply_with(f: impl Function, inputs: &[Tensor], readable: bool) -> Result<Vec<Tensor>> {
     let saved: Vec<Tensor> = inputs.iter().map(Tensor::detach).collect();
     let wanted: Vec<bool> = inputs.iter().map(Tensor::track_op).collect();
     let mut results = f.forward(&saved)?;
@@ -57,7 +72,9 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     {
         return Ok(vec![a.apply_op3(b, c, Single { f, saved, wanted, result: Slot::new(result) })?]);
     }
-    let call = Arc::new(Call { f, saved, wanted, results: results.len(), pending: Mutex::default() });
+    let results_len = results.len();
+    let call =
+        Arc::new(Call { f, saved, wanted, results: results_len, readable, deposits: Mutex::default() });
     let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
     let mut chain: Option<Tensor> = None;
     for &input in &tracked {
@@ -73,41 +90,13 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     Ok(results)
 }
 
-/// A result that was computed before its op was made; making the op takes it.
-struct Slot(Mutex<Option<(Storage, Shape)>>);
-
-impl Slot {
-    fn new(result: (Storage, Shape)) -> Self {
-        Self(Mutex::new(Some(result)))
-    }
-
-    fn take<S>(&self, name: &str, on: impl Fn(Storage) -> Option<S>) -> Result<(S, Shape)> {
-        let Some((storage, shape)) = lock(&self.0).take() else { bail!("{name}: its op ran twice") };
-        match on(storage) {
-            Some(storage) => Ok((storage, shape)),
-            None => bail!("{name}: the result is on another device than the inputs"),
-        }
-    }
-}
-
-fn cpu(storage: Storage) -> Option<CpuStorage> {
-    if let Storage::Cpu(s) = storage { Some(s) } else { None }
-}
-
-fn cuda(storage: Storage) -> Option<CudaStorage> {
-    if let Storage::Cuda(s) = storage { Some(s) } else { None }
-}
-
-fn metal(storage: Storage) -> Option<MetalStorage> {
-    if let Storage::Metal(s) = storage { Some(s) } else { None }
-}
-
-fn token<S>(like: &S) -> Result<(S, Shape)>
+/// A new token for `results` results.
+fn token<S>(like: &S, results: usize) -> Result<(S, Shape)>
 where
     S: BackendStorage,
     S::Device: BackendDevice<Storage = S>,
 {
-    let shape = Shape::from(1);
+    let shape = Shape::from(results);
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }
 
@@ -169,37 +158,123 @@ struct Call<F> {
     wanted: Vec<bool>,
     /// How many results there are.
     results: usize,
-    /// Gradients on their way, by the thread that runs the backward pass: two threads may go through one graph.
-    pending: Mutex<HashMap<ThreadId, Pending>>,
+    /// Whether the value of a token can be read at no cost.
+    readable: bool,
+    deposits: Mutex<Deposits>,
 }
 
+/// Gradients on their way, by ticket. What a pass that fails does not fetch stays, and goes with the graph.
 #[derive(Default)]
-struct Pending {
-    of_results: HashMap<usize, Tensor>,
-    of_inputs: HashMap<usize, Tensor>,
+struct Deposits {
+    issued: Ticket,
+    of_results: HashMap<Ticket, Tensor>,
+    of_inputs: HashMap<Ticket, HashMap<usize, Tensor>>,
+    /// Tickets that no token has.
+    marked: Vec<Marked>,
+}
+
+/// A ticket, who has it, and for which element of the token's gradient it stands.
+struct Marked {
+    thread: ThreadId,
+    alive: Weak<()>,
+    at: usize,
+    ticket: Ticket,
+}
+
+/// From 1 on; 0 is no ticket.
+type Ticket = u32;
+
+/// Tokens are f32, which has every whole number up to here.
+const MOST_TICKETS: Ticket = 1 << f32::MANTISSA_DIGITS;
+
+impl Deposits {
+    fn issue(&mut self) -> Result<Ticket> {
+        if self.issued == MOST_TICKETS {
+            bail!("one graph has had more than {MOST_TICKETS} backward passes: build it anew");
+        }
+        self.issued += 1;
+        Ok(self.issued)
+    }
 }
 
 impl<F: Function> Call<F> {
-    fn pending<R>(&self, change: impl FnOnce(&mut Pending) -> R) -> R {
-        let (mut all, me) = (lock(&self.pending), std::thread::current().id());
-        let pending = all.entry(me).or_default();
-        let answer = change(pending);
-        if pending.of_results.is_empty() && pending.of_inputs.is_empty() {
-            all.remove(&me);
-        }
-        answer
+    /// Keeps the gradient of result `at`. Returns the gradient of the token.
+    fn leave(&self, at: usize, grad: Tensor, token: &Tensor) -> Result<Tensor> {
+        let ticket = {
+            let mut deposits = lock(&self.deposits);
+            let ticket = deposits.issue()?;
+            deposits.of_results.insert(ticket, grad);
+            ticket
+        };
+        self.hand_on(at, ticket, token)
     }
 
-    /// `visited` is what the results of this pass have added up: an earlier pass that failed may have left more.
-    fn backward(&self, visited: &Tensor) -> Result<()> {
-        let visited = visited.flatten_all()?.to_vec1::<f32>()?[0] as u32;
-        let mut given = self.pending(|p| std::mem::take(&mut p.of_results));
-        let grads: Vec<_> =
-            (0..self.results).map(|i| given.remove(&i).filter(|_| visited >> i & 1 == 1)).collect();
+    /// The gradient of `token` that has one ticket, in element `at`.
+    fn hand_on(&self, at: usize, ticket: Ticket, token: &Tensor) -> Result<Tensor> {
+        if !self.readable {
+            return self.mark(at, ticket, token);
+        }
+        let tickets = (0..self.results).map(|i| if i == at { ticket as f32 } else { 0. });
+        Tensor::from_vec(tickets.collect(), token.shape(), token.device())
+    }
+
+    fn mark(&self, at: usize, ticket: Ticket, token: &Tensor) -> Result<Tensor> {
+        let thread = std::thread::current().id();
+        let alive = Arc::new(());
+        {
+            let marked = &mut lock(&self.deposits).marked;
+            marked.retain(|m| m.alive.strong_count() > 0);
+            if marked.iter().any(|m| (m.thread, m.at) == (thread, at)) {
+                bail!(
+                    "{}: on a GPU a backward pass cannot run within another one of its graph",
+                    self.f.name()
+                );
+            }
+            marked.push(Marked { thread, alive: Arc::downgrade(&alive), at, ticket });
+        }
+        token.apply_op1(Mark { name: self.f.name(), _alive: alive })
+    }
+
+    /// The tickets that the gradient of a token has.
+    fn tickets(&self, grad: &Tensor) -> Result<Vec<Ticket>> {
+        if self.readable {
+            return Ok(grad.to_vec1::<f32>()?.into_iter().map(|x| x as Ticket).collect());
+        }
+        let (mut tickets, me) = (vec![0; self.results], std::thread::current().id());
+        let marked = &mut lock(&self.deposits).marked;
+        for mine in marked.extract_if(.., |m| m.thread == me) {
+            tickets[mine.at] = mine.ticket;
+        }
+        Ok(tickets)
+    }
+
+    /// Computes the gradients of all inputs from those of the results that `tickets` are for.
+    fn backward(&self, tickets: &[Ticket]) -> Result<Ticket> {
+        let fetch = |ticket: &Ticket| match lock(&self.deposits).of_results.remove(ticket) {
+            None if *ticket > 0 => bail!("{}: the gradient of a result was fetched twice", self.f.name()),
+            grad => Ok(grad),
+        };
+        let grads = tickets.iter().map(fetch).collect::<Result<Vec<_>>>()?;
         let grads = self.f.backward(&self.saved, &grads, &self.wanted)?;
-        let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?)));
-        self.pending(|p| p.of_inputs = grads.collect());
-        Ok(())
+        let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?))).collect();
+        let mut deposits = lock(&self.deposits);
+        let ticket = deposits.issue()?;
+        deposits.of_inputs.insert(ticket, grads);
+        Ok(ticket)
+    }
+
+    /// The gradient of one input.
+    fn fetch(&self, ticket: Ticket, input: usize) -> Result<Tensor> {
+        let mut deposits = lock(&self.deposits);
+        let grads = deposits.of_inputs.get_mut(&ticket);
+        let grad = grads.and_then(|grads| grads.remove(&input));
+        if deposits.of_inputs.get(&ticket).is_some_and(HashMap::is_empty) {
+            deposits.of_inputs.remove(&ticket);
+        }
+        match grad {
+            Some(grad) => Ok(grad),
+            None => bail!("{}: no gradient was computed for input {input}", self.f.name()),
+        }
     }
 }
 
@@ -211,14 +286,11 @@ struct Link<F> {
 }
 
 impl<F: Function> Link<F> {
-    fn gradient(&self, token: &Tensor) -> Result<Tensor> {
-        if self.last {
-            self.call.backward(token)?;
-        }
-        match self.call.pending(|p| p.of_inputs.remove(&self.input)) {
-            Some(grad) => Ok(grad),
-            None => bail!("{}: no gradient was computed for input {}", self.call.f.name(), self.input),
-        }
+    /// The gradient of the input, and the ticket for those of the inputs before it on the chain.
+    fn gradient(&self, token: &Tensor) -> Result<(Tensor, Ticket)> {
+        let tickets = self.call.tickets(token)?;
+        let ticket = if self.last { self.call.backward(&tickets)? } else { tickets[0] };
+        Ok((self.call.fetch(ticket, self.input)?, ticket))
     }
 }
 
@@ -228,19 +300,19 @@ impl<F: Function> CustomOp1 for Link<F> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn metal_fwd(&self, x: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<Option<Tensor>> {
-        self.gradient(token).map(Some)
+        Ok(Some(self.gradient(token)?.0))
     }
 }
 
@@ -251,22 +323,23 @@ impl<F: Function> CustomOp2 for Link<F> {
 
     #[rustfmt::skip]
     fn cpu_fwd(&self, x: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn cuda_fwd(&self, x: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn metal_fwd(&self, x: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn bwd(&self, chain: &Tensor, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(chain.zeros_like()?), Some(self.gradient(token)?)))
+        let (grad, ticket) = self.gradient(token)?;
+        Ok((Some(self.call.hand_on(0, ticket, chain)?), Some(grad)))
     }
 }
 
@@ -295,8 +368,34 @@ impl<F: Function> CustomOp1 for Leave<F> {
     }
 
     fn bwd(&self, chain: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.call.pending(|p| p.of_results.insert(self.at, grad.detach()));
-        // One bit for each result, so that their sum says which of them this pass has been to.
-        Ok(Some(chain.ones_like()?.affine(f64::from(1u32 << self.at), 0.)?))
+        self.call.leave(self.at, grad.detach(), chain).map(Some)
     }
 }
+
+/// The gradient of a token, where no ticket can be read from it. Candle sums it up with those of other results, and the
+/// sum of what is differentiable keeps its op: it is there until the chain's next link takes the sum, or the pass fails.
+struct Mark {
+    name: &'static str,
+    _alive: Arc<()>,
+}
+
+impl CustomOp1 for Mark {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+
+    fn metal_fwd(&self, x: &MetalStorage, layout: &Layout) -> Result<(MetalStorage, Shape)> {
+        token(x, layout.shape().elem_count())
+    }
+}
+
+#[cfg(test)]
+mod tests;

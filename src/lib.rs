@@ -4,11 +4,16 @@
 mod autograd;
 mod backend;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+mod cuda;
 pub mod models;
 pub mod nn;
 mod ops;
 mod options;
 mod problem;
 
+#[cfg(feature = "cuda-host")]
+#[doc(hidden)]
+pub use cuda::cuda_host;
 pub use ops::*;
 pub use options::{Mode, Options, Output, State};

@@ -1,0 +1,220 @@
+//! The backward pass of the additive operators: three sweeps, as in [`crate::cpu`], whose equations are there.
+//!
+//! A sweep does not scale what it writes. The sweeps for dk and dv write `scale * q_t do_t^T`: they have the state divided
+//! by the scale, and their first state, their outputs and their last state make up for it.
+
+use candle_core::{D, DType, Result, Tensor};
+
+use super::forward::{final_states, states};
+use super::memory::Buffer;
+use super::sweep::{GateGradients, Pass, Sweep};
+use crate::problem::{Decay, Inputs, Problem, Role};
+
+/// The gradients of the results, where there are any.
+pub(super) struct Grads {
+    pub out: Option<Tensor>,
+    pub kv: Option<Tensor>,
+}
+
+/// The gradients of the inputs that are wanted, those of q, k and v in `dtype`.
+pub(super) fn backward(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    grads: &Grads,
+    wants: &dyn Fn(Role) -> bool,
+    dtype: DType,
+) -> Result<Vec<(Role, Tensor)>> {
+    let p = pass.problem;
+    let gate = x.g.as_ref().filter(|_| wants(Role::G));
+    let groups = p.v_heads / p.k_heads;
+    let key_dtype = if gate.is_some() || groups > 1 { DType::F32 } else { dtype };
+    let buffer = |wanted: bool, dtype, dim| {
+        let new = || Buffer::new(&pass.machine, dtype, (p.batch, p.tokens, p.v_heads, dim));
+        wanted.then(new).transpose()
+    };
+    let mut dq = buffer(wants(Role::Q) || gate.is_some(), key_dtype, p.k_dim)?;
+    let mut dk = buffer(wants(Role::K) || gate.is_some(), key_dtype, p.k_dim)?;
+    let mut dv = buffer(wants(Role::V), dtype, p.v_dim)?;
+    let mut dkv = wants(Role::Kv).then(|| states(pass)).transpose()?;
+
+    let sweeps = Sweeps { problem: p, x, grads, with_own: gate.is_none() };
+    if dq.is_some() {
+        pass.run(sweeps.query(dq.as_mut()))?;
+    }
+    if dk.is_some() {
+        pass.run(sweeps.key(dk.as_mut()))?;
+    }
+    if dv.is_some() || dkv.is_some() {
+        pass.run(sweeps.value(dv.as_mut(), dkv.as_mut()))?;
+    }
+
+    let mut found = Vec::new();
+    if let (Some(gate), Some(dq), Some(dk)) = (gate, &mut dq, &mut dk) {
+        found.push((Role::G, gate_gradient(pass, x, grads, gate, dq, dk)?));
+    }
+    for (role, grad) in [(Role::Q, dq), (Role::K, dk)] {
+        if let Some(grad) = grad {
+            found.push((role, sum_groups(p, grad.into_tensor(), dtype)?));
+        }
+    }
+    found.extend(dv.map(|dv| (Role::V, dv.into_tensor())));
+    found.extend(dkv.map(|dkv| (Role::Kv, dkv.into_tensor())));
+    Ok(found)
+}
+
+struct Sweeps<'a> {
+    problem: &'a Problem,
+    x: &'a Inputs<Tensor>,
+    grads: &'a Grads,
+    /// Whether dq and dk have a token's term with itself.
+    with_own: bool,
+}
+
+impl<'a> Sweeps<'a> {
+    fn query(&self, out: Option<&'a mut Buffer>) -> Sweep<'a> {
+        Sweep {
+            rows: self.problem.v_dim,
+            cols: self.problem.k_dim,
+            transposed: true,
+            read: self.grads.out.as_ref(),
+            write: Some(&self.x.v),
+            value: Some(&self.x.k),
+            gate: self.x.g.as_ref(),
+            out,
+            first: self.x.kv.as_ref(),
+            last: None,
+            reverse: false,
+            inclusive: self.with_own,
+            out_scale: self.problem.scale,
+            first_scale: 1.,
+            last_scale: 1.,
+        }
+    }
+
+    fn key(&self, out: Option<&'a mut Buffer>) -> Sweep<'a> {
+        Sweep {
+            rows: self.problem.v_dim,
+            cols: self.problem.k_dim,
+            transposed: true,
+            read: Some(&self.x.v),
+            value: Some(&self.x.q),
+            inclusive: self.with_own,
+            ..self.from_behind(self.grads.out.as_ref(), out, None)
+        }
+    }
+
+    fn value(&self, out: Option<&'a mut Buffer>, last: Option<&'a mut Buffer>) -> Sweep<'a> {
+        Sweep {
+            rows: self.problem.k_dim,
+            cols: self.problem.v_dim,
+            transposed: false,
+            read: Some(&self.x.k),
+            value: self.grads.out.as_ref(),
+            inclusive: true,
+            ..self.from_behind(Some(&self.x.q), out, last)
+        }
+    }
+
+    /// What the sweeps from the last token to the first have in common.
+    fn from_behind(
+        &self,
+        write: Option<&'a Tensor>,
+        out: Option<&'a mut Buffer>,
+        last: Option<&'a mut Buffer>,
+    ) -> Sweep<'a> {
+        let first = self.grads.kv.as_ref();
+        let write = write.filter(|_| self.grads.out.is_some());
+        let scale = write_scale(self.problem.scale, first.is_some()).filter(|_| write.is_some());
+        let s = scale.unwrap_or(1.);
+        Sweep {
+            rows: 0,
+            cols: 0,
+            transposed: false,
+            read: None,
+            write: write.filter(|_| scale.is_some()),
+            value: None,
+            gate: self.x.g.as_ref(),
+            out,
+            first,
+            last,
+            reverse: true,
+            inclusive: true,
+            out_scale: s,
+            first_scale: s.recip(),
+            last_scale: s,
+        }
+    }
+}
+
+/// The factor that can be moved from the writes of a sweep to its ends; `None` if what is written comes to nothing.
+fn write_scale(scale: f32, with_first: bool) -> Option<f32> {
+    // The first state is divided by it, which must not pass the end of f32.
+    let least = if with_first { 1e-30 } else { 0. };
+    (scale.abs() > least).then_some(scale)
+}
+
+/// The gradient of the log decay. `dq` and `dk` come without each token's term with itself and leave with it.
+fn gate_gradient(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    grads: &Grads,
+    gate: &Tensor,
+    dq: &mut Buffer,
+    dk: &mut Buffer,
+) -> Result<Tensor> {
+    let p = pass.problem;
+    let after = match &grads.kv {
+        Some(grad) if pass.states() > 0 => {
+            let last = final_states(pass, x)?.into_tensor();
+            let product = (last * grad)?;
+            Some(if p.decay == Decay::Channel { product.sum(D::Minus1)? } else { product.sum((2, 3))? })
+        }
+        _ => None,
+    };
+    let tokens = [p.batch, p.tokens, p.v_heads, p.k_dim];
+    let shape = if p.decay == Decay::Channel { &tokens[..] } else { &tokens[..3] };
+    let mut dg = Buffer::new(&pass.machine, DType::F32, shape)?;
+    pass.run_gate_gradients(GateGradients {
+        q: &x.q,
+        k: &x.k,
+        v: &x.v,
+        grad_out: grads.out.as_ref(),
+        gate,
+        dq,
+        dk,
+        after: after.as_ref(),
+        dg: &mut dg,
+    })?;
+    let dg = dg.into_tensor();
+    match p.decay {
+        Decay::Head if dg.elem_count() == 0 => Tensor::zeros(p.v_heads, gate.dtype(), dg.device()),
+        Decay::Head => dg.sum((0, 1))?.to_dtype(gate.dtype()),
+        _ => dg.to_dtype(gate.dtype()),
+    }
+}
+
+/// Adds up, in f32, the gradients of a key head over the value heads that read it: `[B, T, HV, K]` to `[B, T, H, K]`.
+fn sum_groups(p: &Problem, grad: Tensor, dtype: DType) -> Result<Tensor> {
+    let groups = p.v_heads / p.k_heads;
+    let shape = (p.batch, p.tokens, p.k_heads, groups, p.k_dim);
+    match groups {
+        1 => grad.to_dtype(dtype),
+        _ if grad.elem_count() == 0 => grad.reshape((p.batch, p.tokens, p.k_heads, p.k_dim))?.to_dtype(dtype),
+        _ => grad.reshape(shape)?.sum(3)?.to_dtype(dtype),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::write_scale;
+
+    #[test]
+    fn a_scale_that_cannot_be_divided_by_drops_the_writes() {
+        assert_eq!(write_scale(-1., true), Some(-1.));
+        assert_eq!(write_scale(0., true), None);
+        assert_eq!(write_scale(0., false), None);
+        assert_eq!(write_scale(-1e-31, true), None);
+        assert_eq!(write_scale(-1e-31, false), Some(-1e-31));
+        assert!(write_scale(1e-29, true).unwrap().recip().is_finite());
+    }
+}

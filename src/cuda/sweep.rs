@@ -1,0 +1,233 @@
+//! A sweep (see `cuda/cla.h`), from its tensors to the kernels' launches.
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::ffi::{self, Gate};
+use super::machine::Machine;
+use super::memory::{Addresses, Buffer, Held};
+use super::route::{self, Card, Route, Size};
+use crate::problem::{Decay, Problem};
+
+/// One forward or backward pass on a device.
+pub(super) struct Pass<'a> {
+    pub problem: &'a Problem,
+    pub machine: Machine,
+    pub cu_seqlens: Option<Tensor>,
+    pub longest: usize,
+    card: Card,
+}
+
+impl<'a> Pass<'a> {
+    /// Gets ready for `problem` on the device of `q`; refuses what the kernels do not take.
+    pub fn new(problem: &'a Problem, q: &Tensor) -> Result<Self> {
+        let machine = Machine::of(q.device())?;
+        let card = machine.card()?;
+        let longest = problem.sequences.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
+        let states = problem.sequences.len().saturating_mul(problem.v_heads);
+        route::check(problem.name, &card, [problem.k_dim, problem.v_dim], states, longest)?;
+        let whole =
+            |(n, s): (usize, &crate::problem::Sequence)| s.batch == n && s.tokens == (0..problem.tokens);
+        let packed = !problem.sequences.iter().enumerate().all(whole);
+        let ends = || problem.sequences.iter().map(|s| s.tokens.end as u32);
+        let cu_seqlens = match packed {
+            true => {
+                let cu: Vec<u32> = std::iter::once(0).chain(ends()).collect();
+                Some(Tensor::from_slice(&cu, cu.len(), q.device())?)
+            }
+            false => None,
+        };
+        Ok(Self { problem, machine, cu_seqlens, longest, card })
+    }
+
+    /// How many states there are in all.
+    pub fn states(&self) -> usize {
+        self.problem.sequences.len() * self.problem.v_heads
+    }
+
+    /// Queues a sweep. Every element of its results gets written.
+    pub fn run(&self, sweep: Sweep) -> Result<()> {
+        if self.states() == 0 {
+            return Ok(());
+        }
+        let heads = self.problem.v_heads;
+        let (rows, cols) = (sweep.rows, sweep.cols);
+        let size = Size { sequences: self.problem.sequences.len(), longest: self.longest, heads, rows, cols };
+        let held = [sweep.read, sweep.write, sweep.value, sweep.gate, sweep.first, self.cu_seqlens.as_ref()];
+        let held = held.map(|x| x.map(Held::new));
+        let [read, write, value, gate, first, cu_seqlens] = held.each_ref().map(Option::as_ref);
+        let gate_kind = match (sweep.gate, self.problem.decay, sweep.transposed) {
+            (None, _, _) | (_, Decay::None, _) => Gate::None,
+            (_, Decay::Head | Decay::Scalar, _) => Gate::Scalar,
+            (_, Decay::Channel, false) => Gate::Rows,
+            (_, Decay::Channel, true) => Gate::Cols,
+        };
+        let mut at = Addresses::new(&self.machine);
+        let mut call = ffi::Sweep {
+            read: at.tensor(read, heads)?,
+            write: at.tensor(write, heads)?,
+            value: at.tensor(value, heads)?,
+            gate: at.tensor(gate, heads)?,
+            out: at.out(sweep.out)?,
+            first: at.states(first, sweep.transposed)?,
+            last: at.out_states(sweep.last, sweep.transposed)?,
+            out_scale: sweep.out_scale,
+            first_scale: sweep.first_scale,
+            last_scale: sweep.last_scale,
+            rows: rows as i32,
+            cols: cols as i32,
+            heads: heads as i32,
+            gate_kind,
+            writes: sweep.write.is_some().into(),
+            reverse: sweep.reverse.into(),
+            inclusive: sweep.inclusive.into(),
+            cu_seqlens: at.numbers(cu_seqlens)?,
+            sequences: size.sequences as i32,
+            tokens: self.problem.tokens as i64,
+            segment: 0,
+            segments: 1,
+            starts: std::ptr::null_mut(),
+            totals: std::ptr::null_mut(),
+            shared_limit: self.card.shared_memory as i64,
+        };
+        // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
+        let fits = unsafe { ffi::cla_chunked_shared_memory(&call) } >= 0;
+        let chosen = route::route(self.problem.mode, &size, &self.card, fits);
+        let decays = match gate_kind {
+            Gate::None | Gate::Scalar => 1,
+            Gate::Rows => rows,
+            Gate::Cols => cols,
+        };
+        let (mut starts, mut totals) = (None, None);
+        if let Route::Segments { steps, segments } = chosen {
+            let shape = (size.sequences, segments, heads);
+            let buffer = |of_each: usize| {
+                let shape = [shape.0, shape.1, shape.2, of_each];
+                Buffer::new(&self.machine, DType::F32, shape.as_slice())
+            };
+            (starts, totals) = (Some(buffer(rows * cols)?), Some(buffer(decays)?));
+            (call.segment, call.segments) = (steps as i64, segments as i32);
+        }
+        let mut at_scratch = Addresses::new(&self.machine);
+        call.starts = at_scratch.out_numbers(starts.as_mut())?;
+        call.totals = at_scratch.out_numbers(totals.as_mut())?;
+        self.launch(&call, chosen)
+    }
+
+    fn launch(&self, call: &ffi::Sweep, chosen: Route) -> Result<()> {
+        type Kernel = unsafe extern "C" fn(*const ffi::Sweep, *mut std::ffi::c_void) -> i32;
+        let kernels: &[(&str, Kernel)] = match chosen {
+            Route::Recurrent => &[("cla_sweep_recurrent", ffi::cla_sweep_recurrent)],
+            Route::Chunked => &[("cla_sweep_chunked", ffi::cla_sweep_chunked)],
+            Route::Segments { .. } => &[
+                ("cla_segment_states", ffi::cla_segment_states),
+                ("cla_scan_segments", ffi::cla_scan_segments),
+                ("cla_sweep_chunked", ffi::cla_sweep_chunked),
+            ],
+        };
+        for (kernel, launch) in kernels {
+            // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and
+            // `Pass`; the caller holds them until all kernels are queued, and the stream orders whatever comes after.
+            let code = unsafe { launch(call, self.machine.stream()) };
+            self.check(kernel, code)?;
+        }
+        Ok(())
+    }
+
+    /// Queues what makes the gradient of the log decay of dq and dk.
+    pub fn run_gate_gradients(&self, call: GateGradients) -> Result<()> {
+        if self.states() == 0 {
+            return Ok(());
+        }
+        let problem = self.problem;
+        let heads = problem.v_heads;
+        let held = [Some(call.q), Some(call.k), Some(call.v), call.grad_out, Some(call.gate), call.after];
+        let held = held.map(|x| x.map(Held::new));
+        let [q, k, v, grad_out, gate, after] = held.each_ref().map(Option::as_ref);
+        let cu_seqlens = self.cu_seqlens.as_ref().map(Held::new);
+        let segments = self.longest.div_ceil(ffi::CHUNK).max(1);
+        let summed = problem.decay != Decay::Channel;
+        let shape = (2 * problem.sequences.len(), segments, heads, if summed { 1 } else { problem.k_dim });
+        let mut partial = Buffer::new(&self.machine, DType::F32, shape)?;
+        let mut at = Addresses::new(&self.machine);
+        let call = ffi::GateGradient {
+            q: at.tensor(q, heads)?,
+            k: at.tensor(k, heads)?,
+            v: at.tensor(v, heads)?,
+            grad_out: at.tensor(grad_out, heads)?,
+            gate: at.tensor(gate, heads)?,
+            dq: at.out_numbers(Some(call.dq))?,
+            dk: at.out_numbers(Some(call.dk))?,
+            after: at.numbers(after)?,
+            partial: at.out_numbers(Some(&mut partial))?,
+            dg: at.out_numbers(Some(call.dg))?,
+            scale: problem.scale,
+            k_dim: problem.k_dim as i32,
+            v_dim: problem.v_dim as i32,
+            heads: heads as i32,
+            summed: summed.into(),
+            cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
+            sequences: problem.sequences.len() as i32,
+            batch: problem.batch as i64,
+            tokens: problem.tokens as i64,
+            segment: ffi::CHUNK as i64,
+            segments: segments as i32,
+        };
+        // SAFETY: as in `launch`.
+        let code = unsafe { ffi::cla_gate_gradients(&call, self.machine.stream()) };
+        self.check("cla_gate_gradients", code)
+    }
+
+    fn check(&self, kernel: &str, code: i32) -> Result<()> {
+        let p = self.problem;
+        if code != 0 {
+            bail!(
+                "{}: {kernel} could not be launched, CUDA error {code} (B = {}, T = {}, HV = {}, K = {}, V = {}, N = {})",
+                p.name,
+                p.batch,
+                p.tokens,
+                p.v_heads,
+                p.k_dim,
+                p.v_dim,
+                p.sequences.len()
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A sweep over states of `rows x cols`.
+pub(super) struct Sweep<'a> {
+    pub rows: usize,
+    pub cols: usize,
+    /// Whether rows are V and columns K; states in memory are K x V always.
+    pub transposed: bool,
+    pub read: Option<&'a Tensor>,
+    /// Without it nothing is written to the state.
+    pub write: Option<&'a Tensor>,
+    pub value: Option<&'a Tensor>,
+    pub gate: Option<&'a Tensor>,
+    pub out: Option<&'a mut Buffer>,
+    /// The states before the first step, and after the last.
+    pub first: Option<&'a Tensor>,
+    pub last: Option<&'a mut Buffer>,
+    pub reverse: bool,
+    pub inclusive: bool,
+    pub out_scale: f32,
+    pub first_scale: f32,
+    pub last_scale: f32,
+}
+
+/// See `cla_gate_gradients` in `cuda/cla.h`.
+pub(super) struct GateGradients<'a> {
+    pub q: &'a Tensor,
+    pub k: &'a Tensor,
+    pub v: &'a Tensor,
+    pub grad_out: Option<&'a Tensor>,
+    pub gate: &'a Tensor,
+    pub dq: &'a mut Buffer,
+    pub dk: &'a mut Buffer,
+    /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous.
+    pub after: Option<&'a Tensor>,
+    /// `[B, T, HV, K]`, or `[B, T, HV]`.
+    pub dg: &'a mut Buffer,
+}
