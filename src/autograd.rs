@@ -10,14 +10,15 @@
 //!                                        └─ result 1
 //! ```
 //!
-//! What flows along the chain is a token of one element: Candle zero-fills and adds up every gradient it is handed, so
-//! the small token makes that cheap. The tensors themselves pass through the record: going back, each result leaves its
-//! gradient there, the end of the chain, which Candle visits after all results, computes the gradients of all inputs, and
-//! each link hands its own to Candle.
+//! What flows along the chain is a token of one element for each result: Candle zero-fills and adds up every gradient it
+//! is handed, so the small token makes that cheap. The tensors themselves pass through the record: going back, each
+//! result leaves its gradient there and gets a ticket for it, which is its element of the token's gradient. The end of
+//! the chain, which Candle visits after all results, has the tickets of just those that its own backward pass has been
+//! to; it computes the gradients of all inputs and leaves them for another ticket, with which each link fetches its own.
+//! So passes over one graph may run at the same time, or within one another, or end halfway with an error.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::ThreadId;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::op::BackpropOp;
@@ -57,7 +58,7 @@ pub(crate) fn apply(f: impl Function, inputs: &[Tensor]) -> Result<Vec<Tensor>> 
     {
         return Ok(vec![a.apply_op3(b, c, Single { f, saved, wanted, result: Slot::new(result) })?]);
     }
-    let call = Arc::new(Call { f, saved, wanted, results: results.len(), pending: Mutex::default() });
+    let call = Arc::new(Call { f, saved, wanted, results: results.len(), deposits: Mutex::default() });
     let tracked: Vec<usize> = (0..inputs.len()).filter(|&i| inputs[i].track_op()).collect();
     let mut chain: Option<Tensor> = None;
     for &input in &tracked {
@@ -102,12 +103,13 @@ fn metal(storage: Storage) -> Option<MetalStorage> {
     if let Storage::Metal(s) = storage { Some(s) } else { None }
 }
 
-fn token<S>(like: &S) -> Result<(S, Shape)>
+/// A new token for `results` results.
+fn token<S>(like: &S, results: usize) -> Result<(S, Shape)>
 where
     S: BackendStorage,
     S::Device: BackendDevice<Storage = S>,
 {
-    let shape = Shape::from(1);
+    let shape = Shape::from(results);
     Ok((like.device().zeros_impl(&shape, DType::F32)?, shape))
 }
 
@@ -169,37 +171,78 @@ struct Call<F> {
     wanted: Vec<bool>,
     /// How many results there are.
     results: usize,
-    /// Gradients on their way, by the thread that runs the backward pass: two threads may go through one graph.
-    pending: Mutex<HashMap<ThreadId, Pending>>,
+    deposits: Mutex<Deposits>,
 }
 
+/// Gradients on their way, by ticket. What a pass that fails does not fetch stays, and goes with the graph.
 #[derive(Default)]
-struct Pending {
-    of_results: HashMap<usize, Tensor>,
-    of_inputs: HashMap<usize, Tensor>,
+struct Deposits {
+    issued: Ticket,
+    of_results: HashMap<Ticket, Tensor>,
+    of_inputs: HashMap<Ticket, HashMap<usize, Tensor>>,
+}
+
+/// From 1 on; 0 is no ticket.
+type Ticket = u32;
+
+/// Tokens are f32, which has every whole number up to here.
+const MOST_TICKETS: Ticket = 1 << f32::MANTISSA_DIGITS;
+
+impl Deposits {
+    fn issue(&mut self) -> Result<Ticket> {
+        if self.issued == MOST_TICKETS {
+            bail!("one graph has had more than {MOST_TICKETS} backward passes: build it anew");
+        }
+        self.issued += 1;
+        Ok(self.issued)
+    }
 }
 
 impl<F: Function> Call<F> {
-    fn pending<R>(&self, change: impl FnOnce(&mut Pending) -> R) -> R {
-        let (mut all, me) = (lock(&self.pending), std::thread::current().id());
-        let pending = all.entry(me).or_default();
-        let answer = change(pending);
-        if pending.of_results.is_empty() && pending.of_inputs.is_empty() {
-            all.remove(&me);
-        }
-        answer
+    /// Keeps the gradient of result `at`. Returns the gradient of the token.
+    fn leave(&self, at: usize, grad: Tensor, token: &Tensor) -> Result<Tensor> {
+        let ticket = {
+            let mut deposits = lock(&self.deposits);
+            let ticket = deposits.issue()?;
+            deposits.of_results.insert(ticket, grad);
+            ticket
+        };
+        self.hand_on(at, ticket, token)
     }
 
-    /// `visited` is what the results of this pass have added up: an earlier pass that failed may have left more.
-    fn backward(&self, visited: &Tensor) -> Result<()> {
-        let visited = visited.flatten_all()?.to_vec1::<f32>()?[0] as u32;
-        let mut given = self.pending(|p| std::mem::take(&mut p.of_results));
-        let grads: Vec<_> =
-            (0..self.results).map(|i| given.remove(&i).filter(|_| visited >> i & 1 == 1)).collect();
+    /// The gradient of `token` that has one ticket, in element `at`.
+    fn hand_on(&self, at: usize, ticket: Ticket, token: &Tensor) -> Result<Tensor> {
+        let tickets = (0..self.results).map(|i| if i == at { ticket as f32 } else { 0. });
+        Tensor::from_vec(tickets.collect(), token.shape(), token.device())
+    }
+
+    /// Computes the gradients of all inputs from those of the results that `tickets` are for.
+    fn backward(&self, tickets: &[Ticket]) -> Result<Ticket> {
+        let fetch = |ticket: &Ticket| match lock(&self.deposits).of_results.remove(ticket) {
+            None if *ticket > 0 => bail!("{}: the gradient of a result was fetched twice", self.f.name()),
+            grad => Ok(grad),
+        };
+        let grads = tickets.iter().map(fetch).collect::<Result<Vec<_>>>()?;
         let grads = self.f.backward(&self.saved, &grads, &self.wanted)?;
-        let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?)));
-        self.pending(|p| p.of_inputs = grads.collect());
-        Ok(())
+        let grads = grads.into_iter().enumerate().filter_map(|(i, grad)| Some((i, grad?))).collect();
+        let mut deposits = lock(&self.deposits);
+        let ticket = deposits.issue()?;
+        deposits.of_inputs.insert(ticket, grads);
+        Ok(ticket)
+    }
+
+    /// The gradient of one input.
+    fn fetch(&self, ticket: Ticket, input: usize) -> Result<Tensor> {
+        let mut deposits = lock(&self.deposits);
+        let grads = deposits.of_inputs.get_mut(&ticket);
+        let grad = grads.and_then(|grads| grads.remove(&input));
+        if deposits.of_inputs.get(&ticket).is_some_and(HashMap::is_empty) {
+            deposits.of_inputs.remove(&ticket);
+        }
+        match grad {
+            Some(grad) => Ok(grad),
+            None => bail!("{}: no gradient was computed for input {input}", self.f.name()),
+        }
     }
 }
 
@@ -211,14 +254,11 @@ struct Link<F> {
 }
 
 impl<F: Function> Link<F> {
-    fn gradient(&self, token: &Tensor) -> Result<Tensor> {
-        if self.last {
-            self.call.backward(token)?;
-        }
-        match self.call.pending(|p| p.of_inputs.remove(&self.input)) {
-            Some(grad) => Ok(grad),
-            None => bail!("{}: no gradient was computed for input {}", self.call.f.name(), self.input),
-        }
+    /// The gradient of the input, and the ticket for those of the inputs before it on the chain.
+    fn gradient(&self, token: &Tensor) -> Result<(Tensor, Ticket)> {
+        let tickets: Vec<Ticket> = token.to_vec1::<f32>()?.into_iter().map(|x| x as Ticket).collect();
+        let ticket = if self.last { self.call.backward(&tickets)? } else { tickets[0] };
+        Ok((self.call.fetch(ticket, self.input)?, ticket))
     }
 }
 
@@ -228,19 +268,19 @@ impl<F: Function> CustomOp1 for Link<F> {
     }
 
     fn cpu_fwd(&self, x: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn cuda_fwd(&self, x: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn metal_fwd(&self, x: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<Option<Tensor>> {
-        self.gradient(token).map(Some)
+        Ok(Some(self.gradient(token)?.0))
     }
 }
 
@@ -251,22 +291,23 @@ impl<F: Function> CustomOp2 for Link<F> {
 
     #[rustfmt::skip]
     fn cpu_fwd(&self, x: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn cuda_fwd(&self, x: &CudaStorage, _: &Layout, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn metal_fwd(&self, x: &MetalStorage, _: &Layout, _: &MetalStorage, _: &Layout) -> Result<(MetalStorage, Shape)> {
-        token(x)
+        token(x, self.call.results)
     }
 
     #[rustfmt::skip]
     fn bwd(&self, chain: &Tensor, _: &Tensor, _: &Tensor, token: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((Some(chain.zeros_like()?), Some(self.gradient(token)?)))
+        let (grad, ticket) = self.gradient(token)?;
+        Ok((Some(self.call.hand_on(0, ticket, chain)?), Some(grad)))
     }
 }
 
@@ -295,8 +336,6 @@ impl<F: Function> CustomOp1 for Leave<F> {
     }
 
     fn bwd(&self, chain: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        self.call.pending(|p| p.of_results.insert(self.at, grad.detach()));
-        // One bit for each result, so that their sum says which of them this pass has been to.
-        Ok(Some(chain.ones_like()?.affine(f64::from(1u32 << self.at), 0.)?))
+        self.call.leave(self.at, grad.detach(), chain).map(Some)
     }
 }

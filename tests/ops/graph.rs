@@ -30,7 +30,7 @@ fn forward(case: &Case, inputs: &Inputs, mode: Mode) -> Result<Forward> {
     Ok(Forward { vars, outputs })
 }
 
-fn check_grads(vars: &[Option<Var>; 6], store: &GradStore, want: &Expected, label: &str) {
+pub fn check_grads(vars: &[Option<Var>; 6], store: &GradStore, want: &Expected, label: &str) {
     for (i, var) in vars.iter().enumerate() {
         let Some(var) = var else { continue };
         let label = format!("{label}: gradient of {}", ARGS[i]);

@@ -17,6 +17,7 @@ mod edges;
 mod graph;
 mod layouts;
 mod modes;
+mod nested;
 mod normalize;
 mod properties;
 mod sequences;
