@@ -4,6 +4,7 @@
 mod autograd;
 mod backend;
 mod cpu;
+mod memory;
 pub mod models;
 pub mod nn;
 mod ops;
