@@ -6,6 +6,7 @@ mod backend;
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 mod cuda;
+mod memory;
 pub mod models;
 pub mod nn;
 mod ops;

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use candle_core::{DType, Result, Tensor, bail};
 
+use crate::memory;
 use crate::options::{Mode, Options, State};
 
 /// The roles a tensor can have as an argument of an operator.
@@ -161,6 +162,8 @@ impl Problem {
             Some(scale) if (scale as f32).is_finite() => scale,
             Some(scale) => bail!("{name}: scale is {scale}, it must be finite in f32"),
         };
+        let states = opts.cu_seqlens.as_ref().map_or(batch, |cu| cu.len().saturating_sub(1));
+        check_sizes(name, [batch, tokens, states], [v_heads, k_dim, v_dim])?;
         let sequences = sequences(name, batch, tokens, opts.cu_seqlens.as_deref())?;
         let problem = Self {
             name,
@@ -254,6 +257,34 @@ impl Problem {
             (true, true) => &[Role::V, Role::Kv, Role::Z],
         }
     }
+}
+
+/// No index into an argument, a result, a gradient or a copy of one may overflow, whatever the backend.
+fn check_sizes(
+    name: &str,
+    [batch, tokens, states]: [usize; 3],
+    [v_heads, k_dim, v_dim]: [usize; 3],
+) -> Result<()> {
+    // The column that normalises.
+    let v_cols = v_dim.saturating_add(1);
+    for (what, sizes) in [
+        ("[B, T, HV, K]", [batch, tokens, v_heads, k_dim]),
+        ("[B, T, HV, V]", [batch, tokens, v_heads, v_cols]),
+        ("[N, HV, K, V]", [states, v_heads, k_dim, v_cols]),
+    ] {
+        if !memory::is_addressable(&sizes) {
+            bail!(
+                "{name}: B = {batch}, T = {tokens}, HV = {v_heads}, K = {k_dim}, V = {v_dim} make {what} larger than can \
+                 be addressed, they must be smaller"
+            );
+        }
+    }
+    // The one thing that a batch takes memory for whether it has tokens or not.
+    let bytes = states as f64 * size_of::<Sequence>() as f64;
+    if !memory::is_available(bytes) {
+        bail!("{name}: B is {batch}, the list of sequences needs {} of memory", memory::shown(bytes));
+    }
+    Ok(())
 }
 
 fn sequences(name: &str, batch: usize, tokens: usize, cu_seqlens: Option<&[u32]>) -> Result<Vec<Sequence>> {

@@ -4,6 +4,7 @@
 mod backward;
 mod chunk;
 mod exp;
+mod footprint;
 mod forward;
 mod fused;
 mod gate_gradient;
@@ -20,6 +21,7 @@ use view::{Buffer, View};
 
 /// The results of `problem`, in the order of [`Problem::outputs`].
 pub(crate) fn forward(problem: &Problem, inputs: &Inputs<Tensor>) -> Result<Vec<CpuStorage>> {
+    footprint::check(problem, footprint::forward(problem))?;
     let held = inputs.map(|x| Ok(Held(x.storage_and_layout())))?;
     let views = views(problem, &held)?;
     let results = match problem.normalize {
@@ -36,6 +38,7 @@ pub(crate) fn backward(
     grads: &[Option<Tensor>],
     wants: &dyn Fn(Role) -> bool,
 ) -> Result<Vec<(Role, CpuStorage)>> {
+    footprint::check(problem, footprint::backward(problem, wants))?;
     let held = inputs.map(|x| Ok(Held(x.storage_and_layout())))?;
     let inputs = views(problem, &held)?;
     let roles = problem.outputs().iter().zip(grads);

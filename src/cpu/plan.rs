@@ -100,7 +100,8 @@ pub(super) fn algorithm(problem: &Problem) -> Algorithm {
 
 /// Runs `task` on each of `tasks`, on all threads if there is enough to do.
 pub(super) fn for_each<T: Sync>(problem: &Problem, tasks: &[T], task: impl Fn(&T) + Send + Sync) {
-    let work = problem.batch * problem.tokens * problem.v_heads * problem.k_dim * problem.v_dim;
+    let sizes = [problem.batch, problem.tokens, problem.v_heads, problem.k_dim, problem.v_dim];
+    let work = sizes.into_iter().fold(1usize, usize::saturating_mul);
     if work < LEAST_PARALLEL {
         tasks.iter().for_each(task);
     } else {

@@ -47,6 +47,11 @@ impl LayerCache {
         self.conv.get(index)
     }
 
+    /// How many short convolutions it holds the inputs of.
+    pub(crate) fn conv_count(&self) -> usize {
+        self.conv.len()
+    }
+
     /// Stores what a layer remembers after `tokens` more tokens.
     pub(crate) fn advance(&mut self, state: Option<State>, conv: Vec<Tensor>, tokens: usize) {
         self.state = state.map(|state| State { kv: state.kv.detach(), z: state.z.map(|z| z.detach()) });

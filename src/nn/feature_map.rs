@@ -95,6 +95,9 @@ impl FeatureMap {
 }
 
 fn dpfp(xs: &Tensor) -> Result<Tensor> {
+    if matches!(xs.dims(), [] | [.., 0]) {
+        bail!("dpfp: xs is {:?}, its last dimension must be at least 1", xs.dims());
+    }
     let xs = Tensor::cat(&[xs.relu()?, xs.neg()?.relu()?], D::Minus1)?;
     let products: Vec<Tensor> =
         (1..=DPFP_NU).map(|shift| &xs * xs.roll(shift as i32, D::Minus1)?).collect::<Result<_>>()?;

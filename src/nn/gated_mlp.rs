@@ -1,6 +1,6 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
-use crate::nn::{Linear, fused};
+use crate::nn::{Linear, MAX_SIZE, fused};
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
@@ -34,7 +34,7 @@ impl GatedMlpConfig {
     /// The width of a layer that has about `hidden_ratio * hidden_size^2` parameters, a multiple of 256.
     pub fn intermediate_size(hidden_size: usize, hidden_ratio: f64) -> usize {
         let exact = (hidden_size as f64 * hidden_ratio * 2. / 3.) as usize;
-        exact.div_ceil(256).max(1) * 256
+        exact.div_ceil(256).max(1).saturating_mul(256)
     }
 }
 
@@ -53,8 +53,10 @@ impl GatedMlp {
     /// `gate_proj.weight [2 * intermediate, hidden]`, gate first: that is recognised.
     pub fn new(cfg: &GatedMlpConfig, vb: VarBuilder) -> Result<Self> {
         let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
-        if hidden == 0 || inner == 0 {
-            bail!("hidden_size is {hidden} and intermediate_size {inner}, both must be at least 1");
+        for (name, size) in [("hidden_size", hidden), ("intermediate_size", inner)] {
+            if !(1..=MAX_SIZE).contains(&size) {
+                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
+            }
         }
         let linear = |inputs, outputs, name: &str| {
             Linear::new(inputs, outputs, false, cfg.initializer_range, vb.pp(name))

@@ -2,7 +2,7 @@
 
 use crate::nn::heads::Heads;
 use crate::nn::{LayerCache, Linear, ShortConvolution};
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// The width of the short convolutions and whether they have a bias.
@@ -54,6 +54,12 @@ impl Qkv {
     }
 
     pub fn forward(&self, xs: &Tensor, cache: Option<&LayerCache>) -> Result<Projected> {
+        if let Some(cache) = cache.filter(|cache| cache.tokens() > 0) {
+            let (held, own) = (cache.conv_count(), self.0.iter().filter(|part| part.conv.is_some()).count());
+            if held != own {
+                bail!("cache: holds the inputs of {held} short convolutions, this layer has {own}");
+            }
+        }
         let mut conv = Vec::new();
         let mut project = |index: usize| {
             let projection = &self.0[index];

@@ -18,6 +18,9 @@ impl RotaryEmbedding {
         if dim == 0 || !dim.is_multiple_of(2) {
             bail!("rotary embedding: the head has {dim} channels, it must have an even number of them");
         }
+        if !(base.is_finite() && base > 0.) {
+            bail!("rotary embedding: the base is {base}, it must be finite and above 0");
+        }
         let inverse_frequency = |i| (1. / base.powf((2 * i) as f64 / dim as f64)) as f32;
         Ok(Self { inverse_frequencies: (0..dim / 2).map(inverse_frequency).collect() })
     }
@@ -41,7 +44,10 @@ impl RotaryEmbedding {
     /// cos and sin, `[T, 1, dim / 2]`. The product of position and frequency is rounded to f32, as where the
     /// checkpoints were trained.
     fn tables(&self, offset: usize, tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
-        let angles: Vec<f32> = (offset..offset + tokens)
+        let Some(end) = offset.checked_add(tokens) else {
+            bail!("rotary embedding: offset is {offset}, it must be less: {tokens} tokens follow it");
+        };
+        let angles: Vec<f32> = (offset..end)
             .flat_map(|t| self.inverse_frequencies.iter().map(move |frequency| t as f32 * frequency))
             .collect();
         let angles = Tensor::from_vec(angles, (tokens, 1, self.inverse_frequencies.len()), like.device())?;

@@ -5,6 +5,7 @@ mod config;
 mod golden;
 mod hub;
 mod layers;
+mod misuse;
 mod reference;
 mod scalar;
 mod support;

@@ -15,6 +15,7 @@ mod bad_input;
 mod dtypes;
 mod edges;
 mod graph;
+mod huge;
 mod layouts;
 mod modes;
 mod nested;

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 /// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, f32; `weight` is `[n]`.
 pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+    check_shapes(xs, weight)?;
     match fits(&[xs, weight]) {
         true => xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 }),
         false => composed(xs, weight, eps),
@@ -15,6 +16,10 @@ pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
 /// [`rms_norm`] times `silu(gate)`, f32. `gate` has the elements of `xs` in the same order, in any shape, and gives the
 /// result its shape.
 pub(crate) fn rms_norm_silu(xs: &Tensor, weight: &Tensor, gate: &Tensor, eps: f64) -> Result<Tensor> {
+    check_shapes(xs, weight)?;
+    if gate.elem_count() != xs.elem_count() {
+        bail!("rms_norm: gate is {:?}, it must have as many elements as xs, {:?}", gate.dims(), xs.dims());
+    }
     match fits(&[xs, weight, gate]) {
         true => {
             let op = RmsNormSilu(RmsNorm { eps: eps as f32 });
@@ -22,6 +27,15 @@ pub(crate) fn rms_norm_silu(xs: &Tensor, weight: &Tensor, gate: &Tensor, eps: f6
         }
         false => composed(xs, weight, eps)?.reshape(gate.shape())? * gate.silu()?,
     }
+}
+
+/// A multiple of the right size would be cut into rows that are none.
+fn check_shapes(xs: &Tensor, weight: &Tensor) -> Result<()> {
+    let n = weight.dims1()?;
+    if n == 0 || xs.dims().last() != Some(&n) {
+        bail!("rms_norm: xs is {:?}, its last dimension must be the norm's, {n}, and at least 1", xs.dims());
+    }
+    Ok(())
 }
 
 fn composed(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
@@ -74,8 +88,7 @@ impl CustomOp2 for RmsNorm {
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
-        let block = check_rows(xs.len(), weight.len())?;
-        let n = weight.len();
+        let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let mut ys = vec![0.; xs.len()];
         ys.par_chunks_mut(block).zip(xs.par_chunks(block)).for_each(|(ys, xs)| {
             for (y, x) in ys.chunks_mut(n).zip(xs.chunks(n)) {
@@ -96,7 +109,7 @@ impl CustomOp2 for RmsNorm {
         let (shape, weight_shape) = (xs.shape(), weight.shape());
         let [xs, weight, dy] = [&Held::new(xs), &Held::new(weight), &Held::new(&dy)];
         let [xs, weight, dy] = [xs.values()?, weight.values()?, dy.values()?];
-        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let mut dx = dy.to_vec();
         let blocks = dx.par_chunks_mut(block).zip(xs.par_chunks(block));
         let dweights = blocks.map(|(dx, xs)| {
@@ -130,7 +143,7 @@ impl CustomOp3 for RmsNormSilu {
     ) -> Result<(CpuStorage, Shape)> {
         let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
         let gate = values(gate, gate_layout)?;
-        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let mut ys = vec![0.; xs.len()];
         let blocks = ys.par_chunks_mut(block).zip(xs.par_chunks(block)).zip(gate.par_chunks(block));
         blocks.for_each(|((ys, xs), gate)| {
@@ -156,7 +169,7 @@ impl CustomOp3 for RmsNormSilu {
         let shapes = [xs.shape(), weight.shape(), gate.shape()];
         let [xs, weight, gate, dy] = [&Held::new(xs), &Held::new(weight), &Held::new(gate), &Held::new(&dy)];
         let [xs, weight, gate, dy] = [xs.values()?, weight.values()?, gate.values()?, dy.values()?];
-        let (n, block) = (weight.len(), check_rows(xs.len(), weight.len())?);
+        let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let (mut dx, mut dgate) = (vec![0.; xs.len()], vec![0.; xs.len()]);
         let inputs = xs.par_chunks(block).zip(gate.par_chunks(block)).zip(dy.par_chunks(block));
         let outputs = dx.par_chunks_mut(block).zip(dgate.par_chunks_mut(block));
@@ -182,11 +195,8 @@ impl CustomOp3 for RmsNormSilu {
 }
 
 /// Elements that a thread takes at a time: whole rows of `n`.
-fn check_rows(elements: usize, n: usize) -> Result<usize> {
-    if n == 0 || !elements.is_multiple_of(n) {
-        bail!("rms_norm: {elements} elements are not whole rows of {n}");
-    }
-    Ok(BLOCK.div_ceil(n) * n)
+fn block_of_rows(n: usize) -> usize {
+    BLOCK.div_ceil(n) * n
 }
 
 fn total(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
@@ -217,9 +227,28 @@ mod tests {
     use super::*;
     use crate::nn::fused::tests::agree;
 
-    const EPS: f64 = 1e-2;
+    /// With a small one the gradient of a single channel is all rounding: it is the difference of two numbers that differ
+    /// by `eps / x^2` of themselves.
+    const EPS: f64 = 1.;
     const SHAPES: [(&[usize], usize); 4] =
         [(&[1, 1], 1), (&[3, 5], 5), (&[2, 100, 3, 96], 96), (&[70, 301], 301)];
+
+    #[test]
+    fn shapes_that_do_not_fit_are_refused() -> Result<()> {
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu);
+        let (xs, weight) = (zeros(&[3, 4])?, zeros(&[4])?);
+        for wrong in [&[2, 2][..], &[4, 3], &[8], &[3, 8], &[]] {
+            let wrong = zeros(wrong)?;
+            assert!(rms_norm(&wrong, &weight, EPS).is_err(), "{wrong:?}");
+            assert!(rms_norm(&xs, &wrong, EPS).is_err(), "{wrong:?}");
+            assert!(rms_norm_silu(&wrong, &weight, &wrong, EPS).is_err(), "{wrong:?}");
+        }
+        for gate in [&[2, 4][..], &[4], &[13], &[]] {
+            assert!(rms_norm_silu(&xs, &weight, &zeros(gate)?, EPS).is_err(), "{gate:?}");
+        }
+        assert!(rms_norm(&zeros(&[3, 0])?, &zeros(&[0])?, EPS).is_err());
+        Ok(())
+    }
 
     #[test]
     fn agrees_with_its_composition() -> Result<()> {

@@ -1,11 +1,14 @@
 //! `silu(gate) * up`.
 
 use super::{BLOCK, Held, fits, sigmoid, values};
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
 /// `silu(gate) * up` for two tensors of one shape, f32.
 pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
+    if gate.dims() != up.dims() {
+        bail!("swiglu: gate is {:?} and up {:?}, they must have one shape", gate.dims(), up.dims());
+    }
     match fits(&[gate, up]) {
         true => gate.contiguous()?.apply_op2(&up.contiguous()?, Swiglu),
         false => composed(gate, up),
@@ -71,6 +74,15 @@ impl CustomOp2 for Swiglu {
 mod tests {
     use super::*;
     use crate::nn::fused::tests::agree;
+
+    #[test]
+    fn shapes_that_differ_are_refused() -> Result<()> {
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu);
+        for (gate, up) in [(&[2, 3][..], &[3, 2][..]), (&[2, 3], &[6]), (&[2, 3], &[1, 3]), (&[2], &[3])] {
+            assert!(swiglu(&zeros(gate)?, &zeros(up)?).is_err(), "{gate:?} {up:?}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn agrees_with_its_composition() -> Result<()> {

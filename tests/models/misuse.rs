@@ -1,0 +1,118 @@
+//! Parts of layers given what they were not made for: an error that says so, never a panic and never a result.
+
+use crate::support::*;
+use candle_core::{DType, Result, Tensor};
+use candle_linear_attn::nn::*;
+use candle_nn::{VarBuilder, VarMap};
+
+fn fresh() -> VarBuilder<'static> {
+    VarBuilder::from_varmap(&VarMap::new(), DType::F32, &CPU)
+}
+
+fn zeros(dims: &[usize]) -> Tensor {
+    Tensor::zeros(dims, DType::F32, &CPU).unwrap()
+}
+
+#[test]
+fn a_norm_takes_rows_of_its_own_size() -> Result<()> {
+    let norm = RmsNorm::new(4, 1e-5, true, fresh())?;
+    // Among them shapes with a whole number of fours in them.
+    for dims in [&[2, 2][..], &[4, 1], &[3, 8], &[2, 6], &[3], &[]] {
+        for dtype in [DType::F32, DType::BF16] {
+            let xs = zeros(dims).to_dtype(dtype)?;
+            assert_says(&message(norm.forward(&xs)), &["xs", &format!("{dims:?}"), "4"]);
+        }
+    }
+    assert_eq!(norm.forward(&zeros(&[0, 4]))?.dims(), [0, 4]);
+    assert!(message(RmsNorm::new(0, 1e-5, true, fresh())?.forward(&zeros(&[3, 0]))).contains("at least 1"));
+    Ok(())
+}
+
+#[test]
+fn a_gated_mlp_takes_rows_of_its_own_size() -> Result<()> {
+    let config = GatedMlpConfig {
+        hidden_size: 4,
+        intermediate_size: 6,
+        kind: GluKind::Swish,
+        initializer_range: 0.02,
+    };
+    let mlp = GatedMlp::new(&config, fresh())?;
+    for dims in [&[2, 2][..], &[4, 1], &[3, 8], &[]] {
+        assert!(mlp.forward(&zeros(dims)).is_err(), "{dims:?}");
+    }
+    for (hidden_size, intermediate_size) in [(0, 6), (4, 0), (usize::MAX, 6), (4, usize::MAX)] {
+        let config = GatedMlpConfig { hidden_size, intermediate_size, ..config.clone() };
+        assert_says(&message(GatedMlp::new(&config, fresh())), &["_size is", "from 1 to"]);
+    }
+    assert!(GatedMlpConfig::intermediate_size(usize::MAX, 1e300) > 1 << 60);
+    Ok(())
+}
+
+#[test]
+fn feature_maps_take_what_they_can_map() -> Result<()> {
+    use FeatureMapKind::*;
+    for kind in [ElementwiseProduct, Hedgehog, T2r, Dpfp, Elu, Relu, Identity] {
+        let map = FeatureMap::new(kind, 4, 0.02, fresh())?;
+        for dims in [&[2, 0][..], &[2, 8], &[]] {
+            let ys = map.forward(&zeros(dims));
+            // The others take rows of any size.
+            if matches!(kind, ElementwiseProduct | Hedgehog | T2r) {
+                assert!(ys.is_err(), "{kind:?} of {dims:?}");
+            }
+        }
+        assert!(map.forward(&zeros(&[2, 4]))?.elem_count() >= 8);
+    }
+    let dpfp = FeatureMap::new(Dpfp, 4, 0.02, fresh())?;
+    assert_says(&message(dpfp.forward(&zeros(&[2, 0]))), &["dpfp", "[2, 0]", "at least 1"]);
+    Ok(())
+}
+
+#[test]
+fn a_rotation_needs_positions_and_frequencies() -> Result<()> {
+    for base in [0., -1., f64::NAN, f64::INFINITY] {
+        assert_says(&message(RotaryEmbedding::new(4, base)), &["base", "finite and above 0"]);
+    }
+    let rotary = RotaryEmbedding::new(4, 10000.)?;
+    assert_says(
+        &message(rotary.forward(&zeros(&[1, 2, 1, 4]), usize::MAX)),
+        &["offset", "18446744073709551615"],
+    );
+    assert_says(&message(rotary.forward(&zeros(&[1, 2, 1, 6]), 0)), &["6 channels", "4"]);
+    assert!(rotary.forward(&zeros(&[1, 2, 4]), 0).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_short_convolution_takes_its_own_channels_and_past() -> Result<()> {
+    let conv = ShortConvolution::new(4, 3, true, 0.02, fresh())?;
+    assert_says(&message(conv.forward(&zeros(&[1, 2, 8]), None)), &["8 channels", "4"]);
+    assert!(conv.forward(&zeros(&[2, 4]), None).is_err());
+    for past in [&[1, 3, 4][..], &[2, 2, 4], &[1, 2, 2], &[2, 4]] {
+        assert!(conv.forward(&zeros(&[1, 2, 4]), Some(&zeros(past))).is_err(), "{past:?}");
+    }
+    let (ys, past) = conv.forward(&zeros(&[1, 0, 4]), None)?;
+    assert_eq!((ys.dims(), past.dims()), (&[1, 0, 4][..], &[1, 2, 4][..]));
+    for (channels, width) in [(4, 0), (4, 1025), (0, 4)] {
+        let made = ShortConvolution::new(channels, width, false, 0.02, fresh());
+        assert!(made.and_then(|conv| conv.forward(&zeros(&[1, 2, 4]), None)).is_err(), "{channels} {width}");
+    }
+    Ok(())
+}
+
+/// A cache of a layer of the same sizes has states of the right shapes.
+#[test]
+fn a_cache_of_a_layer_without_convolutions_is_refused_by_one_with() -> Result<()> {
+    let plain = GatedLinearAttentionConfig { hidden_size: 8, num_heads: 2, ..Default::default() };
+    let with_conv = GatedLinearAttentionConfig { use_short_conv: true, ..plain.clone() };
+    let [plain, with_conv] = [plain, with_conv].map(|config| GatedLinearAttention::new(&config, fresh()));
+    let (plain, with_conv) = (plain?, with_conv?);
+    let xs = pseudo_random(&[1, 3, 8], 1)?;
+    for (first, second, held) in [(&plain, &with_conv, "0 short"), (&with_conv, &plain, "3 short")] {
+        let mut cache = LayerCache::new();
+        first.forward(&xs, Some(&mut cache))?;
+        assert_says(&message(second.forward(&xs, Some(&mut cache))), &["cache", held]);
+        first.forward(&xs, Some(&mut cache))?;
+        assert_eq!(cache.tokens(), 6);
+    }
+    Ok(())
+}
