@@ -242,7 +242,13 @@ fn every_model_type_learns_and_is_read_by_generate_and_logits() {
         assert!(loss(39) < 0.7 * loss(0), "{model_type}: {} to {}", loss(0), loss(39));
         let bits = |row: usize| rows[row][6].parse::<f64>().unwrap();
         assert!(bits(39) < bits(19), "{model_type}: {} to {}", bits(19), bits(39));
-        assert!(std::fs::read(out.join("loss.png")).unwrap().starts_with(b"\x89PNG"));
+        let picture = std::fs::read_to_string(out.join("loss.svg")).unwrap();
+        for part in ["<svg ", "train loss, nats per token", "validation, bits per byte", "</svg>"] {
+            assert!(picture.contains(part), "{part}: {picture}");
+        }
+        // Losses, raw and smoothed, and bits per byte.
+        let curves = picture.matches("<polyline ").count();
+        assert!(curves >= 3, "{curves} lines in {picture}");
 
         let mut evaluate = example("train");
         evaluate.arg("--eval-only").arg(&out).args(["--valid", valid, "--seq-len", "32"]);
