@@ -242,7 +242,13 @@ fn every_model_type_learns_and_is_read_by_generate_and_logits() {
         assert!(loss(39) < 0.7 * loss(0), "{model_type}: {} to {}", loss(0), loss(39));
         let bits = |row: usize| rows[row][6].parse::<f64>().unwrap();
         assert!(bits(39) < bits(19), "{model_type}: {} to {}", bits(19), bits(39));
-        assert!(std::fs::read(out.join("loss.png")).unwrap().starts_with(b"\x89PNG"));
+        let picture = std::fs::read_to_string(out.join("loss.svg")).unwrap();
+        for part in ["<svg ", "train loss, nats per token", "validation, bits per byte", "</svg>"] {
+            assert!(picture.contains(part), "{part}: {picture}");
+        }
+        // Losses, raw and smoothed, and bits per byte.
+        let curves = picture.matches("<polyline ").count();
+        assert!(curves >= 3, "{curves} lines in {picture}");
 
         let mut evaluate = example("train");
         evaluate.arg("--eval-only").arg(&out).args(["--valid", valid, "--seq-len", "32"]);
@@ -304,6 +310,29 @@ fn a_broken_training_state_is_named() {
     }
 }
 
+/// The least that there is anything to predict in.
+#[test]
+fn texts_shorter_than_a_window_can_be_validated_on() {
+    let folder = tempfile::tempdir().unwrap();
+    for (i, text) in
+        ["a", "<|endoftext|>a", "a\n<|endoftext|>\nb", "Once upon a time"].into_iter().enumerate()
+    {
+        let valid = folder.path().join("valid.txt");
+        std::fs::write(&valid, text).unwrap();
+        let arguments = ["--valid", valid.to_str().unwrap(), "--steps", "1"];
+        let (mut command, out) = train_tiny(folder.path(), &format!("run{i}"), &arguments);
+        succeed(&mut command);
+        let bits: f64 = log_rows(&out)[0][6].parse().unwrap();
+        assert!(bits.is_finite() && bits > 0.0, "{text:?}: {bits}");
+    }
+    for nothing in ["", "\n", "<|endoftext|>\n<|endoftext|>\n"] {
+        let valid = folder.path().join("empty.txt");
+        std::fs::write(&valid, nothing).unwrap();
+        let message = fail(&mut train_tiny(folder.path(), "none", &["--valid", valid.to_str().unwrap()]).0);
+        assert!(message.contains("empty.txt has no text in it"), "{nothing:?}: {message}");
+    }
+}
+
 #[test]
 fn bad_arguments_of_train_are_named() {
     let folder = tempfile::tempdir().unwrap();
@@ -320,6 +349,24 @@ fn bad_arguments_of_train_are_named() {
         (&["--valid", "nowhere.txt"], "cannot read nowhere.txt"),
         (&["--tokenizer", "nowhere.json"], "no tokenizer at nowhere.json"),
         (&["--config", "nowhere.json"], "--config"),
+        (&["--lr", "nan"], "--lr is NaN, must be a positive number"),
+        (&["--lr", "inf"], "--lr is inf, must be a positive number"),
+        (&["--min-lr", "0.5"], "--min-lr is 0.5, must be at most --lr, 0.01"),
+        (&["--weight-decay", "nan"], "--weight-decay is NaN"),
+        (&["--clip", "0"], "--clip is 0, must be a positive number"),
+        (&["--batch-size", "0"], "--batch-size is 0, must be at least 1"),
+        (&["--seq-len", "0"], "--seq-len is 0, must be at least 1"),
+        (&["--grad-accum", "0"], "--grad-accum is 0, must be at least 1"),
+        (&["--steps", "18446744073709551615"], "more tokens than can be counted"),
+        (&["--batch-size", "100000000000"], "not enough memory for the logits of --batch-size 100000000000"),
+        (&["--vocab-size", "18446744073709551615"], "and at most 1048576"),
+        (&["--hidden-size", "67108864", "--set", "vocab_size=67108864"], "not enough memory to train"),
+        (&["--layers", "0"], "num_hidden_layers"),
+        (&["--max-minutes", "inf"], "--max-minutes is inf, must be more than 0 and at most"),
+        (&["--max-minutes", "nan"], "--max-minutes is NaN"),
+        (&["--end-token", ""], "--end-token is empty"),
+        (&["--set", "vocab_size=\"many\""], "vocab_size"),
+        (&["--set", "vocab_size=1e300"], "vocab_size"),
     ] {
         let (mut command, _) = train_tiny(folder.path(), "run", arguments);
         let message = fail(&mut command);

@@ -14,11 +14,10 @@ use tempfile::NamedTempFile;
 
 const PARTIAL: &str = ".partial-";
 
-/// A temporary file that [`write_atomically`] and others rename when it is whole.
-pub fn partial_file(folder: &Path, suffix: &str) -> Result<NamedTempFile> {
+/// A temporary file, to be renamed when it is whole.
+fn partial_file(folder: &Path) -> Result<NamedTempFile> {
     tempfile::Builder::new()
         .prefix(PARTIAL)
-        .suffix(suffix)
         .tempfile_in(folder)
         .with_context(|| format!("cannot create a file in {}", folder.display()))
 }
@@ -45,7 +44,7 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
 /// The same with the contents in pieces.
 pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let folder = path.parent().context("a file needs a folder")?;
-    let mut file = partial_file(folder, "")?;
+    let mut file = partial_file(folder)?;
     write(file.as_file_mut()).with_context(|| format!("cannot write {}", path.display()))?;
     make_readable(file.as_file())?;
     file.persist(path).with_context(|| format!("cannot write {}", path.display()))?;

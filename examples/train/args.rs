@@ -10,6 +10,11 @@ use clap::Parser;
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
+/// The trainer of the tokenizer makes room for all of it at once.
+const MOST_VOCABULARY: usize = 1 << 20;
+/// A thousand years: clocks go no further than they have to.
+const MOST_MINUTES: f64 = 5e8;
+
 /// Trains a linear-attention language model on text and writes it in Hugging Face form.
 ///
 /// Texts in a data file are separated by a line `<|endoftext|>`. Killed at any moment and started again with the same
@@ -127,6 +132,14 @@ impl Args {
         ] {
             ensure!(value > 0, "--{name} is 0, must be at least 1");
         }
+        let tokens = [self.steps, self.batch_size, self.grad_accum, self.seq_len];
+        ensure!(
+            tokens
+                .into_iter()
+                .try_fold(1u64, |all, part| all.checked_mul(part as u64))
+                .is_some_and(|all| all < 1 << 62),
+            "--steps times --batch-size times --grad-accum times --seq-len are more tokens than can be counted"
+        );
         for (name, value) in [("lr", self.lr), ("clip", self.clip)] {
             ensure!(value.is_finite() && value > 0.0, "--{name} is {value}, must be a positive number");
         }
@@ -136,14 +149,20 @@ impl Args {
         for (name, value) in [("min-lr", self.min_lr()), ("weight-decay", self.weight_decay)] {
             ensure!(value.is_finite() && value >= 0.0, "--{name} is {value}, must be 0 or a positive number");
         }
+        let (min_lr, lr) = (self.min_lr(), self.lr);
+        ensure!(min_lr <= lr, "--min-lr is {min_lr}, must be at most --lr, {lr}");
         ensure!(
-            self.vocab_size > 256,
-            "--vocab-size is {}, must be at least 257: a token for each byte and {}",
+            (257..=MOST_VOCABULARY).contains(&self.vocab_size),
+            "--vocab-size is {}, must be at least 257, a token for each byte and {}, and at most {MOST_VOCABULARY}",
             self.vocab_size,
             self.end_token
         );
+        ensure!(!self.end_token.is_empty(), "--end-token is empty, must have at least one character");
         if let Some(minutes) = self.max_minutes {
-            ensure!(minutes > 0.0, "--max-minutes is {minutes}, must be more than 0");
+            ensure!(
+                minutes > 0.0 && minutes <= MOST_MINUTES,
+                "--max-minutes is {minutes}, must be more than 0 and at most {MOST_MINUTES}"
+            );
         }
         Ok(())
     }
@@ -162,8 +181,11 @@ impl Args {
             let (name, value) = parse_field(assignment)?;
             fields.insert(name, value);
         }
-        let wanted = fields.get("vocab_size").and_then(Value::as_u64).unwrap_or(0);
-        fields.insert("vocab_size".into(), json!(vocab_size.max(wanted as usize)));
+        // What is not a number of tokens is left for `Config` to refuse.
+        let wanted = fields.get("vocab_size").map_or(Some(0), Value::as_u64);
+        if let Some(wanted) = wanted {
+            fields.insert("vocab_size".into(), json!(wanted.max(vocab_size as u64)));
+        }
         fields.insert("bos_token_id".into(), json!(end_token));
         fields.insert("eos_token_id".into(), json!(end_token));
         Ok(Config::from_json_str(&Value::Object(fields).to_string())?)

@@ -17,7 +17,6 @@ mod log;
 mod loss;
 mod optimizer;
 mod params;
-mod pixel_font;
 mod progress;
 mod trainer;
 mod workers;

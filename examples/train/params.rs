@@ -43,7 +43,17 @@ impl Parameters {
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
     }
 
+    /// A parameter that there is no memory for would end the process. It comes with two moments and a gradient.
+    fn check_memory(&self, shape: &Shape, name: &str) -> Result<()> {
+        let numbers = shape.dims().iter().try_fold(4usize, |product, &size| product.checked_mul(size));
+        if numbers.is_none_or(|numbers| Vec::<f32>::new().try_reserve_exact(numbers).is_err()) {
+            bail!("parameter {name}: there is not enough memory to train {:?} numbers", shape.dims());
+        }
+        Ok(())
+    }
+
     fn make(&self, shape: Shape, name: &str, init: Init, device: &Device) -> Result<Var> {
+        self.check_memory(&shape, name)?;
         let seed = self.seed ^ crate::data::fingerprint(name.as_bytes());
         let values = initial_values(&shape, init, &mut StdRng::seed_from_u64(seed));
         Var::from_tensor(&Tensor::from_vec(values, shape, device)?)

@@ -13,7 +13,7 @@ use crate::{
     progress::Progress,
     workers::Workers,
 };
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Config, Model};
 use candle_nn::VarBuilder;
@@ -113,6 +113,8 @@ impl<'a> Run<'a> {
         let device = runtime::device(args.cpu)?;
         let config = args.model_config(corpus.tokenizer.get_vocab_size(true), corpus.end_token)?;
         let recipe = args.recipe(&config, corpus.tokenizer_id, corpus.data_id)?;
+        let batches = Batches::new(&corpus.train, args.seq_len, args.seed)?;
+        check_memory(args, &config)?;
         let parameters = Parameters::new(args.seed);
         let mut model = Model::new(&config, parameters.var_builder(&device))?;
         model.set_mode(args.mode.into());
@@ -151,7 +153,7 @@ impl<'a> Run<'a> {
             model,
             optimizer,
             schedule,
-            batches: Batches::new(&corpus.train, args.seq_len, args.seed)?,
+            batches,
             log: Log::open(folder, steps_taken)?,
             progress: Progress::new(args.steps, steps_taken),
             steps_taken,
@@ -255,6 +257,21 @@ impl<'a> Run<'a> {
         }
         Ok(bits)
     }
+}
+
+/// The logits of a batch and their gradient are the largest there is in a step; without the memory for them the process
+/// would end in the first.
+fn check_memory(args: &Args, config: &Config) -> Result<()> {
+    let sizes = [args.batch_size, args.seq_len, config.vocab_size()];
+    let numbers = sizes.into_iter().try_fold(2usize, |product, size| product.checked_mul(size));
+    ensure!(
+        numbers.is_some_and(|numbers| Vec::<f32>::new().try_reserve_exact(numbers).is_ok()),
+        "there is not enough memory for the logits of --batch-size {} times --seq-len {}, {} for each token",
+        args.batch_size,
+        args.seq_len,
+        config.vocab_size()
+    );
+    Ok(())
 }
 
 fn add(sum: (Tensor, Vec<Tensor>), part: (Tensor, Vec<Tensor>)) -> Result<(Tensor, Vec<Tensor>)> {

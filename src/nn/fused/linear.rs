@@ -1,7 +1,9 @@
 //! The matrix product of a projection.
 
+use super::product::{Matrix, product};
+use super::{Held, fits, values};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 /// `xs W^T` in one operation, whatever the shapes: `xs` of shape `[.., inputs]`, `weight` `[outputs, inputs]`, the result
 /// of shape `dims`, which has to have the right number of elements. Any dtype that the device has a matrix product for.
@@ -55,7 +57,13 @@ impl CustomOp2 for Linear {
         w: &CpuStorage,
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.forward(x, xl, w, wl)
+        let (CpuStorage::F32(_), CpuStorage::F32(_)) = (x, w) else {
+            return self.forward(x, xl, w, wl);
+        };
+        let ((outputs, inputs), rows) = (wl.shape().dims2()?, self.rows(xl.shape(), wl.shape())?);
+        let xs = Matrix::new(values(x, xl)?, rows, inputs)?;
+        let weight = Matrix::new(values(w, wl)?, outputs, inputs)?;
+        Ok((CpuStorage::F32(product(xs, weight.transposed())), self.dims.clone()))
     }
 
     fn cuda_fwd(
@@ -78,6 +86,17 @@ impl CustomOp2 for Linear {
         let (outputs, inputs) = weight.dims2()?;
         let rows = self.rows(xs.shape(), weight.shape())?;
         let dy = dy.contiguous()?.reshape((rows, outputs))?;
+        if fits(&[xs, weight, &dy]) {
+            let held = [&Held::new(xs), &Held::new(weight), &Held::new(&dy)];
+            let [x, w, d] = [held[0].values()?, held[1].values()?, held[2].values()?];
+            let (x, w) = (Matrix::new(x, rows, inputs)?, Matrix::new(w, outputs, inputs)?);
+            let d = Matrix::new(d, rows, outputs)?;
+            let gradient = |of: &Tensor, a: Matrix, b: Matrix| match of.track_op() {
+                true => Tensor::from_vec(product(a, b), of.shape(), &Device::Cpu).map(Some),
+                false => Ok(None),
+            };
+            return Ok((gradient(xs, d, w)?, gradient(weight, d.transposed(), x)?));
+        }
         let dx = match xs.track_op() {
             true => Some(dy.matmul(&weight.detach())?.reshape(xs.shape())?),
             false => None,

@@ -8,6 +8,7 @@
 
 mod linear;
 mod log_sigmoid;
+mod product;
 mod rms_norm;
 mod swiglu;
 
