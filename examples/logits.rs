@@ -12,7 +12,7 @@ use candle_linear_attn::models::Model;
 use clap::Parser;
 use common::{
     files::write_safetensors,
-    runtime::{DTypeArg, ModeArg, device, open_model},
+    runtime::{DTypeArg, ModeArg, device, keep_operations_on_their_thread, open_model},
 };
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
@@ -43,6 +43,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
+    keep_operations_on_their_thread();
     common::exit_code(run(&Args::parse()))
 }
 

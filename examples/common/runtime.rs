@@ -44,6 +44,17 @@ impl From<DTypeArg> for DType {
     }
 }
 
+/// Keeps candle from splitting element-wise operations over threads of its own: they are too short to gain by it, and
+/// where something else runs on the other cores each waits for the slowest. Must come before anything else: candle looks
+/// once, and no other thread may be running.
+pub fn keep_operations_on_their_thread() {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    if std::env::var_os(THREADS).is_none() {
+        // SAFETY: called at the start of main, where this is the only thread.
+        unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
+
 /// The first CUDA device if this build has CUDA and the machine a device, else the CPU.
 pub fn device(force_cpu: bool) -> Result<Device> {
     if force_cpu {

@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use args::Args;
 use clap::Parser;
 use common::{
-    runtime::{DTypeArg, device, open_model},
+    runtime::{DTypeArg, device, keep_operations_on_their_thread, open_model},
     text::load_tokenizer,
 };
 use data::{Texts, TokenStream};
@@ -33,7 +33,7 @@ use std::{path::Path, process::ExitCode};
 use workers::Workers;
 
 fn main() -> ExitCode {
-    workers::keep_operations_on_their_thread();
+    keep_operations_on_their_thread();
     common::exit_code(run(&Args::parse()))
 }
 

@@ -34,13 +34,3 @@ impl Workers {
         self.pools[..shares].par_iter().enumerate().map(|(i, pool)| pool.install(|| work(i))).collect()
     }
 }
-
-/// Keeps candle from splitting element-wise operations over threads of its own, which workers would wait for in turn. Must
-/// come before anything else: candle looks once, and no other thread may be running.
-pub fn keep_operations_on_their_thread() {
-    const THREADS: &str = "CANDLE_NUM_THREADS";
-    if std::env::var_os(THREADS).is_none() {
-        // SAFETY: called at the start of main, where this is the only thread.
-        unsafe { std::env::set_var(THREADS, "1") };
-    }
-}
