@@ -40,12 +40,18 @@ struct Warp {
   Site site;
   uint32_t words[2][WARP];
   alignas(16) uint32_t rows[2][WARP][4];
+  // Register by register, which makes a[i] and b[i] rows of 8 bf16 (of A, and of B's transpose) and c[i] rows of 8 floats.
   // A lane reads only its own part of c, and writes it again only after that.
-  alignas(32) float a[16][16], b[16][8], c[16][8];
+  alignas(32) uint32_t a[4][WARP], b[2][WARP];
+  alignas(32) float c[2][WARP][2];
 };
 
-bool same(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
-bool same(const Site &a, const Site &b) { return a.line == b.line && same(a.what, b.what) && same(a.file, b.file); }
+// The same text may be at two addresses, in code from two files.
+bool same_text(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
+inline bool same(const Site &a, const Site &b) {
+  if (a.line == b.line && a.what == b.what && a.file == b.file) return true;
+  return a.line == b.line && same_text(a.what, b.what) && same_text(a.file, b.file);
+}
 
 uint32_t order_from_environment() {
   const char *order = getenv("CLA_HOST_ORDER");
@@ -317,22 +323,46 @@ __thread Runner *runner;
 
 void thread_main() { runner->enter(); }
 
-// Two vectors of a width that every x86-64 and AArch64 has.
-typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef uint32_t EightWords __attribute__((vector_size(32)));
 
-void multiply(Warp &warp) {
-  for (int i = 0; i < 16; i++) {
-    Four low = {}, high = {};
-    for (int k = 0; k < 16; k++) {
-      const Four *b = (const Four *)warp.b[k];
-      low += warp.a[i][k] * b[0];
-      high += warp.a[i][k] * b[1];
+// c += a b, by outer products.
+inline __attribute__((always_inline)) void multiply_lanes(Warp &warp) {
+  Eight b[16];
+  for (int half = 0; half < 2; half++) {
+    for (int pair = 0; pair < 4; pair++) {
+      EightWords words;
+      for (int n = 0; n < 8; n++) words[n] = warp.b[half][4 * n + pair];
+      b[8 * half + 2 * pair] = (Eight)(words << 16);
+      b[8 * half + 2 * pair + 1] = (Eight)(words & 0xffff0000u);
     }
-    Four *c = (Four *)warp.c[i];
-    c[0] += low;
-    c[1] += high;
+  }
+  for (int upper_or_lower = 0; upper_or_lower < 2; upper_or_lower++) {
+    for (int row = 0; row < 8; row++) {
+      Eight sum = {};
+      for (int half = 0; half < 2; half++) {
+        const uint32_t *a = &warp.a[2 * half + upper_or_lower][4 * row];
+        for (int pair = 0; pair < 4; pair++) {
+          sum += low_bf16(a[pair]) * b[8 * half + 2 * pair];
+          sum += high_bf16(a[pair]) * b[8 * half + 2 * pair + 1];
+        }
+      }
+      *(Eight *)warp.c[upper_or_lower][4 * row] += sum;
+    }
   }
 }
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void multiply_avx2(Warp &warp) { multiply_lanes(warp); }
+
+void multiply(Warp &warp) {
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx2) return multiply_avx2(warp);
+  multiply_lanes(warp);
+}
+#else
+void multiply(Warp &warp) { multiply_lanes(warp); }
+#endif
 
 }  // namespace
 
@@ -405,20 +435,16 @@ void copies_commit() { runner->thread().groups++; }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char *file, int line) {
   Warp &warp = runner->warp();
-  const unsigned l = lane(), row = l / 4, pair = l % 4 * 2;
-  for (unsigned i = 0; i < 4; i++) {
-    float *to = &warp.a[row + 8 * (i % 2)][pair + 8 * (i / 2)];
-    to[0] = low_bf16(a[i]);
-    to[1] = high_bf16(a[i]);
-  }
-  warp.b[pair][row] = low_bf16(b0);
-  warp.b[pair + 1][row] = high_bf16(b0);
-  warp.b[pair + 8][row] = low_bf16(b1);
-  warp.b[pair + 9][row] = high_bf16(b1);
-  float *upper = &warp.c[row][pair], *lower = &warp.c[row + 8][pair];
-  upper[0] = c[0], upper[1] = c[1], lower[0] = c[2], lower[1] = c[3];
+  const unsigned l = lane();
+  for (int i = 0; i < 4; i++) warp.a[i][l] = a[i];
+  warp.b[0][l] = b0;
+  warp.b[1][l] = b1;
+  float *upper = warp.c[0][l], *lower = warp.c[1][l];
+  memcpy(upper, c, 8);
+  memcpy(lower, c + 2, 8);
   if (runner->meet(warp, {"mma", file, line})) multiply(warp);
-  c[0] = upper[0], c[1] = upper[1], c[2] = lower[0], c[3] = lower[1];
+  memcpy(c, upper, 8);
+  memcpy(c + 2, lower, 8);
 }
 
 }  // namespace cla

@@ -380,9 +380,10 @@ static void many_products(int count, float *out) {
   out[t] = c[0];
 }
 
+// Of this thread: what else the machine does is not counted.
 static double seconds() {
   timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
