@@ -33,6 +33,7 @@ struct Thread : Fiber {
 };
 
 struct Warp {
+  unsigned first;  // thread
   uint32_t lanes, ready, waiting, returned;
   // Warps take part in one collective after the other. A lane can be one ahead of another that has yet to fetch its
   // results, never two: hence two sets of what lanes hand to each other.
@@ -135,7 +136,7 @@ class Runner {
     first = false;
     kernel(arguments);
     const unsigned index = here.thread;
-    warps[index / WARP].returned |= 1u << index % WARP;
+    current->returned |= 1u << index % WARP;
     returned++;
     if (returned < thread_count) {
       go_on(threads[index], true);
@@ -153,8 +154,8 @@ class Runner {
     }
     if (++arrived < thread_count) return go_on(threads[index], false);
     arrived = 0;
-    for (unsigned w = 0; w * WARP < thread_count; w++) make_ready(w, warps[w].lanes);
-    take(index);
+    for (unsigned w = 0; w * WARP < thread_count; w++) make_ready(warps[w], warps[w].lanes);
+    take(*current, index % WARP);
   }
 
   // Waits until all lanes of the warp have come here. The last of them returns first, and gets true.
@@ -172,12 +173,12 @@ class Runner {
     }
     warp.waiting = 0;
     warp.collectives++;
-    make_ready(index / WARP, ALL_LANES);
-    take(index);
+    make_ready(warp, ALL_LANES);
+    take(warp, index % WARP);
     return true;
   }
 
-  Warp &warp() { return warps[here.thread / WARP]; }
+  Warp &warp() { return *current; }
   Thread &thread() { return threads[here.thread]; }
 
   void check_shared(const void *p, const Site &site) const {
@@ -214,9 +215,10 @@ class Runner {
     arrived = returned = runnable = 0;
     for (unsigned w = 0; w * WARP < thread_count; w++) {
       const unsigned lanes = thread_count - w * WARP;
+      warps[w].first = w * WARP;
       warps[w].lanes = lanes < WARP ? (1u << lanes) - 1 : ALL_LANES;
       warps[w].ready = warps[w].waiting = warps[w].returned = warps[w].collectives = 0;
-      make_ready(w, warps[w].lanes);
+      make_ready(warps[w], warps[w].lanes);
     }
     unsigned char *shared = here.shared;
     memset(shared - MARGIN, MARK, MARGIN);
@@ -225,7 +227,7 @@ class Runner {
     forbid(shared - MARGIN, MARGIN);
     forbid(shared + shared_bytes, MARGIN);
     first = true;
-    current = order.pick(runnable);
+    current = &warps[order.pick(runnable)];
     here.thread = next();
     main.switch_to(threads[here.thread]);
     // Some of it may be forbidden by a copy that nobody waited for: a GPU lets that one be.
@@ -247,23 +249,24 @@ class Runner {
     abort();
   }
 
-  void make_ready(unsigned w, uint32_t lanes) {
-    warps[w].ready |= lanes;
-    runnable |= 1u << w;
+  void make_ready(Warp &warp, uint32_t lanes) {
+    warp.ready |= lanes;
+    runnable |= 1u << warp.first / WARP;
   }
-  void take(unsigned index) {
-    Warp &warp = warps[index / WARP];
-    warp.ready &= ~(1u << index % WARP);
-    if (warp.ready == 0) runnable &= ~(1u << index / WARP);
+  void take(Warp &warp, unsigned lane) {
+    warp.ready &= ~(1u << lane);
+    if (warp.ready == 0) runnable &= ~(1u << warp.first / WARP);
   }
 
   // In a regular order a warp runs until it meets a barrier; in a random one any warp may be next.
   unsigned next() {
-    if (runnable == 0) stuck();
-    if (order.random() || warps[current].ready == 0) current = order.pick(runnable);
-    const unsigned index = current * WARP + order.pick(warps[current].ready);
-    take(index);
-    return index;
+    if (order.random() || current->ready == 0) {
+      if (runnable == 0) stuck();
+      current = &warps[order.pick(runnable)];
+    }
+    const unsigned lane = order.pick(current->ready);
+    take(*current, lane);
+    return current->first + lane;
   }
   void go_on(Thread &from, bool done) {
     const unsigned index = next();
@@ -311,7 +314,8 @@ class Runner {
   Order order;
   unsigned char *region;  // shared memory, a margin on both sides
   size_t shared_bytes = 0;
-  unsigned thread_count = 0, arrived = 0, returned = 0, current = 0;
+  unsigned thread_count = 0, arrived = 0, returned = 0;
+  Warp *current = nullptr;  // of the thread that runs now
   uint32_t runnable = 0;  // warps that have lanes that are ready
   Site barrier_site = {};
   void (*kernel)(const void *) = nullptr;
