@@ -156,7 +156,7 @@ class Fiber {
   unsigned char *base = nullptr;
   const void *bottom = nullptr;
   size_t size = 0;
-  void *fake_stack = nullptr;
+  [[maybe_unused]] void *fake_stack = nullptr;
 };
 
 }  // namespace cla::host

@@ -1,51 +1,12 @@
-// Runs kernels on the host: blocks one after the other, threads as fibers, warps and barriers as sets of lanes.
-#include <stdio.h>
-#include <stdlib.h>
-
-#include <memory>
-#include <numeric>
-#include <vector>
-
-#include "fiber.h"
-#include "platform.h"
+// What kernels call: what lanes hand to each other, what is computed for a warp, and launches.
+#include "runner.h"
 
 namespace cla::host {
 
 __thread Here here;
+__thread Runner *runner;
 
 namespace {
-
-constexpr int32_t INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_CONFIGURATION = 9;  // of cudaError_t
-constexpr int64_t MOST_SHARED = 227 * 1024;                                         // of an H100 or H200
-constexpr unsigned MOST_THREADS = 1024, WARP = 32;
-constexpr uint32_t ALL_LANES = 0xffffffffu;
-
-struct Copy {
-  int64_t group;
-  unsigned char *to;
-  unsigned char bytes[16];
-};
-
-struct Thread : Fiber {
-  std::vector<Copy> copies;  // in the order in which they were asked for
-  size_t landed = 0;         // as many of them have
-  int64_t groups = 0;        // committed
-};
-
-struct Warp {
-  uint32_t lanes, ready, waiting, returned;
-  // Warps take part in one collective after the other. A lane can be one ahead of another that has yet to fetch its
-  // results, never two: hence two sets of what lanes hand to each other.
-  unsigned collectives;
-  Site site;
-  uint32_t words[2][WARP];
-  alignas(16) uint32_t rows[2][WARP][4];
-  // A lane reads only its own part of c, and writes it again only after that.
-  alignas(32) float a[16][16], b[16][8], c[16][8];
-};
-
-bool same(const char *a, const char *b) { return a == b || strcmp(a, b) == 0; }
-bool same(const Site &a, const Site &b) { return a.line == b.line && same(a.what, b.what) && same(a.file, b.file); }
 
 uint32_t order_from_environment() {
   const char *order = getenv("CLA_HOST_ORDER");
@@ -53,286 +14,47 @@ uint32_t order_from_environment() {
 }
 thread_local uint32_t chosen_order = order_from_environment();
 
-class Order {
- public:
-  void begin(uint32_t seed) {
-    kind = seed;
-    state = seed * 0x9e3779b97f4a7c15u + 1;
-  }
-  bool random() const { return kind >= 2; }
-  unsigned pick(uint32_t set) {
-    if (kind == 0) return __builtin_ctz(set);
-    if (kind == 1) return 31 - __builtin_clz(set);
-    const unsigned from = next() & 31;
-    const uint32_t turned = set >> from | set << (-from & 31);
-    return (__builtin_ctz(turned) + from) & 31;
-  }
-  // Calls `f` with each number below `count`.
-  template <class F> void each(int64_t count, F f) {
-    int64_t at = 0, step = 1;
-    if (kind == 1) at = count - 1, step = count - 1;
-    if (random()) {
-      at = (int64_t)(next() % (uint64_t)count);
-      step = 1 + (int64_t)(next() % (uint64_t)count);
-      while (std::gcd(step, count) != 1) step++;
-    }
-    for (int64_t i = 0; i < count; i++, at = (at + step) % count) f(at);
-  }
+typedef float Eight __attribute__((vector_size(32), may_alias));
+typedef uint32_t EightWords __attribute__((vector_size(32)));
 
- private:
-  uint64_t next() {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return state >> 16;
-  }
-  uint32_t kind = 0;
-  uint64_t state = 1;
-};
-
-void thread_main();
-
-// What one OS thread needs to run kernels; kept from one launch to the next.
-class Runner {
- public:
-  Runner() : threads(new Thread[MOST_THREADS]) {
-    region = (unsigned char *)aligned_alloc(1024, MARGIN + MOST_SHARED + MARGIN);
-  }
-  ~Runner() {
-    allow(region, MARGIN + MOST_SHARED + MARGIN);
-    free(region);
-  }
-
-  int32_t run(Dims grid, int count, int64_t bytes, void (*function)(const void *), const void *with) {
-    if (!region) return OUT_OF_MEMORY;
-    if (running) fatal({"launch", "a kernel", 0}, "a kernel cannot launch another");
-    running = true;
-    thread_count = (unsigned)count;
-    shared_bytes = (size_t)bytes;
-    kernel = function;
-    arguments = with;
-    order.begin(chosen_order);
-    bool room = true;
-    order.each(grid.x * grid.y, [&](int64_t block) {
-      if (!room) return;
-      here = {0, (unsigned)(block % grid.x), (unsigned)(block / grid.x), (unsigned)grid.x, (unsigned)grid.y,
-              region + MARGIN};
-      room = run_block();
-    });
-    here = {};
-    running = false;
-    return room ? 0 : OUT_OF_MEMORY;
-  }
-
-  void enter() {
-    Fiber::entered(first ? &main : nullptr);
-    first = false;
-    kernel(arguments);
-    const unsigned index = here.thread;
-    warps[index / WARP].returned |= 1u << index % WARP;
-    returned++;
-    if (returned < thread_count) {
-      go_on(threads[index], true);
-    } else {
-      threads[index].switch_to(main, true);
+// c += a b, by outer products.
+inline __attribute__((always_inline)) void multiply_lanes(Warp &warp) {
+  Eight b[16];
+  for (int half = 0; half < 2; half++) {
+    for (int pair = 0; pair < 4; pair++) {
+      EightWords words;
+      for (int n = 0; n < 8; n++) words[n] = warp.b[half][4 * n + pair];
+      b[8 * half + 2 * pair] = (Eight)(words << 16);
+      b[8 * half + 2 * pair + 1] = (Eight)(words & 0xffff0000u);
     }
   }
-
-  void barrier(const Site &site) {
-    const unsigned index = here.thread;
-    if (arrived == 0) {
-      barrier_site = site;
-    } else if (!same(barrier_site, site)) {
-      disagree(site, barrier_site, "threads of the block are at another");
-    }
-    if (++arrived < thread_count) return go_on(threads[index], false);
-    arrived = 0;
-    for (unsigned w = 0; w * WARP < thread_count; w++) make_ready(w, warps[w].lanes);
-    take(index);
-  }
-
-  // Waits until all lanes of the warp have come here. The last of them returns first, and gets true.
-  bool meet(Warp &warp, const Site &site) {
-    const unsigned index = here.thread;
-    if (warp.waiting == 0) {
-      warp.site = site;
-    } else if (!same(warp.site, site)) {
-      disagree(site, warp.site, "lanes of the warp are at another");
-    }
-    warp.waiting |= 1u << index % WARP;
-    if (warp.waiting != ALL_LANES) {
-      go_on(threads[index], false);
-      return false;
-    }
-    warp.waiting = 0;
-    warp.collectives++;
-    make_ready(index / WARP, ALL_LANES);
-    take(index);
-    return true;
-  }
-
-  Warp &warp() { return warps[here.thread / WARP]; }
-  Thread &thread() { return threads[here.thread]; }
-
-  void check_shared(const void *p, const Site &site) const {
-    check_alignment(p, site);
-    const size_t offset = (size_t)((const unsigned char *)p - here.shared);
-    if (offset >= shared_bytes || shared_bytes - offset < 16) {
-      fatal(site, "the address is outside of the block's shared memory");
-    }
-  }
-
-  void land(Thread &thread, int64_t groups_left) {
-    while (thread.landed < thread.copies.size()) {
-      const Copy &copy = thread.copies[thread.landed];
-      if (copy.group + groups_left >= thread.groups) return;
-      allow(copy.to, 16);
-      memcpy(copy.to, copy.bytes, 16);
-      thread.landed++;
-    }
-    thread.copies.clear();
-    thread.landed = 0;
-  }
-
- private:
-  static constexpr size_t MARGIN = 1024;
-  static constexpr unsigned char MARK = 0xc5;
-
-  bool run_block() {
-    for (unsigned i = 0; i < thread_count; i++) {
-      if (!threads[i].prepare(i, thread_main)) return false;
-      threads[i].copies.clear();
-      threads[i].landed = 0;
-      threads[i].groups = 0;
-    }
-    arrived = returned = runnable = 0;
-    for (unsigned w = 0; w * WARP < thread_count; w++) {
-      const unsigned lanes = thread_count - w * WARP;
-      warps[w].lanes = lanes < WARP ? (1u << lanes) - 1 : ALL_LANES;
-      warps[w].ready = warps[w].waiting = warps[w].returned = warps[w].collectives = 0;
-      make_ready(w, warps[w].lanes);
-    }
-    unsigned char *shared = here.shared;
-    memset(shared - MARGIN, MARK, MARGIN);
-    memset(shared, 0xff, shared_bytes);
-    memset(shared + shared_bytes, MARK, MARGIN);
-    forbid(shared - MARGIN, MARGIN);
-    forbid(shared + shared_bytes, MARGIN);
-    first = true;
-    current = order.pick(runnable);
-    here.thread = next();
-    main.switch_to(threads[here.thread]);
-    // Some of it may be forbidden by a copy that nobody waited for: a GPU lets that one be.
-    allow(shared - MARGIN, MARGIN + shared_bytes + MARGIN);
-    check_margins(shared);
-    return true;
-  }
-
-  void check_margins(const unsigned char *shared) const {
-    for (size_t i = 1; i <= MARGIN; i++) {
-      if (shared[-(ptrdiff_t)i] != MARK) report_margin(-(long)i);
-      if (shared[shared_bytes + i - 1] != MARK) report_margin((long)(shared_bytes + i - 1));
-    }
-  }
-  [[noreturn]] void report_margin(long offset) const {
-    fprintf(stderr,
-            "cuda/host: kernel bug in block (%u, %u): it wrote outside of its shared memory, at byte %ld of %zu\n",
-            here.block_x, here.block_y, offset, shared_bytes);
-    abort();
-  }
-
-  void make_ready(unsigned w, uint32_t lanes) {
-    warps[w].ready |= lanes;
-    runnable |= 1u << w;
-  }
-  void take(unsigned index) {
-    Warp &warp = warps[index / WARP];
-    warp.ready &= ~(1u << index % WARP);
-    if (warp.ready == 0) runnable &= ~(1u << index / WARP);
-  }
-
-  // In a regular order a warp runs until it meets a barrier; in a random one any warp may be next.
-  unsigned next() {
-    if (runnable == 0) stuck();
-    if (order.random() || warps[current].ready == 0) current = order.pick(runnable);
-    const unsigned index = current * WARP + order.pick(warps[current].ready);
-    take(index);
-    return index;
-  }
-  void go_on(Thread &from, bool done) {
-    const unsigned index = next();
-    here.thread = index;
-    from.switch_to(threads[index], done);
-  }
-
-  [[noreturn]] void disagree(const Site &site, const Site &other, const char *message) const {
-    fprintf(stderr, "cuda/host: kernel bug in block (%u, %u): thread %u is at %s (%s:%d), but %s: %s (%s:%d)\n",
-            here.block_x, here.block_y, here.thread, site.what, site.file, site.line, message, other.what, other.file,
-            other.line);
-    abort();
-  }
-
-  // Where a thread waits, or null if it has returned.
-  const Site *waits_at(unsigned index) const {
-    const Warp &warp = warps[index / WARP];
-    const uint32_t lane = 1u << index % WARP;
-    if (warp.returned & lane) return nullptr;
-    return warp.waiting & lane ? &warp.site : &barrier_site;
-  }
-  [[noreturn]] void stuck() const {
-    fprintf(stderr, "cuda/host: kernel bug in block (%u, %u): threads wait for others that will not come\n", here.block_x,
-            here.block_y);
-    for (unsigned from = 0, to; from < thread_count; from = to) {
-      const Site *site = waits_at(from);
-      for (to = from + 1; to < thread_count; to++) {
-        const Site *other = waits_at(to);
-        if (!site != !other || (site && !same(*site, *other))) break;
+  for (int upper_or_lower = 0; upper_or_lower < 2; upper_or_lower++) {
+    for (int row = 0; row < 8; row++) {
+      Eight sum = {};
+      for (int half = 0; half < 2; half++) {
+        const uint32_t *a = &warp.a[2 * half + upper_or_lower][4 * row];
+        for (int pair = 0; pair < 4; pair++) {
+          sum += low_bf16(a[pair]) * b[8 * half + 2 * pair];
+          sum += high_bf16(a[pair]) * b[8 * half + 2 * pair + 1];
+        }
       }
-      fprintf(stderr, "  threads %u..%u: ", from, to - 1);
-      if (site) {
-        fprintf(stderr, "at %s (%s:%d)\n", site->what, site->file, site->line);
-      } else {
-        fprintf(stderr, "returned\n");
-      }
+      *(Eight *)warp.c[upper_or_lower][4 * row] += sum;
     }
-    if (thread_count % WARP) fprintf(stderr, "  (the last warp has only %u lanes)\n", thread_count % WARP);
-    abort();
-  }
-
-  Fiber main;
-  std::unique_ptr<Thread[]> threads;
-  Warp warps[MOST_THREADS / WARP];
-  Order order;
-  unsigned char *region;  // shared memory, a margin on both sides
-  size_t shared_bytes = 0;
-  unsigned thread_count = 0, arrived = 0, returned = 0, current = 0;
-  uint32_t runnable = 0;  // warps that have lanes that are ready
-  Site barrier_site = {};
-  void (*kernel)(const void *) = nullptr;
-  const void *arguments = nullptr;
-  bool running = false, first = false;
-};
-
-__thread Runner *runner;
-
-void thread_main() { runner->enter(); }
-
-// Two vectors of a width that every x86-64 and AArch64 has.
-typedef float Four __attribute__((vector_size(16)));
-
-void multiply(Warp &warp) {
-  for (int i = 0; i < 16; i++) {
-    Four low = {}, high = {};
-    for (int k = 0; k < 16; k++) {
-      const Four *b = (const Four *)warp.b[k];
-      low += warp.a[i][k] * b[0];
-      high += warp.a[i][k] * b[1];
-    }
-    Four *c = (Four *)warp.c[i];
-    c[0] += low;
-    c[1] += high;
   }
 }
+
+#if defined(__x86_64__)
+// Without fused multiply-add, so that every x86-64 computes the same.
+__attribute__((target("avx2"))) void multiply_avx2(Warp &warp) { multiply_lanes(warp); }
+
+void multiply(Warp &warp) {
+  static const bool avx2 = __builtin_cpu_supports("avx2");
+  if (avx2) return multiply_avx2(warp);
+  multiply_lanes(warp);
+}
+#else
+void multiply(Warp &warp) { multiply_lanes(warp); }
+#endif
 
 }  // namespace
 
@@ -378,7 +100,7 @@ int32_t run(Dims grid, int threads, int64_t shared_bytes, void (*kernel)(const v
   if (shared_bytes < 0 || shared_bytes > MOST_SHARED) return INVALID_VALUE;
   if (!owned) owned = std::make_unique<Runner>();
   runner = owned.get();
-  return runner->run(grid, threads, shared_bytes, kernel, arguments);
+  return runner->run(grid, threads, shared_bytes, kernel, arguments, chosen_order);
 }
 
 }  // namespace cla::host
@@ -405,20 +127,16 @@ void copies_commit() { runner->thread().groups++; }
 
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char *file, int line) {
   Warp &warp = runner->warp();
-  const unsigned l = lane(), row = l / 4, pair = l % 4 * 2;
-  for (unsigned i = 0; i < 4; i++) {
-    float *to = &warp.a[row + 8 * (i % 2)][pair + 8 * (i / 2)];
-    to[0] = low_bf16(a[i]);
-    to[1] = high_bf16(a[i]);
-  }
-  warp.b[pair][row] = low_bf16(b0);
-  warp.b[pair + 1][row] = high_bf16(b0);
-  warp.b[pair + 8][row] = low_bf16(b1);
-  warp.b[pair + 9][row] = high_bf16(b1);
-  float *upper = &warp.c[row][pair], *lower = &warp.c[row + 8][pair];
-  upper[0] = c[0], upper[1] = c[1], lower[0] = c[2], lower[1] = c[3];
+  const unsigned l = lane();
+  for (int i = 0; i < 4; i++) warp.a[i][l] = a[i];
+  warp.b[0][l] = b0;
+  warp.b[1][l] = b1;
+  float *upper = warp.c[0][l], *lower = warp.c[1][l];
+  memcpy(upper, c, 8);
+  memcpy(lower, c + 2, 8);
   if (runner->meet(warp, {"mma", file, line})) multiply(warp);
-  c[0] = upper[0], c[1] = upper[1], c[2] = lower[0], c[3] = lower[1];
+  memcpy(c, upper, 8);
+  memcpy(c + 2, lower, 8);
 }
 
 }  // namespace cla
