@@ -360,7 +360,7 @@ fn bad_arguments_of_train_are_named() {
         (&["--steps", "18446744073709551615"], "more tokens than can be counted"),
         (&["--batch-size", "100000000000"], "not enough memory for the logits of --batch-size 100000000000"),
         (&["--vocab-size", "18446744073709551615"], "and at most 1048576"),
-        (&["--hidden-size", "67108864", "--set", "vocab_size=67108864"], "not enough memory to train"),
+        (&["--hidden-size", "67108864", "--set", "vocab_size=67108864"], "not enough memory"),
         (&["--layers", "0"], "num_hidden_layers"),
         (&["--max-minutes", "inf"], "--max-minutes is inf, must be more than 0 and at most"),
         (&["--max-minutes", "nan"], "--max-minutes is NaN"),
