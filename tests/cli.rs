@@ -47,6 +47,26 @@ fn all_modes_write_the_same_greedy_text() {
     }
 }
 
+/// The ends of what is allowed: almost no token to choose from, and all of them alike.
+#[test]
+fn extreme_settings_still_write() {
+    for arguments in [
+        &["--top-p", "1e-50"][..],
+        &["--top-p", "1e-50", "--top-k", "1"],
+        &["--top-k", "18446744073709551615"],
+        &["--temperature", "1e300"],
+        &["--temperature", "1e-4"],
+        &["--repeat-penalty", "1000", "--repeat-last-n", "18446744073709551615"],
+        &["--repeat-penalty", "0.001", "--repeat-last-n", "0"],
+    ] {
+        let text = succeed(&mut generate(&[arguments, &["-n", "5"]].concat()));
+        assert!(
+            text.trim_end().len() > "Once upon a time, there was a little girl named Lily.".len(),
+            "{text}"
+        );
+    }
+}
+
 #[test]
 fn without_arguments_the_bundled_model_writes_or_it_is_said_where_to_get_it() {
     if Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/model.safetensors").is_file() {
@@ -85,7 +105,9 @@ fn bad_arguments_of_generate_are_named() {
         (&["--top-p", "0"], "--top-p is 0, must be more than 0 and at most 1"),
         (&["--top-p", "1.5"], "--top-p is 1.5"),
         (&["--top-k", "0"], "--top-k is 0, must be at least 1"),
-        (&["--repeat-penalty", "0"], "--repeat-penalty is 0, must be a positive number"),
+        (&["--repeat-penalty", "0"], "--repeat-penalty is 0, must be from 0.001 to 1000"),
+        (&["--repeat-penalty", "1e-38"], "--repeat-penalty is "),
+        (&["--repeat-penalty", "nan"], "--repeat-penalty is NaN"),
         (&["-n", "0"], "--max-new-tokens is 0, must be at least 1"),
         (&["--prompt", ""], "--prompt is empty"),
         (&["--revision", "main"], "--revision belongs to --model-id"),

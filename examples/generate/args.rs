@@ -73,8 +73,8 @@ impl Args {
         );
         ensure!(self.top_k != Some(0), "--top-k is 0, must be at least 1");
         ensure!(
-            self.repeat_penalty.is_finite() && self.repeat_penalty > 0.0,
-            "--repeat-penalty is {}, must be a positive number",
+            (1e-3..=1e3).contains(&self.repeat_penalty),
+            "--repeat-penalty is {}, must be from 0.001 to 1000",
             self.repeat_penalty
         );
         ensure!(

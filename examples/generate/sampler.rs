@@ -16,7 +16,8 @@ pub struct Sampler {
 
 impl Sampler {
     pub fn new(args: &Args) -> Self {
-        let (temperature, p) = (args.temperature, args.top_p);
+        // candle takes p as f32, and 0 leaves it no token to choose.
+        let (temperature, p) = (args.temperature, args.top_p.max(f32::MIN_POSITIVE.into()));
         let sampling = match args.top_k {
             // A temperature this low is the likeliest token but for overflow.
             _ if temperature < 1e-5 => Sampling::ArgMax,
