@@ -216,6 +216,8 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     at.next_chunk();
   }
   CLA_DEVICE int count_at(int64_t step) const { return end - step < CHUNK ? (int)(end - step) : CHUNK; }
+  // Of the chunk's steps up to `to`, those that write.
+  CLA_DEVICE int writing(int64_t step, int to) const { return to > 0 && !steps.writes(s, step + to - 1) ? to - 1 : to; }
   struct Fetched {
     Pieces<R> read, write;
     Pieces<COLUMNS> value, out;
@@ -224,7 +226,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     if (step < end) {
       const int count = count_at(step);
       fetch(tile(stage, 0, 0), f.read, read, step, count, s.rows, in_pieces[0]);
-      fetch(tile(stage, 1, 0), f.write, write, step, count, s.rows, in_pieces[1]);
+      fetch(tile(stage, 1, 0), f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
       fetch(tile(stage, 2, 0), f.value, value, step, count, columns(), in_pieces[2]);
     }
     copies_commit();
@@ -295,7 +297,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
   CLA_DEVICE void fill_chunk(int64_t step, int from, int to) {
     constexpr bool rows = GATE == CLA_GATE_ROWS, cols = GATE == CLA_GATE_COLS;
     fill<R, rows ? 1 : 0>(0, read, step, from, to, s.rows, in_pieces[0]);
-    fill<R, rows ? -1 : 0>(1, write, step, from, to, s.rows, in_pieces[1]);
+    fill<R, rows ? -1 : 0>(1, write, step, from, writing(step, to), s.rows, in_pieces[1]);
     fill<COLUMNS, cols ? -1 : 0>(2, value, step, from, to, columns(), in_pieces[2]);
   }
 

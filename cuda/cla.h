@@ -6,6 +6,8 @@
 //     X = decay X + write_t value_t^T        (no write at all if `writes` is 0)
 //     out_t = out_scale X^T read_t           (without token t's own write, if the sweep is exclusive)
 //
+// An exclusive sweep ends without its last step's own write, too: that is what it leaves in `last`.
+//
 // The forward pass of an additive operator is one sweep; its gradients are three. A factor on the writes is not applied
 // to them: X is the state divided by it, see `first_scale` and `last_scale`.
 #pragma once
@@ -75,7 +77,8 @@ int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 
 // The gradient of the log decay from dq and dk [B, T, HV, K], f32, contiguous, computed by exclusive sweeps:
 //
-//     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back; `after` behind the last
+//     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back
+//     sum_T = after + q_T dq_T                       the last token of a sequence
 //     dg_t = sum_t, or its sum over K
 //
 // where a decay of -inf sets the sum to 0. Then adds each token's term with itself, own_t k_t and own_t q_t with
@@ -83,8 +86,10 @@ int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 typedef struct {
   cla_tensor q, k, v, grad_out, gate;
   float *dq, *dk;
-  const float *after;  // [N, HV, K] or, with `summed`, [N, HV]: sum over V (and K) of the final state times its gradient;
-                       // null: 0
+  // [N, HV, K] or, with `summed`, [N, HV]: sum over V (and K) of the final state without the last token's write times the
+  // gradient of the final state; null: 0. With the write, the two k_T dk_T would cancel, and leave rounding where the
+  // decay is strong.
+  const float *after;
   float *partial;      // scratch, [2, N, segments, HV, K] or, with `summed`, [2, N, segments, HV]
   float *dg;           // [B, T, HV, K] or, with `summed`, [B, T, HV]; f32, contiguous
   float scale;

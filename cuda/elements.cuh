@@ -67,6 +67,8 @@ struct Steps {
     count = cu_seqlens ? cu_seqlens[sequence + 1] - start : tokens;
   }
   CLA_DEVICE int64_t token(int64_t step) const { return reverse ? start + count - 1 - step : start + step; }
+  // An exclusive sweep has no use for what its last step writes.
+  CLA_DEVICE bool writes(const cla_sweep &s, int64_t step) const { return s.inclusive || step + 1 < count; }
   // The log decay that is due before a step. Between two tokens it is that of the later one, whichever comes first.
   CLA_DEVICE float decay_before(const Rows &gate, int64_t step, int d) const {
     if (reverse) return step == 0 ? 0.f : gate.load(token(step - 1), d);

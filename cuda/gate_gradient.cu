@@ -13,6 +13,17 @@ CLA_DEVICE float warp_sum(float x) {
   return x;
 }
 
+// Whether a sequence ends with token t.
+CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
+  if (!c.cu_seqlens) return t + 1 == c.tokens;
+  int32_t below = 0, to = c.sequences;  // cu_seqlens[below] <= t < cu_seqlens[to]
+  while (to - below > 1) {
+    const int32_t middle = below + (to - below) / 2;
+    (c.cu_seqlens[middle] <= t ? below : to) = middle;
+  }
+  return c.cu_seqlens[to] == t + 1;
+}
+
 // A warp for each token and value head: its terms into dg, and what it adds to its own dq and dk.
 CLA_KERNEL(TERM_THREADS, 2) void gate_terms_kernel(cla_gate_gradient c) {
   const int64_t index = block_x() * (int64_t)(TERM_THREADS / 32) + thread_index() / 32;
@@ -24,10 +35,12 @@ CLA_KERNEL(TERM_THREADS, 2) void gate_terms_kernel(cla_gate_gradient c) {
   float own = 0.f;
   for (int i = lane; i < c.v_dim; i += 32) own += v.load(t, i) * grad_out.load(t, i);
   own = c.scale * warp_sum(own);
+  // What a last token's k dk has is not in `after`.
+  const float behind = is_last(c, t) ? 0.f : 1.f;
   float sum = 0.f;
   for (int i = lane; i < c.k_dim; i += 32) {
     float &dq = c.dq[index * c.k_dim + i], &dk = c.dk[index * c.k_dim + i];
-    const float a = q.load(t, i), b = k.load(t, i), term = a * dq - b * dk;
+    const float a = q.load(t, i), b = k.load(t, i), term = a * dq - behind * (b * dk);
     sum += term;
     if (!c.summed) c.dg[index * c.k_dim + i] = term;
     dq += own * b;

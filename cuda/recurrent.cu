@@ -63,7 +63,7 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
     for (int r = tid; r < ROW_GROUPS * EACH; r += RECURRENT_THREADS) {
       const bool valid = r < s.rows;
       read_row[r] = valid ? read.load(t, r) : 0.f;
-      write_row[r] = valid && s.writes ? write.load(t, r) : 0.f;
+      write_row[r] = valid && s.writes && steps.writes(s, step) ? write.load(t, r) : 0.f;
       const float decay = !valid || cols_fade || s.gate_kind == CLA_NO_GATE
                               ? 1.f
                               : exp_fast(steps.decay_before(gate, step, rows_fade ? r : 0));
