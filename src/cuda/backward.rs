@@ -5,7 +5,7 @@
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::forward::{final_states, states};
+use super::forward::states;
 use super::memory::Buffer;
 use super::sweep::{GateGradients, Pass, Sweep};
 use crate::problem::{Decay, Inputs, Problem, Role};
@@ -37,9 +37,13 @@ pub(super) fn backward(
     let mut dv = buffer(wants(Role::V), dtype, p.v_dim)?;
     let mut dkv = wants(Role::Kv).then(|| states(pass)).transpose()?;
 
+    // What the gate's gradient begins with behind the last token.
+    let with_after = gate.is_some() && grads.kv.is_some();
+    let mut before_last = with_after.then(|| states(pass)).transpose()?;
+
     let sweeps = Sweeps { problem: p, x, grads, with_own: gate.is_none() };
     if dq.is_some() {
-        pass.run(sweeps.query(dq.as_mut()))?;
+        pass.run(sweeps.query(dq.as_mut(), before_last.as_mut()))?;
     }
     if dk.is_some() {
         pass.run(sweeps.key(dk.as_mut()))?;
@@ -50,7 +54,14 @@ pub(super) fn backward(
 
     let mut found = Vec::new();
     if let (Some(gate), Some(dq), Some(dk)) = (gate, &mut dq, &mut dk) {
-        found.push((Role::G, gate_gradient(pass, x, grads, gate, dq, dk)?));
+        let after = match (before_last, &grads.kv) {
+            (Some(states), Some(grad)) if pass.states() > 0 => {
+                let product = (states.into_tensor() * grad)?;
+                Some(if p.decay == Decay::Channel { product.sum(D::Minus1)? } else { product.sum((2, 3))? })
+            }
+            _ => None,
+        };
+        found.push((Role::G, gate_gradient(pass, x, grads, gate, [dq, dk], after.as_ref())?));
     }
     for (role, grad) in [(Role::Q, dq), (Role::K, dk)] {
         if let Some(grad) = grad {
@@ -71,7 +82,8 @@ struct Sweeps<'a> {
 }
 
 impl<'a> Sweeps<'a> {
-    fn query(&self, out: Option<&'a mut Buffer>) -> Sweep<'a> {
+    /// For the gate, `last` gets the states without the last token's write.
+    fn query(&self, out: Option<&'a mut Buffer>, last: Option<&'a mut Buffer>) -> Sweep<'a> {
         Sweep {
             rows: self.problem.v_dim,
             cols: self.problem.k_dim,
@@ -82,12 +94,13 @@ impl<'a> Sweeps<'a> {
             gate: self.x.g.as_ref(),
             out,
             first: self.x.kv.as_ref(),
-            last: None,
+            last,
             reverse: false,
             inclusive: self.with_own,
             out_scale: self.problem.scale,
             first_scale: 1.,
             last_scale: 1.,
+            in_f32: self.for_gate(),
         }
     }
 
@@ -99,6 +112,7 @@ impl<'a> Sweeps<'a> {
             read: Some(&self.x.v),
             value: Some(&self.x.q),
             inclusive: self.with_own,
+            in_f32: self.for_gate(),
             ..self.from_behind(self.grads.out.as_ref(), out, None)
         }
     }
@@ -113,6 +127,13 @@ impl<'a> Sweeps<'a> {
             inclusive: true,
             ..self.from_behind(Some(&self.x.q), out, last)
         }
+    }
+
+    /// Whether dq and dk are for a gate's gradient that needs all digits of f32: it is a sum of differences up to the end of
+    /// the sequence, in which errors add up while most of the sums cancel. With one decay for all tokens these are summed
+    /// up again.
+    fn for_gate(&self) -> bool {
+        !self.with_own && (self.problem.dtype == DType::F32 || self.problem.decay == Decay::Head)
     }
 
     /// What the sweeps from the last token to the first have in common.
@@ -142,6 +163,7 @@ impl<'a> Sweeps<'a> {
             out_scale: s,
             first_scale: s.recip(),
             last_scale: s,
+            in_f32: false,
         }
     }
 }
@@ -159,18 +181,10 @@ fn gate_gradient(
     x: &Inputs<Tensor>,
     grads: &Grads,
     gate: &Tensor,
-    dq: &mut Buffer,
-    dk: &mut Buffer,
+    [dq, dk]: [&mut Buffer; 2],
+    after: Option<&Tensor>,
 ) -> Result<Tensor> {
     let p = pass.problem;
-    let after = match &grads.kv {
-        Some(grad) if pass.states() > 0 => {
-            let last = final_states(pass, x)?.into_tensor();
-            let product = (last * grad)?;
-            Some(if p.decay == Decay::Channel { product.sum(D::Minus1)? } else { product.sum((2, 3))? })
-        }
-        _ => None,
-    };
     let tokens = [p.batch, p.tokens, p.v_heads, p.k_dim];
     let shape = if p.decay == Decay::Channel { &tokens[..] } else { &tokens[..3] };
     let mut dg = Buffer::new(&pass.machine, DType::F32, shape)?;
@@ -182,7 +196,7 @@ fn gate_gradient(
         gate,
         dq,
         dk,
-        after: after.as_ref(),
+        after,
         dg: &mut dg,
     })?;
     let dg = dg.into_tensor();

@@ -6,7 +6,8 @@ use super::ffi::{self, Gate};
 use super::machine::Machine;
 use super::memory::{Addresses, Buffer, Held};
 use super::route::{self, Card, Route, Size};
-use crate::problem::{Decay, Problem};
+use crate::options::Mode;
+use crate::problem::{Decay, Problem, Sequence};
 
 /// One forward or backward pass on a device.
 pub(super) struct Pass<'a> {
@@ -25,8 +26,7 @@ impl<'a> Pass<'a> {
         let longest = problem.sequences.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
         let states = problem.sequences.len().saturating_mul(problem.v_heads);
         route::check(problem.name, &card, [problem.k_dim, problem.v_dim], states, longest)?;
-        let whole =
-            |(n, s): (usize, &crate::problem::Sequence)| s.batch == n && s.tokens == (0..problem.tokens);
+        let whole = |(n, s): (usize, &Sequence)| s.batch == n && s.tokens == (0..problem.tokens);
         let packed = !problem.sequences.iter().enumerate().all(whole);
         let ends = || problem.sequences.iter().map(|s| s.tokens.end as u32);
         let cu_seqlens = match packed {
@@ -91,7 +91,8 @@ impl<'a> Pass<'a> {
         };
         // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
         let fits = unsafe { ffi::cla_chunked_shared_memory(&call) } >= 0;
-        let chosen = route::route(self.problem.mode, &size, &self.card, fits);
+        let mode = if sweep.in_f32 { Mode::Recurrent } else { self.problem.mode };
+        let chosen = route::route(mode, &size, &self.card, fits);
         let decays = match gate_kind {
             Gate::None | Gate::Scalar => 1,
             Gate::Rows => rows,
@@ -215,6 +216,8 @@ pub(super) struct Sweep<'a> {
     pub out_scale: f32,
     pub first_scale: f32,
     pub last_scale: f32,
+    /// Whether all products must be those of f32: the chunked kernels' have errors of 2^-17.
+    pub in_f32: bool,
 }
 
 /// See `cla_gate_gradients` in `cuda/cla.h`.

@@ -95,6 +95,17 @@ pub struct Inputs {
     pub cotangents: [Option<Tensor>; 3],
 }
 
+impl Inputs {
+    /// The same numbers on another device.
+    pub fn on(&self, device: &Device) -> Result<Self> {
+        let mut there = self.clone();
+        for x in there.args.iter_mut().chain(&mut there.cotangents).flatten() {
+            *x = x.to_device(device)?;
+        }
+        Ok(there)
+    }
+}
+
 /// Normally distributed numbers.
 pub fn normal(rng: &mut StdRng, n: usize) -> Vec<f32> {
     let one = |rng: &mut StdRng| {

@@ -5,6 +5,8 @@
 
 mod case;
 mod compare;
+mod files;
+mod layout;
 mod reference;
 mod run;
 

@@ -109,7 +109,18 @@ impl Case {
 
     /// Holds an outcome against the reference: values, gradients, dtypes, and that what was asked for is there.
     pub fn check(&self, got: &Outcome, want: &Expected, graph: Graph, label: &str) -> Result<()> {
-        let limits = Limits::of(self.dtype);
+        self.check_within(Limits::of(self.dtype), got, want, graph, label)
+    }
+
+    /// As [`Case::check`], within `limits`.
+    pub fn check_within(
+        &self,
+        limits: Limits,
+        got: &Outcome,
+        want: &Expected,
+        graph: Graph,
+        label: &str,
+    ) -> Result<()> {
         for (i, name) in ["o", "final kv", "final z"].into_iter().enumerate() {
             let wanted = match i {
                 0 => true,

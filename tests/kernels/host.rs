@@ -1,0 +1,105 @@
+//! What only kernels on the host can be asked: how a GPU's size and the order of its threads change what they compute.
+
+use crate::case::{Case, Op};
+use crate::kernels::{check, limits};
+use crate::run::{Graph, MODES};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_linear_attn::{Mode, Options, cuda_host, linear_attn};
+
+fn outcome(case: &Case, mode: Mode) -> Vec<Vec<u32>> {
+    let inputs = case.inputs().unwrap();
+    let got = case.run(mode, &inputs, Graph::ALL).unwrap();
+    let bits = |x: &Tensor| {
+        let numbers: Vec<f32> = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        numbers.into_iter().map(f32::to_bits).collect()
+    };
+    got.outputs.iter().chain(&got.grads).flatten().map(bits).collect()
+}
+
+/// A barrier that is missing shows when other threads go first.
+#[test]
+fn the_order_of_the_threads_changes_nothing() {
+    for op in Op::ALL {
+        for (dtype, k, v) in [(DType::F32, 20, 40), (DType::BF16, 64, 72)] {
+            let case = Case { op, dtype, t: 130, h: 1, k, v, ..Case::default() };
+            for mode in [Mode::Recurrent, Mode::FusedChunk, Mode::Chunk] {
+                let run = |seed| {
+                    cuda_host::order(seed);
+                    let got = cuda_host::run(|| outcome(&case, mode));
+                    cuda_host::order(0);
+                    got
+                };
+                let first = run(0);
+                for seed in [1, 2, 3] {
+                    assert_eq!(run(seed), first, "order {seed}, {mode:?} of {case:?}");
+                }
+            }
+        }
+    }
+}
+
+/// 99 KB is what an RTX 40 has, 163 KB an A100; with 40 KB little is left but going token by token.
+#[test]
+fn less_shared_memory_gives_the_same() -> Result<()> {
+    for bytes in [99 << 10, 163 << 10, 40 << 10] {
+        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+            for (dtype, k, v) in [(DType::BF16, 128, 128), (DType::F32, 64, 100)] {
+                let case = Case { op, dtype, t: 66, h: 1, k, v, ..Case::default() };
+                let inputs = case.inputs()?;
+                let want = case.expected(&inputs, [true; 3])?;
+                let got = cuda_host::run_on(132, bytes, || case.run(Mode::FusedChunk, &inputs, Graph::ALL))?;
+                case.check_within(limits(dtype), &got, &want, Graph::ALL, &format!("{bytes}, {case:?}"))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Auto divides a sequence among as many multiprocessors as there are.
+#[test]
+fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {
+    for op in Op::ALL {
+        let case = Case { op, t: 900, h: 1, k: 5, v: 6, ..Case::default() };
+        let inputs = case.inputs()?;
+        let want = case.expected(&inputs, [true; 3])?;
+        for multiprocessors in [1, 2, 3, 100] {
+            let run = || case.run(Mode::Auto, &inputs, Graph::ALL);
+            let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
+            let label = format!("{multiprocessors}, {case:?}");
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &label)?;
+        }
+    }
+    Ok(())
+}
+
+/// K = 300 is refused by the kernels and not by the CPU backend: which of them is at work shows.
+#[test]
+fn the_kernels_are_for_the_thread_and_time_that_asked_for_them() {
+    let x = Tensor::ones((1, 2, 1, 300), DType::F32, &Device::Cpu).unwrap();
+    let on_cpu = || linear_attn(&x, &x, &x, &Options::default()).is_ok();
+    assert!(on_cpu());
+    cuda_host::run(|| {
+        assert!(!on_cpu());
+        std::thread::scope(|scope| assert!(scope.spawn(on_cpu).join().unwrap()));
+        cuda_host::run(|| assert!(!on_cpu()));
+        assert!(!on_cpu());
+    });
+    assert!(on_cpu());
+    let panicked = std::panic::catch_unwind(|| cuda_host::run(|| panic!("as a failing test does")));
+    assert!(panicked.is_err());
+    assert!(on_cpu());
+}
+
+/// Several threads may run kernels at the same time.
+#[test]
+fn threads_do_not_meet() {
+    std::thread::scope(|scope| {
+        for seed in 0..3 {
+            scope.spawn(move || {
+                for op in Op::ALL {
+                    check(&Case { op, seed, t: 67, h: 1, ..Case::default() }, &MODES, Graph::ALL);
+                }
+            });
+        }
+    });
+}

@@ -1,0 +1,122 @@
+//! Problems of the sizes that models have, against the CPU backend in f32.
+
+use crate::case::{Case, Gates, Op};
+use crate::kernels::{by_cpu, check_against};
+use crate::on_kernels;
+use crate::run::{Graph, MODES};
+use candle_core::{DType, Device, Tensor};
+use candle_linear_attn::{Mode, Options, State, linear_attn};
+
+fn check(case: &Case, modes: &[Mode]) {
+    let inputs = case.inputs().unwrap();
+    let want = by_cpu(case, &inputs, Graph::ALL).unwrap();
+    check_against(case, &inputs, &want, modes, Graph::ALL);
+}
+
+#[test]
+fn every_operator_mode_and_dtype() {
+    for op in Op::ALL {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
+            let case = Case { op, dtype, b: 2, t: 1000, h: 4, group: 2, k: 128, v: 128, ..Case::default() };
+            check(&case, &MODES);
+        }
+    }
+}
+
+#[test]
+fn normalized() {
+    for dtype in [DType::BF16, DType::F32] {
+        let case = Case { normalize: true, dtype, b: 2, t: 700, h: 4, k: 64, v: 128, ..Case::default() };
+        check(&case, &MODES);
+    }
+}
+
+#[test]
+fn head_sizes() {
+    for (k, v) in [(64, 64), (64, 128), (96, 192), (100, 36), (256, 256), (128, 256), (256, 128)] {
+        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+            for dtype in [DType::BF16, DType::F32] {
+                let case = Case { op, dtype, t: 520, h: 3, k, v, ..Case::default() };
+                check(&case, &[Mode::Auto, Mode::FusedChunk]);
+            }
+        }
+    }
+}
+
+#[test]
+fn few_heads_and_a_long_sequence() {
+    for op in Op::ALL {
+        for dtype in [DType::BF16, DType::F32] {
+            check(&Case { op, dtype, t: 9000, h: 2, k: 64, v: 64, ..Case::default() }, &[Mode::Auto]);
+        }
+    }
+}
+
+#[test]
+fn more_blocks_than_a_wave() {
+    for op in [Op::LinearAttn, Op::Gla] {
+        let case = Case { op, dtype: DType::BF16, b: 8, t: 200, h: 48, k: 64, v: 64, ..Case::default() };
+        check(&case, &[Mode::Auto, Mode::Chunk]);
+    }
+}
+
+#[test]
+fn packed_sequences() {
+    let ends = vec![0, 0, 1, 700, 700, 717, 2000, 2064, 2300];
+    for op in Op::ALL {
+        for dtype in [DType::BF16, DType::F32] {
+            let cu_seqlens = Some(ends.clone());
+            check(&Case { op, dtype, t: 2300, h: 4, k: 64, v: 64, cu_seqlens, ..Case::default() }, &MODES);
+        }
+    }
+}
+
+#[test]
+fn strong_decay() {
+    for gates in [Gates::Strong, Gates::Forgets, Gates::AllStrong] {
+        for op in Op::GATED {
+            let case = Case { op, gates, dtype: DType::BF16, t: 1500, h: 4, k: 64, v: 64, ..Case::default() };
+            check(&case, &MODES);
+        }
+    }
+}
+
+/// As in decoding: a prompt, then tokens one at a time, the state carried in between.
+#[test]
+fn prompt_and_single_tokens() {
+    let case = Case { dtype: DType::BF16, b: 4, t: 80, h: 8, k: 128, v: 128, ..Case::default() };
+    let inputs = case.inputs().unwrap();
+    let want = by_cpu(&case, &inputs, Graph { loss: [true; 3], ..Graph::NONE }).unwrap();
+    let out = on_kernels(|device| {
+        let inputs = inputs.on(device)?;
+        let [Some(q), Some(k), Some(v), _, Some(kv), _] = &inputs.args else {
+            candle_core::bail!("a case has q, k, v and here a state")
+        };
+        let mut state = State { kv: kv.clone(), z: None };
+        let mut outs = Vec::new();
+        for (from, len) in std::iter::once((0, 64)).chain((64..80).map(|t| (t, 1))) {
+            let piece = |x: &Tensor| x.narrow(1, from, len);
+            let opts = Options::default().with_initial_state(&state).with_final_state(true);
+            let got = linear_attn(&piece(q)?, &piece(k)?, &piece(v)?, &opts)?;
+            outs.push(got.out);
+            state = got.state.ok_or_else(|| candle_core::Error::msg("no state"))?;
+        }
+        Tensor::cat(&outs, 1)?.to_device(&Device::Cpu)
+    })
+    .unwrap();
+    crate::compare::close(&out, &want.outputs[0], DType::BF16, 2.5e-3, "in pieces").unwrap();
+}
+
+/// Kernels of several threads queue on one stream.
+#[test]
+fn threads_share_a_gpu() {
+    std::thread::scope(|scope| {
+        for seed in 0..4 {
+            scope.spawn(move || {
+                for op in Op::ALL {
+                    check(&Case { op, seed, t: 300, h: 4, k: 64, v: 64, ..Case::default() }, &MODES);
+                }
+            });
+        }
+    });
+}

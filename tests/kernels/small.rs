@@ -1,0 +1,306 @@
+//! Every kernel on small problems: what each mode, dtype, scale, length, head size, layout and gate comes to.
+
+use crate::case::{Case, Gates, Op, SCALES};
+use crate::files;
+use crate::kernels::check;
+use crate::layout::{self, Layout};
+use crate::on_kernels;
+use crate::run::{Graph, MODES};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_linear_attn::{Mode, Options, linear_attn};
+use proptest::prelude::*;
+use proptest::sample::select;
+use proptest::test_runner::RngSeed;
+
+const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
+/// On both sides of the end of a chunk, and more than one segment of [`Mode::Chunk`].
+const LENGTHS: [usize; 7] = [1, 5, 63, 64, 65, 130, 300];
+
+/// The operators, the normalised one too.
+fn operators() -> impl Iterator<Item = Case> {
+    let plain = Op::ALL.into_iter().map(|op| Case { op, ..Case::default() });
+    plain.chain([Case { normalize: true, ..Case::default() }])
+}
+
+#[test]
+fn every_operator_in_every_mode_and_dtype() {
+    for case in operators() {
+        for dtype in DTYPES {
+            check(&Case { dtype, t: 70, h: 1, group: 2, k: 33, v: 17, ..case.clone() }, &MODES, Graph::ALL);
+        }
+    }
+}
+
+#[test]
+fn gates_in_16_bits() {
+    for op in Op::GATED {
+        for dtype in [DType::BF16, DType::F16] {
+            let case = Case { op, dtype, gate_dtype: dtype, t: 70, h: 1, ..Case::default() };
+            check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
+/// Each length with each scale, and each of both in each mode.
+fn every_scale_and_length(case: Case) {
+    for (i, t) in LENGTHS.into_iter().enumerate() {
+        for (j, scale) in SCALES.into_iter().enumerate() {
+            let case = Case { t, scale, h: 1, k: 16, v: 17, seed: (i * 10 + j) as u64, ..case.clone() };
+            check(&case, &[MODES[(i + j) % 4], MODES[(i + j + 1) % 4]], Graph::ALL);
+        }
+    }
+}
+
+#[test]
+fn linear_attn_for_every_scale_and_length() {
+    every_scale_and_length(Case::default());
+}
+
+#[test]
+fn normalized_linear_attn_for_every_scale_and_length() {
+    every_scale_and_length(Case { normalize: true, ..Case::default() });
+}
+
+#[test]
+fn retention_for_every_scale_and_length() {
+    every_scale_and_length(Case { op: Op::Retention, ..Case::default() });
+}
+
+#[test]
+fn simple_gla_for_every_scale_and_length() {
+    every_scale_and_length(Case { op: Op::SimpleGla, ..Case::default() });
+}
+
+#[test]
+fn gla_for_every_scale_and_length() {
+    every_scale_and_length(Case { op: Op::Gla, ..Case::default() });
+}
+
+#[test]
+fn scales_in_16_bits() {
+    for scale in SCALES {
+        for op in [Op::LinearAttn, Op::SimpleGla] {
+            let case = Case { op, scale, dtype: DType::BF16, t: 130, h: 1, ..Case::default() };
+            check(&case, &[Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
+/// Powers of two and not, 1, the largest, more columns than one block has, more rows than columns and fewer.
+#[test]
+fn head_sizes() {
+    let sizes =
+        [(1, 1), (1, 3), (3, 1), (17, 33), (33, 17), (64, 64), (64, 65), (65, 64), (128, 100), (100, 128)];
+    for (i, (k, v)) in sizes.into_iter().enumerate() {
+        for op in [Op::LinearAttn, Op::ALL[1 + i % 3]] {
+            let case = Case { op, k, v, t: 66, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
+            check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
+#[test]
+fn large_head_sizes() {
+    for (i, (k, v)) in [(128, 128), (256, 64), (33, 256), (129, 200), (256, 256)].into_iter().enumerate() {
+        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+            let dtype = DTYPES[(i + 1) % 3];
+            check(&Case { op, k, v, dtype, t: 65, h: 1, ..Case::default() }, &[Mode::FusedChunk], Graph::ALL);
+        }
+        let case = Case { k, v, t: 3, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
+        check(&case, &[Mode::Recurrent], Graph::ALL);
+    }
+    let case = Case { normalize: true, k: 8, v: 256, t: 5, h: 1, ..Case::default() };
+    check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+}
+
+#[test]
+fn packed_sequences() {
+    for case in operators() {
+        for ends in [vec![0, 0, 65, 65, 70, 135], vec![0, 0], vec![0, 3, 3, 4, 4], vec![0, 300, 300, 301]] {
+            let t = ends[ends.len() - 1] as usize;
+            for dtype in [DType::F32, DType::BF16] {
+                let case = Case { dtype, t, h: 1, group: 2, cu_seqlens: Some(ends.clone()), ..case.clone() };
+                // Candle cannot sum an empty o, so then the loss sees the states alone.
+                let loss = [t > 0, true, true];
+                check(&case, &MODES, Graph { loss, ..Graph::ALL });
+            }
+        }
+    }
+}
+
+#[test]
+fn empty_batches_and_sequences() {
+    for case in operators() {
+        for (b, t) in [(2, 0), (0, 5), (0, 0)] {
+            let case = Case { b, t, group: 2, k: 5, v: 3, ..case.clone() };
+            let graph = Graph { loss: [false; 3], ..Graph::NONE };
+            check(&case, &MODES, graph);
+            if b > 0 {
+                check(&case, &MODES, Graph { loss: [false, true, true], ..Graph::ALL });
+            }
+        }
+    }
+}
+
+#[test]
+fn gates_of_every_strength() {
+    let kinds = [Gates::Strong, Gates::AllStrong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive];
+    for gates in kinds {
+        for op in Op::GATED {
+            for dtype in [DType::F32, DType::BF16] {
+                let case = Case { op, gates, dtype, t: 135, h: 1, k: 17, v: 20, ..Case::default() };
+                check(&case, &[Mode::Recurrent, Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+            }
+        }
+    }
+}
+
+/// Segments are solved apart: a decay within one must reach those after it.
+#[test]
+fn gates_across_segments() {
+    for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
+        for op in Op::GATED {
+            // The gradient of a head's decay is summed up twice over all tokens, its error is about 1e-7 T.
+            let t = if op == Op::Retention { 300 } else { 600 };
+            let case = Case { op, gates, t, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
+            check(&case, &[Mode::Chunk, Mode::Auto], Graph::ALL);
+        }
+    }
+}
+
+#[test]
+fn each_loss_and_each_input_alone() {
+    for case in operators() {
+        let case = Case { t: 67, h: 1, group: 2, k: 8, v: 12, ..case };
+        let losses = [[true, false, false], [false, true, false], [false, false, true], [false, true, true]];
+        for loss in losses.into_iter().filter(|loss| case.normalize || !loss[2]) {
+            check(&case, &[Mode::FusedChunk], Graph { loss, ..Graph::ALL });
+            for only in 0..6 {
+                let tracked = std::array::from_fn(|i| i == only);
+                check(&case, &[Mode::Chunk], Graph { loss, tracked, leaves: false });
+            }
+        }
+        let no_state = Case { initial_state: false, ..case };
+        check(&no_state, &MODES, Graph { loss: [true, false, false], ..Graph::ALL });
+        check(&no_state, &MODES, Graph { loss: [true; 3], ..Graph::ALL });
+    }
+}
+
+/// With a scale of 0 nothing comes from the outputs; with a tiny one, what does must not drown the states' gradient.
+#[test]
+fn scales_next_to_nothing() {
+    for scale in [0., -0., 1e-31, -1e-38] {
+        for op in [Op::LinearAttn, Op::Gla] {
+            let case = Case { op, scale: Some(scale), t: 67, h: 1, ..Case::default() };
+            let inputs = case.inputs().unwrap();
+            let mut want = case.expected(&inputs, [true; 3]).unwrap();
+            // Too small for the f32 that o and dq are.
+            let nothing =
+                |x: &mut Vec<f64>| x.iter_mut().for_each(|x| *x = if scale == 0. { *x } else { 0. });
+            nothing(&mut want.outputs[0]);
+            nothing(&mut want.grads[0]);
+            let graph = Graph { tracked: [true, true, true, false, true, false], ..Graph::ALL };
+            crate::kernels::check_against(&case, &inputs, &want, &MODES, graph);
+        }
+    }
+}
+
+#[test]
+fn inputs_in_every_layout() {
+    for op in Op::ALL {
+        let case = Case { op, b: 2, t: 66, h: 1, group: 2, k: 9, v: 12, ..Case::default() };
+        for layout in layout::ALL {
+            on_kernels(|device| layout::check_on(device, &case, layout, &[0, 1, 2, 3, 4, 5], [2e-5; 2]));
+        }
+    }
+}
+
+/// Rows of 16 bytes' multiples that begin elsewhere than at one.
+#[test]
+fn inputs_that_cannot_be_loaded_16_bytes_at_a_time() {
+    for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+        let case = Case { op, b: 1, t: 66, h: 2, k: 16, v: 16, ..Case::default() };
+        for layout in [Layout::Window, Layout::Swapped(1, 2)] {
+            for only in 0..6 {
+                on_kernels(|device| layout::check_on(device, &case, layout, &[only], [2e-5; 2]));
+            }
+        }
+    }
+}
+
+#[test]
+fn golden_cases() {
+    for name in files::CASES {
+        on_kernels(|device| files::check_on(device, name, [2e-5; 2]));
+    }
+}
+
+#[test]
+fn what_the_kernels_do_not_take_is_refused() {
+    for (k, v) in [(257, 4), (4, 257)] {
+        let error = on_kernels(|device| {
+            let q = Tensor::zeros((1, 3, 1, k), DType::F32, device)?;
+            let values = Tensor::zeros((1, 3, 1, v), DType::F32, device)?;
+            linear_attn(&q, &q, &values, &Options::default())
+        });
+        let error = error.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("257") && error.contains("up to 256"), "{error}");
+    }
+}
+
+/// A graph that was built on the kernels is differentiated there.
+#[test]
+fn gradients_of_a_plain_sum() {
+    let x = on_kernels(|device| Tensor::ones((1, 70, 1, 8), DType::F32, device)).unwrap();
+    let v = Var::from_tensor(&x).unwrap();
+    let out = on_kernels(|_| linear_attn(&x, &x, &v, &Options::default().with_scale(1.))).unwrap().out;
+    let grad = out.sum_all().unwrap().backward().unwrap().get(&v).unwrap().to_device(&Device::Cpu).unwrap();
+    // Token s is read by itself and all after it, 8 times a key and query of ones.
+    let want: Vec<f32> = (0..70 * 8).map(|i| 8. * (70 - i / 8) as f32).collect();
+    assert_eq!(grad.flatten_all().unwrap().to_vec1::<f32>().unwrap(), want);
+}
+
+prop_compose! {
+    fn cases()(
+        op in select(Op::ALL.to_vec()),
+        packed in prop::option::weighted(0.4, prop::collection::vec(select(vec![0u32, 1, 5, 16, 33, 64, 65]), 1..5)),
+        (b, t) in (1..=2usize, select(LENGTHS.to_vec())),
+        (h, group) in (1..=2usize, 1..=2usize),
+        (k, v) in (select(vec![1usize, 3, 16, 17, 33, 64]), select(vec![1usize, 3, 16, 17, 33, 64])),
+        scale in select(SCALES.to_vec()),
+        gates in select(vec![Gates::Mild, Gates::Strong, Gates::Forgets, Gates::Zero]),
+        (dtype, narrow_gate) in (select(DTYPES.to_vec()), any::<bool>()),
+        normalize in prop::bool::weighted(0.4),
+        initial_state: bool,
+        seed: u64,
+    ) -> Case {
+        let ends = packed.map(|lengths| {
+            let mut ends = vec![0];
+            lengths.iter().for_each(|n| ends.push(ends[ends.len() - 1] + n));
+            ends
+        });
+        let (b, t) = ends.as_ref().map_or((b, t), |ends: &Vec<u32>| (1, ends[ends.len() - 1] as usize));
+        Case {
+            op, b, t, h, group, k, v, scale, gates, dtype, initial_state, seed,
+            normalize: normalize && op == Op::LinearAttn,
+            cu_seqlens: ends,
+            gate_dtype: if narrow_gate { dtype } else { DType::F32 },
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 40,
+        rng_seed: RngSeed::Fixed(48),
+        failure_persistence: None,
+        max_shrink_iters: 30,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn random_problems(case in cases(), mode in select(MODES.to_vec()), loss: [bool; 3], tracked: [bool; 6]) {
+        let graph = Graph { loss: [loss[0] && case.t > 0, loss[1], loss[2]], tracked, leaves: true };
+        check(&case, &[mode], graph);
+    }
+}
