@@ -3,15 +3,18 @@
 
 namespace cla {
 
-// 16-bit floats of the other kind have more digits than bf16, and f32 more still: those take both parts. So do outputs in
-// f32, which are meant to be exact.
-static bool fits_bf16(const cla_sweep &s) {
+// The kernels for bf16 inputs if they are and the kernel fits, else those that take everything. Outputs in f32 are meant to
+// be exact.
+static int32_t chunked(const Call &call) {
+  const cla_sweep &s = call.sweep;
   auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
-  return bf16(s.read) && bf16(s.write) && bf16(s.value) && bf16(s.out) &&
-         (s.gate_kind == CLA_NO_GATE || s.gate_kind == CLA_GATE_SCALAR);
+  int32_t code = NONE_FITS;
+  if (bf16(s.read) && bf16(s.write) && bf16(s.value)) {
+    if (bf16(s.out)) code = chunked_narrow<false>(call);
+    else if (s.out.dtype == CLA_F32) code = chunked_narrow<true>(call);
+  }
+  return code == NONE_FITS ? chunked_wide(call) : code;
 }
-
-static int32_t chunked(const Call &call) { return fits_bf16(call.sweep) ? chunked_bf16(call) : chunked_exact(call); }
 
 // One element of the states of a sequence and head: what each segment adds becomes the state that it starts from.
 CLA_KERNEL(256, 1) void scan_kernel(cla_sweep s) {
@@ -54,7 +57,6 @@ extern "C" int32_t cla_scan_segments(const cla_sweep *sweep, void *stream) {
 
 extern "C" int64_t cla_chunked_shared_memory(const cla_sweep *sweep) {
   int64_t bytes = -1;
-  if (sweep->rows > 256) return -1;
-  cla::chunked({*sweep, false, nullptr, &bytes});
-  return bytes <= sweep->shared_limit ? bytes : -1;
+  if (sweep->rows <= 256) cla::chunked({*sweep, false, nullptr, &bytes});
+  return bytes;
 }

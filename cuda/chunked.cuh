@@ -11,7 +11,7 @@
 // operand of X^T read^T and nothing is transposed anywhere.
 #pragma once
 #include "elements.cuh"
-#include "products.cuh"
+#include "chunked_layout.cuh"
 
 namespace cla {
 
@@ -21,31 +21,11 @@ constexpr float DECAY_RANGE = 40.f;
 // exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
 constexpr float STRONGEST_DECAY = -110.f;
 
-// ROWS: rows of the state, padded. EXACT: all operands as a sum of two bf16, which has the precision of f32 to 2^-17;
-// otherwise the inputs are bf16 and the sums over a chunk are rounded to it once.
-template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
-  static constexpr int R = ROWS, THREADS = 128 * W, COLUMNS = 64 * W;
-  static constexpr bool SCALAR = GATE == CLA_GATE_SCALAR;
-  static constexpr bool VECTOR = GATE == CLA_GATE_ROWS || GATE == CLA_GATE_COLS;
+template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
+  using L = ChunkLayout<ROWS, W, NARROW, EXACT, GATE>;
+  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+  static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
   static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
-  static constexpr bool SPLIT_STATE = true;
-  static constexpr int PARTS = EXACT ? 2 : 1;
-  static constexpr int STAGES = EXACT ? 1 : 2;
-  static constexpr int GATES = GATE == CLA_GATE_ROWS ? R : COLUMNS;
-  static_assert(EXACT || !VECTOR, "decayed operands need both parts");
-
-  // Shared memory.
-  static constexpr int READ = R * 128, VALUE = W * SUBTILE;
-  static constexpr int STAGE = PARTS * (2 * READ + VALUE);
-  static constexpr int SCORES = STAGES * STAGE;
-  // The sums of log decays [64, GATES] are done with, along rows, before the scores are written.
-  static constexpr int DECAYS = SCORES + (GATE == CLA_GATE_ROWS ? 0 : PARTS * SUBTILE);
-  static constexpr int DECAY_BYTES = VECTOR ? 4 * CHUNK * GATES : 0;
-  static constexpr int AFTER_SCORES = SCORES + PARTS * SUBTILE, AFTER_DECAYS = DECAYS + DECAY_BYTES;
-  static constexpr int OUT = AFTER_SCORES > AFTER_DECAYS ? AFTER_SCORES : AFTER_DECAYS;
-  static constexpr int FACTORS = OUT + (EXACT ? 0 : W * SUBTILE);
-  static constexpr int FACTOR_COUNT = SCALAR ? 2 * (4 * CHUNK + 4) : VECTOR ? 4 * GATES + 4 : 0;
-  static constexpr int SHARED = FACTORS + 4 * FACTOR_COUNT;
 
   const cla_sweep &s;
   unsigned char *shared;
@@ -55,6 +35,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
   int tid, lane, warp, group, row0, pair, first_column;
   int64_t begin, end;
   bool in_pieces[3], gate_in_pieces, out_in_pieces;
+  bool out_waits;  // a chunk of it, in shared memory
   float state[R / 8][4];
 
   CLA_DEVICE Chunked(const cla_sweep &s)
@@ -75,25 +56,36 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     if (!s.writes) write.data = nullptr;
     value.data += value.data ? first_column * value.element * value.size() : 0;
     out.data += out.data ? first_column * out.element * out.size() : 0;
-    if (GATE == CLA_GATE_COLS) gate.data += first_column * gate.element * gate.size();
+    if (BY_COLUMN) gate.data += first_column * gate.element * gate.size();
     in_pieces[0] = read.in_pieces(s.rows);
     in_pieces[1] = write.in_pieces(s.rows);
     in_pieces[2] = value.in_pieces(columns());
     gate_in_pieces = VECTOR && gate.in_pieces(gates());
-    out_in_pieces = out.dtype == CLA_BF16 && out.in_pieces(columns());
+    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : !EXACT && out.dtype == CLA_BF16) && out.in_pieces(columns());
+    out_waits = false;
   }
 
   // Of this block's columns, those that the state has.
   CLA_DEVICE int columns() const { return s.cols - first_column < COLUMNS ? s.cols - first_column : COLUMNS; }
-  CLA_DEVICE int gates() const { return GATE == CLA_GATE_ROWS ? s.rows : columns(); }
+  CLA_DEVICE int gates() const { return BY_ROW ? s.rows : columns(); }
   CLA_DEVICE bool last_segment() const { return end == steps.count; }
-  CLA_DEVICE Tile tile(int stage, int which, int part) const {
-    return {shared + stage * STAGE + part * (2 * READ + VALUE) + which * READ};
+  CLA_DEVICE Tile key_tile(int stage, int which, int part) const {
+    return {shared + ((stage % L::KEY_STAGES * L::KEY_PARTS + part) * 2 + which) * L::KEY};
   }
-  CLA_DEVICE Tile scores(int part) const { return {shared + SCORES + part * SUBTILE}; }
-  CLA_DEVICE Tile out_tile() const { return {shared + OUT}; }
-  CLA_DEVICE float *factors() const { return (float *)(shared + FACTORS); }
-  CLA_DEVICE float *decays() const { return (float *)(shared + DECAYS); }
+  CLA_DEVICE Tile read_tile(int stage, int part) const { return key_tile(stage, 0, part); }
+  CLA_DEVICE Tile write_tile(int stage, int part) const { return key_tile(stage, 1, part); }
+  CLA_DEVICE Tile value_tile(int stage, int part) const {
+    return {shared + L::VALUES + (stage % L::VALUE_STAGES * L::VALUE_PARTS + part) * L::VALUE};
+  }
+  // Of what is still to be decayed: read and write, or the value.
+  CLA_DEVICE Tile raw_tile(int which) const { return {shared + L::RAW + which * L::KEY}; }
+  CLA_DEVICE Tile raw_gates() const { return {shared + L::RAW_GATES}; }
+  CLA_DEVICE Tile scores(int part) const { return {shared + L::SCORES + part * SUBTILE}; }
+  CLA_DEVICE Tile out_tile() const { return {shared + L::OUT}; }
+  CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
+  CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
+  CLA_DEVICE float *decays() const { return (float *)(shared + L::DECAYS); }
+  CLA_DEVICE float *totals() const { return (float *)(shared + L::TOTALS); }
 
   // ---- the state ----
 
@@ -142,7 +134,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     if (SCALAR) whole *= exp_fast(steps.decay_after(gate, 0));
     each_state([&](float &x, int r, int c) {
       float y = whole * x;
-      if (VECTOR) y *= exp_fast(steps.decay_after(gate, GATE == CLA_GATE_ROWS ? r : c));
+      if (VECTOR) y *= exp_fast(steps.decay_after(gate, BY_ROW ? r : c));
       to[r * s.last.row + (first_column + c) * s.last.col] = y;
     });
   }
@@ -151,24 +143,29 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     float *to = segment_state();
     each_state([&](float &x, int r, int c) { to[(int64_t)r * s.cols + c] = x; });
     if (SCALAR && block_y() == 0 && tid == 0) s.totals[place.index(s.heads, s.segments)] = total();
-    if (VECTOR && (GATE == CLA_GATE_COLS || block_y() == 0)) {
-      int width = GATE == CLA_GATE_ROWS ? s.rows : s.cols;
-      float *totals = s.totals + place.index(s.heads, s.segments) * width + (GATE == CLA_GATE_COLS ? first_column : 0);
+    if (VECTOR && (BY_COLUMN || block_y() == 0)) {
+      int width = BY_ROW ? s.rows : s.cols;
+      float *totals = s.totals + place.index(s.heads, s.segments) * width + (BY_COLUMN ? first_column : 0);
       for (int c = tid; c < gates(); c += THREADS) totals[c] = total_of()[c];
     }
   }
 
   // ---- loading ----
 
-  CLA_DEVICE static void store8(Tile high, Tile low, int row, int c, const float (&x)[8]) {
-    uint32_t h[4], l[4];
+  // 2 N elements in bf16 to `high`, and what that leaves out to `low`.
+  template <int N> CLA_DEVICE static void split(uint32_t (&high)[N], uint32_t (&low)[N], const float (&x)[2 * N]) {
     CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      h[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-      l[i] = pack_rest(h[i], x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < N; i++) {
+      high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+      low[i] = pack_rest(high[i], x[2 * i], x[2 * i + 1]);
     }
+  }
+  // One or two parts.
+  CLA_DEVICE static void store8(Tile high, Tile low, bool both, int row, int c, const float (&x)[8]) {
+    uint32_t h[4], l[4];
+    split(h, l, x);
     store16(high.piece(row, c / 8), {h[0], h[1], h[2], h[3]});
-    if (EXACT) store16(low.piece(row, c / 8), {l[0], l[1], l[2], l[3]});
+    if (both) store16(low.piece(row, c / 8), {l[0], l[1], l[2], l[3]});
   }
 
   // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
@@ -209,7 +206,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
           float x[8];
           CLA_UNROLL
           for (int k = 0; k < 8; k++) x[k] = valid && column + k < width ? rows.load(steps.token(step + row), column + k) : 0.f;
-          store8(to, to, row, column, x);
+          store8(to, to, false, row, column, x);
         }
       }
     }
@@ -225,11 +222,37 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
   CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
     if (step < end) {
       const int count = count_at(step);
-      fetch(tile(stage, 0, 0), f.read, read, step, count, s.rows, in_pieces[0]);
-      fetch(tile(stage, 1, 0), f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
-      fetch(tile(stage, 2, 0), f.value, value, step, count, columns(), in_pieces[2]);
+      const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
+      fetch(r, f.read, read, step, count, s.rows, in_pieces[0]);
+      fetch(w, f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
+      fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, value, step, count, columns(), in_pieces[2]);
+      if constexpr (L::STAGED_DECAY) fetch_gates(step, count);
     }
     copies_commit();
+  }
+
+  // Whether gates are staged in bf16, in a tile, or as rows of f32.
+  CLA_DEVICE bool gates_in_tile() const { return gate_in_pieces && gate.dtype == CLA_BF16; }
+  CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
+  CLA_DEVICE void fetch_gates(int64_t step, int count) {
+    // The decay before a step of a reverse sweep is that of the step before.
+    const int shift = s.reverse ? 1 : 0, first = step == 0 ? shift : 0;
+    const int tid = opaque(this->tid);
+    const bool copied = gate_in_pieces && gate.dtype != CLA_F16, tile = gates_in_tile();
+    const int each = tile ? 8 : 4, pieces = GATES / each;
+    CLA_NO_UNROLL
+    for (int at = tid; at < CHUNK * pieces; at += THREADS) {
+      const int row = at / pieces, c = at % pieces * each;
+      const bool valid = row >= first && row < count && c < gates();
+      const int64_t token = valid ? steps.token(step + row - shift) : 0;
+      if (copied) {
+        void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
+        copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
+      } else {
+        CLA_UNROLL
+        for (int k = 0; k < 4; k++) raw_gate_row(row)[c + k] = valid && c + k < gates() ? gate.load(token, c + k) : 0.f;
+      }
+    }
   }
 
   // Pieces of 8 elements that a thread loads before it looks at the first, so that the loads are under way together.
@@ -239,6 +262,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
   // is where a row comes from.
   template <int WIDTH, class Token, class Use>
   CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, bool pieces, Token token_of, Use use) {
+    const int tid = opaque(this->tid);
     constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
     static_assert(EACH % N == 0, "whole batches");
     const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;
@@ -279,26 +303,30 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
   }
 
-  // Steps from..to of the chunk into both parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
+  // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
   // multiplied (1) or divided (-1) into the elements.
   template <int WIDTH, int SIGN>
-  CLA_DEVICE void fill(int which, const Rows &rows, int64_t step, int from, int to, int width, bool pieces) {
+  CLA_DEVICE void fill(Tile high, Tile low, const Rows &rows, int64_t step, int from, int to, int width, bool pieces) {
     each8<WIDTH>(rows, from, to, width, pieces, [&](int row) { return steps.token(step + row); },
                  [&](int row, int c, float(&x)[8]) {
                    if (SIGN != 0 && row >= from && row < to && c < width) {
                      CLA_UNROLL
                      for (int k = 0; k < 8; k++) {
-                       x[k] *= exp_fast(SIGN * (decays()[row * GATES + c + k] - anchor()[c + k]));
+                       x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
                      }
                    }
-                   store8(tile(0, which, 0), tile(0, which, 1), row, c, x);
+                   store8(high, low, true, row, c, x);
                  });
   }
+  // What is copied is there already, all of it: it multiplies zeros outside of from..to.
   CLA_DEVICE void fill_chunk(int64_t step, int from, int to) {
-    constexpr bool rows = GATE == CLA_GATE_ROWS, cols = GATE == CLA_GATE_COLS;
-    fill<R, rows ? 1 : 0>(0, read, step, from, to, s.rows, in_pieces[0]);
-    fill<R, rows ? -1 : 0>(1, write, step, from, writing(step, to), s.rows, in_pieces[1]);
-    fill<COLUMNS, cols ? -1 : 0>(2, value, step, from, to, columns(), in_pieces[2]);
+    if constexpr (L::KEY_PARTS == 2) {
+      fill<R, BY_ROW ? 1 : 0>(read_tile(0, 0), read_tile(0, 1), read, step, from, to, s.rows, in_pieces[0]);
+      fill<R, BY_ROW ? -1 : 0>(write_tile(0, 0), write_tile(0, 1), write, step, from, writing(step, to), s.rows, in_pieces[1]);
+    }
+    if constexpr (L::VALUE_PARTS == 2) {
+      fill<COLUMNS, BY_COLUMN ? -1 : 0>(value_tile(0, 0), value_tile(0, 1), value, step, from, to, columns(), in_pieces[2]);
+    }
   }
 
   // ---- one decay for the whole state ----
@@ -374,23 +402,24 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
   // Sums the decays of the chunk's steps from `from` on, until they leave the range. Returns where that is.
   CLA_DEVICE int sum_vector_gates(int64_t step, int from, int count) {
     // The decay before a step of a reverse sweep is that of the step before.
+    const int tid = opaque(this->tid);
     const int shift = s.reverse ? 1 : 0, first = step == 0 && from < shift ? shift : from;
     each8<GATES>(gate, first, count, gates(), gate_in_pieces, [&](int row) { return steps.token(step + row - shift); },
                  [&](int row, int c, float(&x)[8]) {
                    CLA_UNROLL
-                   for (int k = 0; k < 8; k++) decays()[row * GATES + c + k] = x[k];
+                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
                  });
     barrier();
     for (int c = tid; c < GATES; c += THREADS) {
       float *decay = decays() + c;
-      start_factor()[c] = decay[from * GATES];
-      decay[from * GATES] = 0.f;
+      start_factor()[c] = decay[from * PITCH];
+      decay[from * PITCH] = 0.f;
       float sum = 0.f, least = 0.f, most = 0.f;
       int t = from + 1;
       while (t < count) {
         float next[8];
         CLA_UNROLL
-        for (int i = 0; i < 8; i++) next[i] = t + i < count ? decay[(t + i) * GATES] : 0.f;
+        for (int i = 0; i < 8; i++) next[i] = t + i < count ? decay[(t + i) * PITCH] : 0.f;
         bool stop = false;
         CLA_UNROLL
         for (int i = 0; i < 8; i++) {
@@ -402,7 +431,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
             stop = true;
             atomic_min(&limit(), t + i);
           } else {
-            decay[(t + i) * GATES] = sum;
+            decay[(t + i) * PITCH] = sum;
           }
         }
         if (stop) break;
@@ -413,7 +442,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     barrier();
     const int to = limit(), middle = (from + to) / 2;
     for (int c = tid; c < GATES; c += THREADS) {
-      float at = decays()[middle * GATES + c], last = decays()[(to - 1) * GATES + c];
+      float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
       anchor()[c] = at;
       start_factor()[c] = exp_fast(start_factor()[c] + at);
       end_factor()[c] = exp_fast(last - at);
@@ -424,8 +453,90 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     return to;
   }
 
+  // ---- the same from what is staged ----
+  // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
+
+  static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
+  struct Four {
+    float x[4];
+  };
+  struct Two {
+    uint32_t x[2];
+  };
+  CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
+  CLA_DEVICE Four staged_gates(int row, int c) const {
+    if (!gates_in_tile()) return *(const Four *)(raw_gate_row(row) + c);
+    const Two two = four_of(raw_gates(), row, c);
+    return {{low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])}};
+  }
+  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
+    const Two two = four_of(from, row, c);
+    float x[4] = {low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])};
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
+    Two h, l;
+    split(h.x, l.x, x);
+    four_of(high, row, c) = h;
+    four_of(low, row, c) = l;
+  }
+
+  CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
+    const Four g = staged_gates(row, c);
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) sum[k] += g.x[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g.x[k];
+  }
+
+  // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
+  CLA_DEVICE void decay_chunk() {
+    const int tid = opaque(this->tid);
+    const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
+    float own[4] = {0.f, 0.f, 0.f, 0.f};
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
+    *(Four *)(totals() + of * GATES + c) = {{own[0], own[1], own[2], own[3]}};
+    barrier();
+    float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEP_GROUPS; i++) {
+      const Four t = *(const Four *)(totals() + i * GATES + c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) {
+        all[k] += t.x[k];
+        if (i < STEP_GROUPS / 2) middle[k] += t.x[k];
+        if (i < of) sum[k] += t.x[k];
+      }
+    }
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) {
+      sum[k] -= middle[k];
+      if (of != 0) continue;
+      start_factor()[c + k] = exp_fast(middle[k]);
+      end_factor()[c + k] = exp_fast(all[k] - middle[k]);
+      anchor()[c + k] = 0.f;  // the sums below are relative to it already
+    }
+    bool inside = true;
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEPS_EACH; i++) {
+      const int row = first + i;
+      add_gates(sum, row, c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) inside = inside && sum[k] <= DECAY_RANGE && sum[k] >= -DECAY_RANGE;
+      if constexpr (BY_ROW) {
+        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
+        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
+      } else {
+        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
+        *(Four *)(decays() + row * PITCH + c) = {{sum[0], sum[1], sum[2], sum[3]}};
+      }
+    }
+    if (!inside) limit() = 0;
+  }
+  CLA_DEVICE void count_decay() {
+    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
+  }
+
   CLA_DEVICE void scale_state(const float *factor) {
-    each_state([&](float &x, int r, int c) { x *= factor[GATE == CLA_GATE_ROWS ? r : c]; });
+    each_state([&](float &x, int r, int c) { x *= factor[BY_ROW ? r : c]; });
   }
 
   // ---- one chunk ----
@@ -455,33 +566,47 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
   }
 
-  // The state as A operands: all at once where they are read while the warps go on, otherwise as they are needed.
-  static constexpr int STATE_STEPS = R / 16, HELD = WGMMA ? STATE_STEPS : 1;
+  // The state as A operands. Where the machine reads them while the warps go on, as many as there are registers for are held
+  // at a time; otherwise each is packed as it is needed.
+  static constexpr int STATE_STEPS = R / 16;
+  static constexpr bool TIGHT = L::KEY_PARTS == 2 || L::VALUE_PARTS == 2 || (EXACT && SCALAR);
+  static constexpr int HELD = !WGMMA ? 1 : R < 128 ? STATE_STEPS : W == 1 ? 2 : TIGHT ? 4 : STATE_STEPS;
   struct StateOperand {
     uint32_t high[HELD][4], rest[HELD][4];
   };
-  CLA_DEVICE void pack_state(StateOperand &a, int first, int count) const {
+  CLA_DEVICE void pack_state(StateOperand &a, int first) const {
     CLA_UNROLL
-    for (int k = 0; k < count; k++) {
+    for (int k = 0; k < HELD; k++) {
       to_a<R>(a.high[k], state, 16 * (first + k));
-      if (SPLIT_STATE) to_a_rest<R>(a.rest[k], a.high[k], state, 16 * (first + k));
+      to_a_rest<R>(a.rest[k], a.high[k], state, 16 * (first + k));
     }
   }
+  // The first are packed already.
   CLA_DEVICE void add_state_times_read(float (&acc)[8][4], StateOperand &a, int stage) {
     CLA_UNROLL
-    for (int k = 0; k < STATE_STEPS; k++) {
-      if (!WGMMA) pack_state(a, k, 1);
-      const int held = WGMMA ? k : 0;
-      add_registers_by_rows<WGMMA>(acc, a.high[held], tile(stage, 0, 0), 16 * k);
-      if (SPLIT_STATE) add_registers_by_rows<WGMMA>(acc, a.rest[held], tile(stage, 0, 0), 16 * k);
-      if (EXACT) add_registers_by_rows<WGMMA>(acc, a.high[held], tile(stage, 0, PARTS - 1), 16 * k);
+    for (int first = 0; first < STATE_STEPS; first += HELD) {
+      if (first > 0) {
+        products_commit<WGMMA>();
+        products_wait<WGMMA, 0>();
+        pack_state(a, first);
+        products_fence<WGMMA>();
+      }
+      CLA_UNROLL
+      for (int k = 0; k < HELD; k++) {
+        const int at = 16 * (first + k);
+        add_registers_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 0), at);
+        add_registers_by_rows<WGMMA>(acc, a.rest[k], read_tile(stage, 0), at);
+        if (L::KEY_PARTS == 2) add_registers_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 1), at);
+      }
     }
   }
 
+  // The warpgroup's columns of the values.
+  CLA_DEVICE Tile own_values(int stage, int part) const { return value_tile(stage, part).from_column(64 * group); }
+
   // The state's decay over the chunk, and its writes.
   CLA_DEVICE void update_state(int stage, int set) {
-    const Tile v = tile(stage, 2, 0).from_column(64 * group), v_rest = tile(stage, 2, PARTS - 1).from_column(64 * group);
-    const Tile w = tile(stage, 1, 0), w_rest = tile(stage, 1, PARTS - 1);
+    const Tile v = own_values(stage, 0), w = write_tile(stage, 0);
     if constexpr (SCALAR) {
       CLA_UNROLL
       for (int j = 0; j < R / 8; j++) {
@@ -493,12 +618,12 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
       for (int k = 0; k < 4; k++) {
         uint32_t y[4], y_rest[4];
         load_a_transposed(y, v, 16 * k, 16 * warp);
-        if (EXACT) load_a_transposed(y_rest, v_rest, 16 * k, 16 * warp);
+        if (L::VALUE_PARTS == 2) load_a_transposed(y_rest, own_values(stage, 1), 16 * k, 16 * warp);
         CLA_UNROLL
         for (int i = 0; i < 4; i++) {
           const float *f = to_end(set) + 16 * k + pair + 8 * (i >> 1);
           float low = low_bf16(y[i]), high = high_bf16(y[i]);
-          if (EXACT) low += low_bf16(y_rest[i]), high += high_bf16(y_rest[i]);
+          if (L::VALUE_PARTS == 2) low += low_bf16(y_rest[i]), high += high_bf16(y_rest[i]);
           low *= f[0], high *= f[1];
           a[k][i] = pack_bf16(low, high);
           rest[k][i] = pack_rest(a[k][i], low, high);
@@ -509,23 +634,24 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
       for (int k = 0; k < 4; k++) {
         add_registers_by_columns<WGMMA, R>(state, a[k], w, 16 * k);
         add_registers_by_columns<WGMMA, R>(state, rest[k], w, 16 * k);
-        if (EXACT) add_registers_by_columns<WGMMA, R>(state, a[k], w_rest, 16 * k);
+        if (L::KEY_PARTS == 2) add_registers_by_columns<WGMMA, R>(state, a[k], write_tile(stage, 1), 16 * k);
       }
     } else {
       products_fence<WGMMA>();
       add_columns_by_columns<WGMMA, R>(state, v, w);
-      if (EXACT) add_columns_by_columns<WGMMA, R>(state, v_rest, w);
-      if (EXACT) add_columns_by_columns<WGMMA, R>(state, v, w_rest);
+      if (L::VALUE_PARTS == 2) add_columns_by_columns<WGMMA, R>(state, own_values(stage, 1), w);
+      if (L::KEY_PARTS == 2) add_columns_by_columns<WGMMA, R>(state, v, write_tile(stage, 1));
     }
   }
 
   // Steps from..to of the chunk at `step`, whose tiles are in `stage`; `meanwhile` runs while
   // the first products do.
   template <class F> CLA_DEVICE void solve(int stage, int set, int64_t step, int from, int to, bool only_state, F meanwhile) {
-    if (GATE == CLA_GATE_ROWS || GATE == CLA_GATE_COLS) scale_state(start_factor());
+    if (VECTOR) scale_state(start_factor());
     if (only_state || !out.data) {
       update_state(stage, set);
       products_commit<WGMMA>();
+      meanwhile();
       products_wait<WGMMA, 0>();
       if (VECTOR) scale_state(end_factor());
       return;
@@ -538,14 +664,15 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
       CLA_UNROLL
       for (int j = 0; j < 8; j++) acc[j][e] = 0.f;
     }
-    const Tile r = tile(stage, 0, 0), w = tile(stage, 1, 0);
-    const Tile v = tile(stage, 2, 0).from_column(64 * group), v_rest = tile(stage, 2, PARTS - 1).from_column(64 * group);
+    const Tile r = read_tile(stage, 0), w = write_tile(stage, 0), v = own_values(stage, 0);
     StateOperand a;
-    if (WGMMA) pack_state(a, 0, STATE_STEPS);
+    pack_state(a, 0);
     products_fence<WGMMA>();
     add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, w, SCORE_COLUMNS * group, R);
-    if (EXACT) add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, tile(stage, 0, PARTS - 1), w, SCORE_COLUMNS * group, R);
-    if (EXACT) add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, tile(stage, 1, PARTS - 1), SCORE_COLUMNS * group, R);
+    if constexpr (L::KEY_PARTS == 2) {
+      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, read_tile(stage, 1), w, SCORE_COLUMNS * group, R);
+      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, write_tile(stage, 1), SCORE_COLUMNS * group, R);
+    }
     products_commit<WGMMA>();
     add_state_times_read(acc, a, stage);
     products_commit<WGMMA>();
@@ -564,8 +691,8 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
     products_fence<WGMMA>();
     add_columns_by_rows<WGMMA>(acc, v, scores(0));
-    if (EXACT) add_columns_by_rows<WGMMA>(acc, v_rest, scores(0));
-    if (EXACT) add_columns_by_rows<WGMMA>(acc, v, scores(PARTS - 1));
+    if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(0));
+    if (EXACT) add_columns_by_rows<WGMMA>(acc, v, scores(1));
     products_commit<WGMMA>();
     update_state(stage, set);
     products_commit<WGMMA>();
@@ -577,30 +704,26 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
 
   // ---- the result ----
 
+  // Output for all steps of a chunk waits in shared memory if it can; that of a part of one goes out at once.
   CLA_DEVICE void finish(float (&acc)[8][4], int64_t step, int from, int to) {
+    out_waits = out_in_pieces && from == 0 && to == count_at(step);
     CLA_UNROLL
     for (int j = 0; j < 8; j++) {
       CLA_UNROLL
       for (int e = 0; e < 4; e++) {
-        acc[j][e] *= s.out_scale;
         const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
-        if (GATE == CLA_GATE_COLS && t >= from && t < to && c < columns()) {
-          acc[j][e] *= exp_fast(decays()[t * GATES + c] - anchor()[c]);
+        acc[j][e] *= s.out_scale;
+        if (BY_COLUMN && t >= from && t < to && c < columns()) {
+          acc[j][e] *= exp_fast(decays()[t * PITCH + c] - anchor()[c]);
+        }
+        if (L::WIDE_OUT && out_waits) {
+          wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
+        } else if ((EXACT || !out_waits) && t >= from && t < to && c < columns()) {
+          out.store(steps.token(step + t), c, acc[j][e]);
         }
       }
     }
-    if (!EXACT && out_in_pieces) {
-      stage_out(acc);
-      return;
-    }
-    CLA_UNROLL
-    for (int j = 0; j < 8; j++) {
-      CLA_UNROLL
-      for (int e = 0; e < 4; e++) {
-        const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
-        if (t >= from && t < to && c < columns()) out.store(steps.token(step + t), c, acc[j][e]);
-      }
-    }
+    if (!EXACT && out_waits) stage_out(acc);
   }
 
   // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
@@ -614,16 +737,29 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
   }
   CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) {
-    if (!out_in_pieces) return;
     const int count = count_at(step);
-    static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
-    const unsigned char *from = out_tile().piece(at.row, at.column / 8);
-    CLA_UNROLL
-    for (int i = 0; i < at.EACH; i++) {
-      if (at.column < columns() && at.row + i * at.EVERY < count) {
-        store16_streaming(at.data + i * at.stride, load16(from + i * at.EVERY * 128));
+    if (out_waits && EXACT) {
+      constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
+      const int tid = opaque(this->tid);
+      const int first = tid / PER_ROW, c = tid % PER_ROW * 4;
+      const int64_t stride = (s.reverse ? -4 : 4) * out.token;
+      unsigned char *to = out.data + steps.token(0) * out.token * 4 + (step + first) * stride + 4 * c;
+      CLA_UNROLL
+      for (int i = 0; i < CHUNK / EVERY; i++) {
+        const int row = first + i * EVERY;
+        if (row < count && c < columns()) store16_streaming(to + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
+      }
+    } else if (out_waits) {
+      static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
+      const unsigned char *from = out_tile().piece(at.row, at.column / 8);
+      CLA_UNROLL
+      for (int i = 0; i < at.EACH; i++) {
+        if (at.column < columns() && at.row + i * at.EVERY < count) {
+          store16_streaming(at.data + i * at.stride, load16(from + i * at.EVERY * 128));
+        }
       }
     }
+    out_waits = false;
     at.next_chunk();
   }
 
@@ -636,8 +772,7 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
       for (int c = tid; c < GATES; c += THREADS) total_of()[c] = 1.f;
       if (tid == 0) limit() = CHUNK;
     }
-    if (EXACT) run_exact(only_state);
-    else run_fast(only_state);
+    NARROW ? run_staged(only_state) : run_filled(only_state);
     if (only_state) {
       barrier();
       store_segment();
@@ -646,25 +781,39 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
   }
 
-  CLA_DEVICE void run_fast(bool only_state) {
-    Pair g = {0.f, 0.f};
-    if (SCALAR && tid < 32) g = gate_pair(begin);
+  // Chunks that are copied to shared memory ahead of their turn.
+  CLA_DEVICE void run_staged(bool only_state) {
+    if (SCALAR && tid < 32 && begin < end) sum_gates(0, gate_pair(begin));
     Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
     fetch_chunk(f, 0, begin);
     int stage = 0;
     for (int64_t step = begin; step < end; step += CHUNK, stage ^= 1) {
-      if (SCALAR && tid < 32) {
-        sum_gates(stage, g);
-        g = gate_pair(step + CHUNK);
-      }
       copies_wait<0>();
       shared_fence();
       barrier();
-      fetch_chunk(f, stage ^ 1, step + CHUNK);
       const int count = count_at(step);
-      solve(stage, stage, step, 0, count, only_state, [&] {
+      bool whole = true;
+      if constexpr (L::STAGED_DECAY) {
+        // What waits lies where this chunk's decays go.
         if (step > begin) flush(f.out, step - CHUNK);
-      });
+        decay_chunk();
+        shared_fence();
+        barrier();
+        whole = limit() != 0;
+        if (whole && only_state) count_decay();
+        if (!whole) begin_parts();
+      }
+      if (whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
+      int from = 0;
+      do {
+        const int to = whole ? count : fill_part(step, from, count);
+        solve(stage, stage, step, from, to, only_state, [&] {
+          if (!L::STAGED_DECAY && step > begin) flush(f.out, step - CHUNK);
+          if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
+        });
+        from = to;
+      } while (VECTOR && from < count);
+      if (!whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
     }
     if (!only_state && out.data && begin < end) {
       barrier();
@@ -672,27 +821,40 @@ template <int ROWS, int W, bool EXACT, int GATE> struct Chunked {
     }
   }
 
-  CLA_DEVICE void run_exact(bool only_state) {
+  // Chunks whose operands are made from the inputs on the spot.
+  CLA_DEVICE void run_filled(bool only_state) {
     int set = 0;
     for (int64_t step = begin; step < end; step += CHUNK, set ^= 1) {
       const int count = count_at(step);
+      if (VECTOR) begin_parts();
       int from = 0;
       do {
-        barrier();
         if (SCALAR && tid < 32) sum_gates(set, gate_pair(step));
-        const int to = VECTOR ? sum_vector_gates(step, from, count) : count;
-        fill_chunk(step, from, to);
-        shared_fence();
-        barrier();
+        const int to = fill_part(step, from, count);
         solve(0, set, step, from, to, only_state, [] {});
         from = to;
       } while (VECTOR && from < count);
     }
   }
+
+  // Parts of a chunk: each goes on as long as the decay stays in its range.
+  CLA_DEVICE void begin_parts() {
+    barrier();
+    if (tid == 0) limit() = CHUNK;
+  }
+  CLA_DEVICE int fill_part(int64_t step, int from, int count) {
+    barrier();
+    const int to = VECTOR ? sum_vector_gates(step, from, count) : count;
+    fill_chunk(step, from, to);
+    shared_fence();
+    barrier();
+    return to;
+  }
 };
 
-template <int R, int W, bool EXACT, int GATE> CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(cla_sweep s, int only_state) {
-  Chunked<R, W, EXACT, GATE> sweep(s);
+template <int R, int W, bool NARROW, bool EXACT, int GATE>
+CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(cla_sweep s, int only_state) {
+  Chunked<R, W, NARROW, EXACT, GATE> sweep(s);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);
 }

@@ -1,4 +1,4 @@
-// Which chunked kernel a sweep takes, among those for one precision.
+// Which chunked kernel a sweep takes: the first of a list that the machine has the shared memory for.
 #pragma once
 #include "chunked.cuh"
 
@@ -11,37 +11,50 @@ struct Call {
   int64_t *shared;  // not null: report the shared memory instead of launching
 };
 
-template <int R, int W, bool EXACT, int GATE> int32_t run_chunked(const Call &call) {
-  using Kernel = Chunked<R, W, EXACT, GATE>;
+// Not launched: no kernel of the list fits.
+constexpr int32_t NONE_FITS = -1;
+
+template <int R, int W, bool NARROW, bool EXACT, int GATE> int32_t run_chunked(const Call &call) {
+  using Layout = ChunkLayout<R, W, NARROW, EXACT, GATE>;
+  const cla_sweep &s = call.sweep;
+  if (Layout::SHARED > s.shared_limit) return NONE_FITS;
   if (call.shared) {
-    *call.shared = Kernel::SHARED;
+    *call.shared = Layout::SHARED;
     return 0;
   }
-  const cla_sweep &s = call.sweep;
-  Dims grid = {(int64_t)s.sequences * s.segments * s.heads, (s.cols + Kernel::COLUMNS - 1) / Kernel::COLUMNS};
-  return launch(chunked_kernel<R, W, EXACT, GATE>, grid, Kernel::THREADS, Kernel::SHARED, call.stream, s,
+  const Dims grid = {(int64_t)s.sequences * s.segments * s.heads, (s.cols + Layout::COLUMNS - 1) / Layout::COLUMNS};
+  return launch(chunked_kernel<R, W, NARROW, EXACT, GATE>, grid, Layout::THREADS, Layout::SHARED, call.stream, s,
                 (int)call.only_state);
 }
 
 // Two warpgroups a block where the state has the columns for it and the machine the memory.
 template <int R, bool EXACT, int GATE> int32_t choose_width(const Call &call) {
-  if constexpr (!EXACT && R <= 128) {
-    if (call.sweep.cols > 64 && Chunked<R, 2, EXACT, GATE>::SHARED <= call.sweep.shared_limit) {
-      return run_chunked<R, 2, EXACT, GATE>(call);
+  if constexpr (R <= 128) {
+    if (call.sweep.cols > 64) {
+      const int32_t code = run_chunked<R, 2, true, EXACT, GATE>(call);
+      if (code != NONE_FITS) return code;
     }
   }
-  return run_chunked<R, 1, EXACT, GATE>(call);
+  return run_chunked<R, 1, true, EXACT, GATE>(call);
 }
 
-template <bool EXACT, int GATE> int32_t choose_rows(const Call &call) {
+template <bool EXACT, int GATE> int32_t choose_narrow(const Call &call) {
   if (call.sweep.rows <= 64) return choose_width<64, EXACT, GATE>(call);
   if (call.sweep.rows <= 128) return choose_width<128, EXACT, GATE>(call);
-  return choose_width<256, EXACT, GATE>(call);
+  // Copies of 256 rows to be decayed do not fit any machine beside the rest; those rows go the other way.
+  if constexpr (!EXACT && GATE != CLA_GATE_ROWS) return choose_width<256, EXACT, GATE>(call);
+  return NONE_FITS;
 }
 
-// bf16 inputs; no decay or one for the whole state.
-int32_t chunked_bf16(const Call &call);
+template <int GATE> int32_t choose_wide(const Call &call) {
+  if (call.sweep.rows <= 64) return run_chunked<64, 1, false, true, GATE>(call);
+  if (call.sweep.rows <= 128) return run_chunked<128, 1, false, true, GATE>(call);
+  return run_chunked<256, 1, false, true, GATE>(call);
+}
+
+// bf16 inputs, and results in bf16 or, if EXACT, in f32.
+template <bool EXACT> int32_t chunked_narrow(const Call &call);
 // Everything.
-int32_t chunked_exact(const Call &call);
+int32_t chunked_wide(const Call &call);
 
 }  // namespace cla

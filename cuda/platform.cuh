@@ -35,6 +35,13 @@ template <class T> CLA_DEVICE T shuffle(T x, int lane) { return __shfl_sync(0xff
 CLA_DEVICE int atomic_min(int *p, int x) { return atomicMin(p, x); }
 CLA_DEVICE float atomic_add(float *p, float x) { return atomicAdd(p, x); }
 
+// The same number, which the compiler takes for another: what is computed from it stays where it is written, instead of
+// going into registers before the loop around it.
+CLA_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 CLA_DEVICE uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // 16 bytes from global to shared memory; zeros if not `valid`.

@@ -73,6 +73,7 @@ inline void check_alignment(const void *p, const Site &site) {
 
 }  // namespace host
 
+inline int opaque(int x) { return x; }
 inline unsigned thread_index() { return host::here.thread; }
 inline unsigned block_x() { return host::here.block_x; }
 inline unsigned block_y() { return host::here.block_y; }

@@ -130,10 +130,9 @@ impl<'a> Sweeps<'a> {
     }
 
     /// Whether dq and dk are for a gate's gradient that needs all digits of f32: it is a sum of differences up to the end of
-    /// the sequence, in which errors add up while most of the sums cancel. With one decay for all tokens these are summed
-    /// up again.
+    /// the sequence, in which errors add up while most of the sums cancel.
     fn for_gate(&self) -> bool {
-        !self.with_own && (self.problem.dtype == DType::F32 || self.problem.decay == Decay::Head)
+        !self.with_own && self.problem.dtype == DType::F32
     }
 
     /// What the sweeps from the last token to the first have in common.

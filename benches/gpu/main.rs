@@ -1,0 +1,190 @@
+//! The operators on a GPU, beside the copy rate of the same card and, with `--fla`, flash-linear-attention in Python.
+//!
+//! `cargo bench --features cuda --bench gpu` prints one table. `-- --only simple_gla` runs the lines that contain the words,
+//! `-- --fla` needs a python3 with torch, triton and fla, whose autotuning takes minutes.
+
+mod graph;
+mod peer;
+mod timing;
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
+use clap::Parser;
+use timing::Clock;
+
+#[derive(Parser)]
+struct Args {
+    /// Only lines whose description contains this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Also time flash-linear-attention on the same shapes.
+    #[arg(long)]
+    fla: bool,
+    /// What `cargo bench` passes.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Op {
+    Linear,
+    Retention,
+    SimpleGla,
+    Gla,
+}
+
+impl Op {
+    const ALL: [Self; 4] = [Self::Linear, Self::Retention, Self::SimpleGla, Self::Gla];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Linear => "linear_attn",
+            Self::Retention => "retention",
+            Self::SimpleGla => "simple_gla",
+            Self::Gla => "gla",
+        }
+    }
+}
+
+/// B, T, H, D.
+type Shape = [usize; 4];
+
+const SHAPES: [Shape; 6] = [
+    [4, 4096, 64, 128],
+    [1, 8192, 96, 128],
+    [2, 16384, 16, 128],
+    [4, 2048, 16, 128],
+    [8, 1024, 8, 64],
+    [1, 32768, 16, 128],
+];
+
+struct Problem {
+    op: Op,
+    qkv: [Var; 3],
+    gate: Option<Var>,
+}
+
+impl Problem {
+    fn new(op: Op, [b, t, h, d]: Shape, dtype: DType, device: &Device) -> Result<Self> {
+        let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device);
+        let qkv = [(); 3].map(|()| Ok(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?));
+        // As gated models have them: most a few hundredths a token.
+        let gate = |shape: &[usize], dtype| random(shape)?.abs()?.affine(-0.05, 0.)?.to_dtype(dtype);
+        let gate = match op {
+            Op::Linear => None,
+            Op::Retention => Some(gate(&[h], DType::F32)?),
+            Op::SimpleGla => Some(gate(&[b, t, h], DType::F32)?),
+            Op::Gla => Some(gate(&[b, t, h, d], dtype)?),
+        };
+        let [q, k, v] = qkv;
+        let qkv = [q?, k?, v?];
+        Ok(Self { op, qkv, gate: gate.map(|g| Var::from_tensor(&g)).transpose()? })
+    }
+
+    fn run(&self, opts: &Options) -> Result<Output> {
+        let [q, k, v] = self.qkv.each_ref().map(|x| x.as_tensor());
+        let gate = || self.gate.as_ref().context("a gate");
+        Ok(match self.op {
+            Op::Linear => linear_attn(q, k, v, opts)?,
+            Op::Retention => retention(q, k, v, gate()?, opts)?,
+            Op::SimpleGla => simple_gla(q, k, v, gate()?, opts)?,
+            Op::Gla => gla(q, k, v, gate()?, opts)?,
+        })
+    }
+
+    /// The bytes of what goes in.
+    fn bytes(&self) -> usize {
+        let of = |x: &Var| x.elem_count() * x.dtype().size_in_bytes();
+        self.qkv.iter().chain(&self.gate).map(of).sum()
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let device = Device::new_cuda(0).context("this bench needs a GPU")?;
+    let clock = Clock::new(&device)?;
+    let rate = clock.copy_rate()?;
+    println!("{}: a copy within its memory moves {:.2} TB/s, reads plus writes", clock.card()?, rate / 1e12);
+    println!();
+    println!(
+        "| operator | B, T, H, D | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |"
+    );
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    for (dtype, shapes) in
+        [(DType::BF16, &SHAPES[..]), (DType::F16, &SHAPES[..1]), (DType::F32, &SHAPES[..1])]
+    {
+        for op in Op::ALL {
+            for &shape in shapes {
+                line(&args, &clock, &device, rate, op, shape, dtype, Mode::Auto)?;
+            }
+        }
+    }
+    for mode in [Mode::Chunk, Mode::FusedChunk] {
+        line(&args, &clock, &device, rate, Op::Linear, SHAPES[5], DType::BF16, mode)?;
+    }
+    println!();
+    println!("| decode, T = 1 | B, H, D | ms | of the copy rate |");
+    println!("| --- | --- | --- | --- |");
+    for op in Op::ALL {
+        for (b, h, d) in [(64, 32, 128), (1, 32, 128), (64, 32, 64)] {
+            decode(&args, &clock, &device, rate, op, (b, h, d))?;
+        }
+    }
+    if args.fla {
+        peer::print(&SHAPES, &args.only)?;
+    }
+    Ok(())
+}
+
+#[allow(clippy::too_many_arguments)]
+fn line(
+    args: &Args,
+    clock: &Clock,
+    device: &Device,
+    rate: f64,
+    op: Op,
+    shape: Shape,
+    dtype: DType,
+    mode: Mode,
+) -> Result<()> {
+    let [b, t, h, d] = shape;
+    let what = format!("| {} | {b}, {t}, {h}, {d} | {} | {mode:?} |", op.name(), dtype.as_str());
+    if !what.contains(&args.only) {
+        return Ok(());
+    }
+    let problem = Problem::new(op, shape, dtype, device)?;
+    let opts = Options::default().with_mode(mode);
+    let forward = clock.median(|| Ok(drop(problem.run(&opts)?)))?;
+    let out = problem.run(&opts)?.out;
+    let bytes = problem.bytes() + out.elem_count() * dtype.size_in_bytes();
+    let of_rate = bytes as f64 / (forward * 1e-3) / rate;
+    let grad = Tensor::randn(0f32, 1., out.shape(), device)?.to_dtype(dtype)?;
+    let loss = graph::with_gradient(&out, &grad)?;
+    let backward = clock.median(|| Ok(drop(loss.backward()?)))?;
+    let free = graph::with_gradient(&graph::free(&problem.qkv)?, &grad)?;
+    let sums = clock.median(|| Ok(drop(free.backward()?)))?;
+    println!("{what} {forward:.3} | {:.0}% | {:.3} | {backward:.3} |", 100. * of_rate, backward - sums);
+    Ok(())
+}
+
+fn decode(
+    args: &Args,
+    clock: &Clock,
+    device: &Device,
+    rate: f64,
+    op: Op,
+    (b, h, d): (usize, usize, usize),
+) -> Result<()> {
+    let what = format!("| decode {} | {b}, {h}, {d} |", op.name());
+    if !what.contains(&args.only) {
+        return Ok(());
+    }
+    let problem = Problem::new(op, [b, 1, h, d], DType::BF16, device)?;
+    let state = State { kv: Tensor::randn(0f32, 1., (b, h, d, d), device)?, z: None };
+    let opts = Options::default().with_initial_state(&state).with_final_state(true);
+    let time = clock.median(|| Ok(drop(problem.run(&opts)?)))?;
+    let bytes = 2 * state.kv.elem_count() * 4 + problem.bytes();
+    println!("{what} {time:.4} | {:.0}% |", 100. * bytes as f64 / (time * 1e-3) / rate);
+    Ok(())
+}
