@@ -3,15 +3,14 @@
 
 namespace cla {
 
-// The kernels for bf16 inputs if they are and the kernel fits, else those that take everything. Outputs in f32 are meant to
-// be exact.
+// The kernels for bf16 inputs if they are and the kernel fits, else those that take everything.
 static int32_t chunked(const Call &call) {
   const cla_sweep &s = call.sweep;
   auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
   int32_t code = NONE_FITS;
   if (bf16(s.read) && bf16(s.write) && bf16(s.value)) {
-    if (bf16(s.out)) code = chunked_narrow<false>(call);
-    else if (s.out.dtype == CLA_F32) code = chunked_narrow<true>(call);
+    if (bf16(s.out)) code = chunked_narrow<true>(call);
+    else if (s.out.dtype == CLA_F32) code = chunked_narrow<false>(call);
   }
   return code == NONE_FITS ? chunked_wide(call) : code;
 }

@@ -21,8 +21,8 @@ constexpr float DECAY_RANGE = 40.f;
 // exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
 constexpr float STRONGEST_DECAY = -110.f;
 
-template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
-  using L = ChunkLayout<ROWS, W, NARROW, EXACT, GATE>;
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked {
+  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
   static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
@@ -61,7 +61,7 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
     in_pieces[1] = write.in_pieces(s.rows);
     in_pieces[2] = value.in_pieces(columns());
     gate_in_pieces = VECTOR && gate.in_pieces(gates());
-    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : !EXACT && out.dtype == CLA_BF16) && out.in_pieces(columns());
+    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : BF16_OUT && out.dtype == CLA_BF16) && out.in_pieces(columns());
     out_waits = false;
   }
 
@@ -561,7 +561,7 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
         }
         uint32_t high = pack_bf16(x[0], x[1]);
         *(uint32_t *)scores(0).element(t, first) = high;
-        if (EXACT) *(uint32_t *)scores(1).element(t, first) = pack_rest(high, x[0], x[1]);
+        *(uint32_t *)scores(1).element(t, first) = pack_rest(high, x[0], x[1]);
       }
     }
   }
@@ -569,7 +569,7 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
   // The state as A operands. Where the machine reads them while the warps go on, as many as there are registers for are held
   // at a time; otherwise each is packed as it is needed.
   static constexpr int STATE_STEPS = R / 16;
-  static constexpr bool TIGHT = L::KEY_PARTS == 2 || L::VALUE_PARTS == 2 || (EXACT && SCALAR);
+  static constexpr bool TIGHT = L::KEY_PARTS == 2 || L::VALUE_PARTS == 2 || SCALAR;
   static constexpr int HELD = !WGMMA ? 1 : R < 128 ? STATE_STEPS : W == 1 ? 2 : TIGHT ? 4 : STATE_STEPS;
   struct StateOperand {
     uint32_t high[HELD][4], rest[HELD][4];
@@ -692,7 +692,7 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
     products_fence<WGMMA>();
     add_columns_by_rows<WGMMA>(acc, v, scores(0));
     if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(0));
-    if (EXACT) add_columns_by_rows<WGMMA>(acc, v, scores(1));
+    add_columns_by_rows<WGMMA>(acc, v, scores(1));
     products_commit<WGMMA>();
     update_state(stage, set);
     products_commit<WGMMA>();
@@ -718,12 +718,12 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
         }
         if (L::WIDE_OUT && out_waits) {
           wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
-        } else if ((EXACT || !out_waits) && t >= from && t < to && c < columns()) {
+        } else if (!out_waits && t >= from && t < to && c < columns()) {
           out.store(steps.token(step + t), c, acc[j][e]);
         }
       }
     }
-    if (!EXACT && out_waits) stage_out(acc);
+    if (BF16_OUT && out_waits) stage_out(acc);
   }
 
   // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
@@ -738,7 +738,7 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
   }
   CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) {
     const int count = count_at(step);
-    if (out_waits && EXACT) {
+    if (L::WIDE_OUT && out_waits) {
       constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
       const int tid = opaque(this->tid);
       const int first = tid / PER_ROW, c = tid % PER_ROW * 4;
@@ -852,9 +852,9 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct Chunked {
   }
 };
 
-template <int R, int W, bool NARROW, bool EXACT, int GATE>
+template <int R, int W, bool NARROW, bool BF16_OUT, int GATE>
 CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(cla_sweep s, int only_state) {
-  Chunked<R, W, NARROW, EXACT, GATE> sweep(s);
+  Chunked<R, W, NARROW, BF16_OUT, GATE> sweep(s);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);
 }

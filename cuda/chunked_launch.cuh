@@ -14,8 +14,8 @@ struct Call {
 // Not launched: no kernel of the list fits.
 constexpr int32_t NONE_FITS = -1;
 
-template <int R, int W, bool NARROW, bool EXACT, int GATE> int32_t run_chunked(const Call &call) {
-  using Layout = ChunkLayout<R, W, NARROW, EXACT, GATE>;
+template <int R, int W, bool NARROW, bool BF16_OUT, int GATE> int32_t run_chunked(const Call &call) {
+  using Layout = ChunkLayout<R, W, NARROW, BF16_OUT, GATE>;
   const cla_sweep &s = call.sweep;
   if (Layout::SHARED > s.shared_limit) return NONE_FITS;
   if (call.shared) {
@@ -23,37 +23,37 @@ template <int R, int W, bool NARROW, bool EXACT, int GATE> int32_t run_chunked(c
     return 0;
   }
   const Dims grid = {(int64_t)s.sequences * s.segments * s.heads, (s.cols + Layout::COLUMNS - 1) / Layout::COLUMNS};
-  return launch(chunked_kernel<R, W, NARROW, EXACT, GATE>, grid, Layout::THREADS, Layout::SHARED, call.stream, s,
+  return launch(chunked_kernel<R, W, NARROW, BF16_OUT, GATE>, grid, Layout::THREADS, Layout::SHARED, call.stream, s,
                 (int)call.only_state);
 }
 
 // Two warpgroups a block where the state has the columns for it and the machine the memory.
-template <int R, bool EXACT, int GATE> int32_t choose_width(const Call &call) {
+template <int R, bool BF16_OUT, int GATE> int32_t choose_width(const Call &call) {
   if constexpr (R <= 128) {
     if (call.sweep.cols > 64) {
-      const int32_t code = run_chunked<R, 2, true, EXACT, GATE>(call);
+      const int32_t code = run_chunked<R, 2, true, BF16_OUT, GATE>(call);
       if (code != NONE_FITS) return code;
     }
   }
-  return run_chunked<R, 1, true, EXACT, GATE>(call);
+  return run_chunked<R, 1, true, BF16_OUT, GATE>(call);
 }
 
-template <bool EXACT, int GATE> int32_t choose_narrow(const Call &call) {
-  if (call.sweep.rows <= 64) return choose_width<64, EXACT, GATE>(call);
-  if (call.sweep.rows <= 128) return choose_width<128, EXACT, GATE>(call);
+template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
+  if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
+  if (call.sweep.rows <= 128) return choose_width<128, BF16_OUT, GATE>(call);
   // Copies of 256 rows to be decayed do not fit any machine beside the rest; those rows go the other way.
-  if constexpr (!EXACT && GATE != CLA_GATE_ROWS) return choose_width<256, EXACT, GATE>(call);
+  if constexpr (BF16_OUT && GATE != CLA_GATE_ROWS) return choose_width<256, BF16_OUT, GATE>(call);
   return NONE_FITS;
 }
 
 template <int GATE> int32_t choose_wide(const Call &call) {
-  if (call.sweep.rows <= 64) return run_chunked<64, 1, false, true, GATE>(call);
-  if (call.sweep.rows <= 128) return run_chunked<128, 1, false, true, GATE>(call);
-  return run_chunked<256, 1, false, true, GATE>(call);
+  if (call.sweep.rows <= 64) return run_chunked<64, 1, false, false, GATE>(call);
+  if (call.sweep.rows <= 128) return run_chunked<128, 1, false, false, GATE>(call);
+  return run_chunked<256, 1, false, false, GATE>(call);
 }
 
-// bf16 inputs, and results in bf16 or, if EXACT, in f32.
-template <bool EXACT> int32_t chunked_narrow(const Call &call);
+// bf16 inputs, and results in bf16 or f32.
+template <bool BF16_OUT> int32_t chunked_narrow(const Call &call);
 // Everything.
 int32_t chunked_wide(const Call &call);
 

@@ -6,11 +6,9 @@ namespace cla {
 
 // ROWS: rows of the state, padded. W: warpgroups, each with 64 columns of it.
 //
-// NARROW: the inputs are bf16, which tensor cores take as they are. Others, and operands that a decay has been multiplied
-// into, are the sum of two bf16, which is f32 to 2^-17. EXACT: so are the scores of a chunk, for outputs in f32; otherwise
-// they are rounded to bf16 once.
-template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct ChunkLayout {
-  static_assert(NARROW || EXACT, "inputs with more digits than bf16 are for results with more");
+// NARROW: the inputs are bf16, which tensor cores take as they are. Others, operands that a decay has been multiplied into,
+// the state and the scores of a chunk are the sum of two bf16, which is f32 to 2^-17. BF16_OUT: so are the outputs.
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLayout {
   static constexpr int R = ROWS, THREADS = 128 * W, COLUMNS = 64 * W;
   static constexpr bool SCALAR = GATE == CLA_GATE_SCALAR, BY_ROW = GATE == CLA_GATE_ROWS, BY_COLUMN = GATE == CLA_GATE_COLS;
   static constexpr bool VECTOR = BY_ROW || BY_COLUMN;
@@ -19,14 +17,13 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct ChunkLayout
   static constexpr bool STAGED_DECAY = NARROW && VECTOR;
 
   static constexpr int KEY_PARTS = NARROW && !BY_ROW ? 1 : 2, VALUE_PARTS = NARROW && !BY_COLUMN ? 1 : 2;
-  static constexpr int SCORE_PARTS = EXACT ? 2 : 1;
   // What is not copied but computed into shared memory has no second stage.
   static constexpr int KEY_STAGES = KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 ? 2 : 1;
 
   // A row of f32 numbers: 16 bytes more than there are, so that rows begin at different banks.
   static constexpr int PITCH = GATES + 4, OUT_PITCH = COLUMNS + 4;
   // Whether outputs in f32 wait in shared memory until whole rows of them go out.
-  static constexpr bool WIDE_OUT = EXACT && NARROW;
+  static constexpr bool WIDE_OUT = NARROW && !BF16_OUT;
 
   static constexpr int KEY = R * 128, VALUE = W * SUBTILE;
   static constexpr int VALUES = KEY_STAGES * KEY_PARTS * 2 * KEY;
@@ -37,10 +34,10 @@ template <int ROWS, int W, bool NARROW, bool EXACT, int GATE> struct ChunkLayout
   // have been staged they are only needed once those are not. Along columns the output needs them and then takes their place.
   static constexpr int DECAYS = BY_ROW && NARROW ? RAW : AFTER_RAW, DECAY_BYTES = VECTOR ? 4 * CHUNK * PITCH : 0;
   static constexpr int SCORES = BY_COLUMN ? DECAYS + DECAY_BYTES : AFTER_RAW;
-  static constexpr int AFTER_SCORES = SCORES + SCORE_PARTS * SUBTILE;
+  static constexpr int AFTER_SCORES = SCORES + 2 * SUBTILE;
   static constexpr int AFTER_DECAYS = DECAYS + DECAY_BYTES;
   static constexpr int OUT = WIDE_OUT && BY_COLUMN ? DECAYS : AFTER_SCORES > AFTER_DECAYS ? AFTER_SCORES : AFTER_DECAYS;
-  static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : EXACT ? 0 : VALUE;
+  static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : BF16_OUT ? VALUE : 0;
   static constexpr int AFTER_OUT = OUT + OUT_BYTES > AFTER_SCORES ? OUT + OUT_BYTES : AFTER_SCORES;
   // Sums of a thread's steps.
   static constexpr int TOTALS = (AFTER_OUT + 15) / 16 * 16;

@@ -68,7 +68,7 @@ struct Problem {
 impl Problem {
     fn new(op: Op, [b, t, h, d]: Shape, dtype: DType, device: &Device) -> Result<Self> {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device);
-        let qkv = [(); 3].map(|()| Ok(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?));
+        let input = || Ok::<_, anyhow::Error>(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?);
         // As gated models have them: most a few hundredths a token.
         let gate = |shape: &[usize], dtype| random(shape)?.abs()?.affine(-0.05, 0.)?.to_dtype(dtype);
         let gate = match op {
@@ -77,9 +77,11 @@ impl Problem {
             Op::SimpleGla => Some(gate(&[b, t, h], DType::F32)?),
             Op::Gla => Some(gate(&[b, t, h, d], dtype)?),
         };
-        let [q, k, v] = qkv;
-        let qkv = [q?, k?, v?];
-        Ok(Self { op, qkv, gate: gate.map(|g| Var::from_tensor(&g)).transpose()? })
+        Ok(Self {
+            op,
+            qkv: [input()?, input()?, input()?],
+            gate: gate.map(|g| Var::from_tensor(&g)).transpose()?,
+        })
     }
 
     fn run(&self, opts: &Options) -> Result<Output> {

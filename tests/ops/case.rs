@@ -95,12 +95,25 @@ pub struct Inputs {
     pub cotangents: [Option<Tensor>; 3],
 }
 
+/// Candle cannot put an empty tensor on a GPU; a part of one that is not empty can be there.
+fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
+    if x.elem_count() > 0 {
+        return x.to_device(device);
+    }
+    let shape: Vec<usize> = x.dims().iter().map(|&n| n.max(1)).collect();
+    let mut there = Tensor::ones(shape, x.dtype(), device)?;
+    for (axis, &n) in x.dims().iter().enumerate() {
+        there = there.narrow(axis, 0, n)?;
+    }
+    Ok(there)
+}
+
 impl Inputs {
     /// The same numbers on another device.
     pub fn on(&self, device: &Device) -> Result<Self> {
         let mut there = self.clone();
         for x in there.args.iter_mut().chain(&mut there.cotangents).flatten() {
-            *x = x.to_device(device)?;
+            *x = to_device(x, device)?;
         }
         Ok(there)
     }
