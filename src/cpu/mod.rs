@@ -3,7 +3,7 @@
 
 mod backward;
 mod chunk;
-mod exp;
+pub(crate) mod exp;
 mod footprint;
 mod forward;
 mod fused;

@@ -29,6 +29,7 @@ mod linear_attn;
 mod model;
 mod registry;
 mod retnet;
+mod stack;
 
 pub use cache::Cache;
 pub use config::Config;

@@ -86,7 +86,23 @@ impl Model {
     /// size.
     pub fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
         self.check_ids(input_ids)?;
-        self.inner.hidden_states(input_ids, cache)
+        self.inner.hidden_states(input_ids, None, cache)
+    }
+
+    /// [`hidden_states`](Self::hidden_states) of N sequences of different lengths at once: they lie one after the other in
+    /// `input_ids: [1, T]`, sequence i from `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Some may be empty. The cache is one of
+    /// N sequences.
+    ///
+    /// # Errors
+    /// Those of `hidden_states`; `cu_seqlens` that does not begin with 0, decreases or does not end at T.
+    pub fn hidden_states_packed(
+        &self,
+        input_ids: &Tensor,
+        cu_seqlens: &[u32],
+        cache: Option<&mut Cache>,
+    ) -> Result<Tensor> {
+        self.check_ids(input_ids)?;
+        self.inner.hidden_states(input_ids, Some(cu_seqlens), cache)
     }
 
     /// The head: `[.., hidden_size]` to `[.., vocab_size]`. To pick the next token, give it the last position alone.

@@ -34,8 +34,14 @@ pub(super) trait CausalLm: Send + Sync {
     /// An empty cache of the form this model needs.
     fn new_cache(&self) -> Cache;
 
-    /// `input_ids: [B, T]`, checked, to `[B, T, hidden_size]` behind the last norm.
-    fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor>;
+    /// `input_ids: [B, T]`, checked, to `[B, T, hidden_size]` behind the last norm. With `cu_seqlens`, B is 1 and the
+    /// sequences lie one after the other.
+    fn hidden_states(
+        &self,
+        input_ids: &Tensor,
+        cu_seqlens: Option<&[u32]>,
+        cache: Option<&mut Cache>,
+    ) -> Result<Tensor>;
 
     /// `[.., hidden_size]` to `[.., vocab_size]`.
     fn logits(&self, hidden_states: &Tensor) -> Result<Tensor>;

@@ -24,6 +24,7 @@
 
 mod activation;
 mod cache;
+mod call;
 mod feature_map;
 mod fused;
 mod gated_linear_attention;
@@ -47,7 +48,8 @@ pub use linear_attention::{LinearAttention, LinearAttentionConfig};
 pub use retention::{MultiScaleRetention, MultiScaleRetentionConfig};
 pub use rms_norm::RmsNorm;
 pub use rotary::RotaryEmbedding;
-pub use short_conv::ShortConvolution;
+pub use short_conv::{ShortConvOptions, ShortConvolution, short_conv};
 
+pub(crate) use call::{Call, Mixer};
 pub(crate) use heads::MAX_SIZE;
 pub(crate) use linear::{Linear, normal, project, resident};

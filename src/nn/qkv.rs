@@ -1,8 +1,9 @@
 //! Queries, keys and values of a layer, with the short convolutions some layers have behind each.
 
 use crate::nn::heads::Heads;
-use crate::nn::{LayerCache, Linear, ShortConvolution};
-use candle_core::{Result, Tensor, bail};
+use crate::nn::call::Call;
+use crate::nn::{Linear, ShortConvolution};
+use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// The width of the short convolutions and whether they have a bias.
@@ -53,21 +54,17 @@ impl Qkv {
         ]))
     }
 
-    pub fn forward(&self, xs: &Tensor, cache: Option<&LayerCache>) -> Result<Projected> {
-        if let Some(cache) = cache.filter(|cache| cache.tokens() > 0) {
-            let (held, own) = (cache.conv_count(), self.0.iter().filter(|part| part.conv.is_some()).count());
-            if held != own {
-                bail!("cache: holds the inputs of {held} short convolutions, this layer has {own}");
-            }
-        }
+    pub fn forward(&self, xs: &Tensor, call: &Call) -> Result<Projected> {
+        let own = self.0.iter().filter(|part| part.conv.is_some()).count();
+        call.past(0, own)?;
         let mut conv = Vec::new();
         let mut project = |index: usize| {
             let projection = &self.0[index];
             let Some(layer) = &projection.conv else {
                 return projection.linear.forward_heads(xs, projection.heads);
             };
-            let past = cache.and_then(|cache| cache.conv(index));
-            let (ys, past) = layer.forward(&projection.linear.forward(xs)?, past)?;
+            let past = call.past(index, own)?;
+            let (ys, past) = layer.run(&projection.linear.forward(xs)?, past, call.cu_seqlens())?;
             conv.push(past);
             let (batch, tokens, _) = ys.dims3()?;
             ys.reshape((batch, tokens, projection.heads, ()))
