@@ -287,7 +287,12 @@ fn check_sizes(
     Ok(())
 }
 
-pub(crate) fn sequences(name: &str, batch: usize, tokens: usize, cu_seqlens: Option<&[u32]>) -> Result<Vec<Sequence>> {
+pub(crate) fn sequences(
+    name: &str,
+    batch: usize,
+    tokens: usize,
+    cu_seqlens: Option<&[u32]>,
+) -> Result<Vec<Sequence>> {
     let Some(cu) = cu_seqlens else {
         return Ok((0..batch).map(|batch| Sequence { batch, tokens: 0..tokens }).collect());
     };

@@ -3,7 +3,7 @@
 use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::{gla, linear_attn, retnet};
+use crate::models::{gla, hgrn2, linear_attn, mamba2, retnet};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -50,7 +50,8 @@ pub(super) trait CausalLm: Send + Sync {
 }
 
 /// All models.
-pub(super) const FAMILIES: &[Family] = &[linear_attn::FAMILY, gla::FAMILY, retnet::FAMILY];
+pub(super) const FAMILIES: &[Family] =
+    &[linear_attn::FAMILY, gla::FAMILY, retnet::FAMILY, hgrn2::FAMILY, mamba2::FAMILY];
 
 /// Every `model_type` that [`Config`](crate::models::Config) accepts.
 pub const SUPPORTED: &[&str] = &{

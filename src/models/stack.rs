@@ -113,7 +113,8 @@ struct Stack {
 fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Result<(Tensor, Tensor)> {
     let shape = (cfg.vocab_size, cfg.hidden_size);
     let get = |name: &str| vb.get_with_hints(shape, name, normal(cfg.initializer_range));
-    let known: Vec<_> = names.embeddings.iter().map(|name| format!("{}.{name}.weight", names.model)).collect();
+    let known: Vec<_> =
+        names.embeddings.iter().map(|name| format!("{}.{name}.weight", names.model)).collect();
     let embeddings = known.iter().find(|name| vb.contains_tensor(name)).unwrap_or(&known[0]);
     let head = "lm_head.weight";
     if !cfg.tie_word_embeddings {

@@ -65,7 +65,10 @@ impl<'a> Call<'a> {
     pub fn check(&self, xs: &Tensor, hidden_size: usize) -> Result<(usize, usize)> {
         let (batch, tokens) = match *xs.dims() {
             [batch, tokens, hidden] if hidden == hidden_size && batch > 0 && tokens > 0 => (batch, tokens),
-            _ => bail!("xs: shape is {:?}, it must be [B, T, {hidden_size}] with B and T at least 1", xs.dims()),
+            _ => bail!(
+                "xs: shape is {:?}, it must be [B, T, {hidden_size}] with B and T at least 1",
+                xs.dims()
+            ),
         };
         let sequences = problem::sequences("xs", batch, tokens, self.cu_seqlens)?.len();
         if let Some(cache) = &self.cache {
@@ -108,7 +111,8 @@ impl<'a> Call<'a> {
 
     /// The position of every token of a `[B, T]` input in its sequence.
     pub fn positions(&self, batch: usize, tokens: usize) -> Vec<usize> {
-        let first = |sequence| self.cache().and_then(|cache| cache.positions().get(sequence)).map_or(0, |at| *at);
+        let first =
+            |sequence| self.cache().and_then(|cache| cache.positions().get(sequence)).map_or(0, |at| *at);
         let lengths = self.lengths(batch, tokens).into_iter().enumerate();
         lengths.flat_map(|(i, length)| (0..length).map(move |t| first(i).saturating_add(t))).collect()
     }

@@ -140,7 +140,6 @@ impl GatedLinearAttention {
         })
     }
 
-
     /// The logarithms of the decays, `[B, T, num_kv_heads, K]`, f32: they add up over the whole sequence, where 16 bits
     /// would not do.
     fn gates(&self, xs: &Tensor) -> Result<Tensor> {
@@ -151,7 +150,8 @@ impl GatedLinearAttention {
             g = g.maximum(least)?;
         }
         g.reshape((batch, tokens, self.heads.num_kv_heads, self.heads.head_k_dim))
-    }}
+    }
+}
 
 public_methods!(GatedLinearAttention);
 

@@ -56,7 +56,9 @@ impl Hgrn2AttentionConfig {
             bail!("expand_ratio is {head_k_dim}, it must be from 1 to hidden_size, which is {hidden_size}");
         }
         if !hidden_size.is_multiple_of(num_heads) {
-            bail!("expand_ratio is {head_k_dim}: that makes {num_heads} heads, which must divide hidden_size, {hidden_size}");
+            bail!(
+                "expand_ratio is {head_k_dim}: that makes {num_heads} heads, which must divide hidden_size, {hidden_size}"
+            );
         }
         check_conv_size(self.conv_size)?;
         let head_v_dim = hidden_size / num_heads;

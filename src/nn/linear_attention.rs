@@ -112,7 +112,6 @@ impl LinearAttention {
             mode: Mode::Auto,
         })
     }
-
 }
 
 public_methods!(LinearAttention);

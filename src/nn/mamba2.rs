@@ -27,7 +27,8 @@ pub struct Mamba2Config {
     pub conv_kernel: usize,
     /// Whether it has a bias. Default: yes.
     pub use_conv_bias: bool,
-    /// Fresh weights of the convolution are even within this of 0; `None` means as other weights. Default: `None`.
+    /// Fresh weights of the convolution spread like numbers that are even within this of 0; `None` means as other
+    /// weights. Default: `None`.
     pub conv_init: Option<f64>,
     /// The function behind the convolution. Default: SiLU.
     pub hidden_act: Activation,
@@ -115,7 +116,10 @@ impl Mamba2Config {
         }
         let width = self.hidden_size as f64 * self.expand;
         if !(1. ..=MAX_SIZE as f64).contains(&width) {
-            bail!("expand is {}: hidden_size * expand is {width}, it must be from 1 to {MAX_SIZE}", self.expand);
+            bail!(
+                "expand is {}: hidden_size * expand is {width}, it must be from 1 to {MAX_SIZE}",
+                self.expand
+            );
         }
         // Rounded down, as the authors do.
         let inner = width as usize;
@@ -129,7 +133,9 @@ impl Mamba2Config {
         check_conv_size(self.conv_kernel)?;
         let [least, most] = self.dt_limit;
         if !(least >= 0. && least <= most) {
-            bail!("dt_limit is [{least}, {most}], it must be two numbers from 0 up, the second not below the first");
+            bail!(
+                "dt_limit is [{least}, {most}], it must be two numbers from 0 up, the second not below the first"
+            );
         }
         check_range("A_init_range", self.a_init_range)?;
         check_range("the range of dt_min and dt_max", self.dt_init_range)?;
@@ -210,7 +216,8 @@ impl Mamba2 {
         // Even within a bound is as wide as normal with bound / sqrt(3).
         let conv_stdev = cfg.conv_init.map_or(stdev, |bound| bound.abs() / 3f64.sqrt());
         let (projected, conv) = (inner + sizes.conv() + heads, sizes.conv());
-        let conv = ShortConvolution::new(conv, cfg.conv_kernel, cfg.use_conv_bias, conv_stdev, vb.pp("conv1d"))?;
+        let conv =
+            ShortConvolution::new(conv, cfg.conv_kernel, cfg.use_conv_bias, conv_stdev, vb.pp("conv1d"))?;
         Ok(Self {
             in_proj: Linear::new(hidden, projected, cfg.use_bias, stdev, vb.pp("in_proj"))?,
             conv: conv.with_silu(cfg.hidden_act == Activation::Silu),
@@ -262,11 +269,11 @@ impl Mixer for Mamba2 {
         if self.activation != Activation::Silu {
             xbc = self.activation.forward(&xbc)?;
         }
-        let part = |from, len, heads| {
-            xbc.narrow(D::Minus1, from, len)?.reshape((batch, tokens, heads, len / heads))
-        };
+        let part =
+            |from, len, heads| xbc.narrow(D::Minus1, from, len)?.reshape((batch, tokens, heads, len / heads));
         let x = part(0, inner, heads)?;
-        let (b, c) = (part(inner, groups * state, groups)?, part(inner + groups * state, groups * state, groups)?);
+        let (b, c) =
+            (part(inner, groups * state, groups)?, part(inner + groups * state, groups * state, groups)?);
         let dt = self.time_step(&dt)?;
         let g = dt.broadcast_mul(&self.decay.rate()?.neg()?)?;
         let v = x.to_dtype(DType::F32)?.broadcast_mul(&dt.unsqueeze(D::Minus1)?)?.to_dtype(xs.dtype())?;

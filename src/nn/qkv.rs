@@ -1,7 +1,7 @@
 //! Queries, keys and values of a layer, with the short convolutions some layers have behind each.
 
-use crate::nn::heads::Heads;
 use crate::nn::call::Call;
+use crate::nn::heads::Heads;
 use crate::nn::{Linear, ShortConvolution};
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;

@@ -134,7 +134,6 @@ impl MultiScaleRetention {
             mode: Mode::Auto,
         })
     }
-
 }
 
 public_methods!(MultiScaleRetention);

@@ -49,7 +49,8 @@ impl RotaryEmbedding {
             );
         }
         // One table does for all sequences that are at the same place, as they mostly are.
-        let (first, mut others) = (&positions[..tokens.min(positions.len())], positions.chunks(tokens.max(1)));
+        let (first, mut others) =
+            (&positions[..tokens.min(positions.len())], positions.chunks(tokens.max(1)));
         let rows = if others.all(|row| row == first) { first } else { positions };
         let (cos, sin) = self.tables(rows, tokens, xs)?;
         let wide = xs.to_dtype(DType::F32)?;
@@ -64,7 +65,8 @@ impl RotaryEmbedding {
     /// checkpoints were trained.
     fn tables(&self, positions: &[usize], tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
         let half = self.inverse_frequencies.len();
-        let angles = positions.iter().flat_map(|t| self.inverse_frequencies.iter().map(move |f| *t as f32 * f));
+        let angles =
+            positions.iter().flat_map(|t| self.inverse_frequencies.iter().map(move |f| *t as f32 * f));
         let shape = (positions.len().checked_div(tokens).unwrap_or(1), tokens, 1, half);
         let angles = Tensor::from_vec(angles.collect::<Vec<f32>>(), shape, like.device())?;
         Ok((angles.cos()?, angles.sin()?))

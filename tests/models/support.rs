@@ -8,7 +8,8 @@ use std::path::PathBuf;
 pub const CPU: Device = Device::Cpu;
 
 /// The checkpoints of the original implementation, with the logits it computed.
-pub const GOLDEN: [&str; 5] = ["linear_attn", "linear_attn-elu", "gla", "gla-tied", "retnet"];
+pub const GOLDEN: [&str; 8] =
+    ["linear_attn", "linear_attn-elu", "gla", "gla-tied", "retnet", "hgrn2", "mamba2", "mamba2-hf"];
 
 pub fn golden_folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name)

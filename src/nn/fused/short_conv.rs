@@ -42,7 +42,9 @@ pub(crate) fn short_conv(
         && bias.is_none_or(|bias| bias.dims() == [channels])
         && past.is_none_or(|past| past.dims3().is_ok_and(|shape| shape == past_shape));
     if !fit {
-        bail!("short_conv: the weight must be [{channels}, {width}], the bias [{channels}], the past {past_shape:?}");
+        bail!(
+            "short_conv: the weight must be [{channels}, {width}], the bias [{channels}], the past {past_shape:?}"
+        );
     }
     let given: Vec<Tensor> = [Some(xs), Some(weight), bias, past].into_iter().flatten().cloned().collect();
     if !fits(&given.iter().collect::<Vec<_>>()) {
@@ -219,7 +221,11 @@ impl Op {
                 for tap in 0..=before {
                     let output = piece.whole.start + before - tap;
                     if output < piece.whole.end {
-                        add_product(dpast, &numbers.taps[tap * channels..][some.clone()], &buffer[at(output)]);
+                        add_product(
+                            dpast,
+                            &numbers.taps[tap * channels..][some.clone()],
+                            &buffer[at(output)],
+                        );
                     }
                 }
             }
