@@ -99,13 +99,13 @@ fn sweep(problem: &Problem, rows: usize, cols: usize) -> f64 {
 mod tests {
     use super::*;
     use crate::options::{Mode, Options};
-    use crate::problem::Decay;
+    use crate::problem::{Decay, Update};
     use candle_core::{Device, Tensor};
 
     fn problem(tokens: usize, heads: usize, k: usize, v: usize, opts: &Options) -> Problem {
         let x = Tensor::zeros((1, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
         let [q, v] = [k, v].map(|dim| x.broadcast_as((1, tokens, heads, dim)).unwrap());
-        Problem::new("linear_attn", [&q, &q, &v], (Decay::None, None), opts).unwrap().0
+        Problem::new("linear_attn", [&q, &q, &v], (Decay::None, Update::Additive), &[], opts).unwrap().0
     }
 
     const GIB: f64 = (1u64 << 30) as f64;

@@ -26,7 +26,7 @@ fn every_input_in_every_layout() {
 #[test]
 fn one_input_in_every_layout() {
     for layout in ALL {
-        for only in 0..6 {
+        for only in 0..ARGS.len() {
             let op = if only == 3 { Op::Gla } else { Op::LinearAttn };
             let normalize = op == Op::LinearAttn && only == 5;
             check(&Case { normalize, ..case(op) }, layout, &[only]);
