@@ -39,7 +39,8 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         );
     }
     Ok(decoder.with_mixer(Box::new(move |site| {
-        let bounds = match use_lower_bound {
+        // A single layer has none, and to train a parameter that nothing depends on would be an error.
+        let bounds = match use_lower_bound && layers > 1 {
             true => Some(LowerBounds::new(layers, hidden_size, site.model)?),
             false => None,
         };

@@ -16,8 +16,12 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
     if fields.flag("safe_gate", false)? {
         match lower_bound {
             Some(bound) if (-5. ..0.).contains(&bound) => {}
-            Some(bound) => bail!("field `lower_bound` is {bound}, it must be from -5 to below 0 with `safe_gate`"),
-            None => bail!("field `lower_bound` is null, it must be a number from -5 to below 0 with `safe_gate`"),
+            Some(bound) => {
+                bail!("field `lower_bound` is {bound}, it must be from -5 to below 0 with `safe_gate`")
+            }
+            None => {
+                bail!("field `lower_bound` is null, it must be a number from -5 to below 0 with `safe_gate`")
+            }
         }
     }
     let layer = KimiDeltaAttentionConfig {

@@ -4,6 +4,7 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config::Config;
+use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -76,6 +77,11 @@ impl Model {
     /// An empty cache for this model.
     pub fn new_cache(&self) -> Cache {
         self.inner.new_cache()
+    }
+
+    /// An empty pool for the states of up to `slots` sequences.
+    pub fn new_pool(&self, slots: usize) -> Pool {
+        Pool::new(self.new_cache().len(), slots)
     }
 
     /// `input_ids: [B, T]`, u32, to `[B, T, hidden_size]`, behind the last norm. With a cache, the tokens continue what

@@ -3,7 +3,7 @@
 use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::{gla, hgrn2, linear_attn, mamba2, retnet};
+use crate::models::{delta_net, gated_deltanet, gla, hgrn2, kda, linear_attn, mamba2, retnet, rwkv7};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -50,8 +50,17 @@ pub(super) trait CausalLm: Send + Sync {
 }
 
 /// All models.
-pub(super) const FAMILIES: &[Family] =
-    &[linear_attn::FAMILY, gla::FAMILY, retnet::FAMILY, hgrn2::FAMILY, mamba2::FAMILY];
+pub(super) const FAMILIES: &[Family] = &[
+    linear_attn::FAMILY,
+    gla::FAMILY,
+    retnet::FAMILY,
+    hgrn2::FAMILY,
+    mamba2::FAMILY,
+    delta_net::FAMILY,
+    gated_deltanet::FAMILY,
+    kda::FAMILY,
+    rwkv7::FAMILY,
+];
 
 /// Every `model_type` that [`Config`](crate::models::Config) accepts.
 pub const SUPPORTED: &[&str] = &{

@@ -111,11 +111,15 @@ fn value_dim(fields: &mut Fields, stack: &StackConfig) -> Result<usize> {
     };
     let wanted = |dim: &&Option<u64>| dim.is_some_and(|dim| dim >= hidden as u64 && dim % hidden as u64 == 0);
     if dims.len() != layers || dims.iter().filter(wanted).count() != layers {
-        bail!("field `value_dim` is {value}, it must be a multiple of hidden_size, {hidden}, or {layers} of them");
+        bail!(
+            "field `value_dim` is {value}, it must be a multiple of hidden_size, {hidden}, or {layers} of them"
+        );
     }
     match dims[0] {
         Some(dim) if dims.iter().all(|other| *other == dims[0]) => Ok(dim as usize),
-        _ => bail!("field `value_dim` is {value}: layers of different widths cannot share the first one's values"),
+        _ => bail!(
+            "field `value_dim` is {value}: layers of different widths cannot share the first one's values"
+        ),
     }
 }
 

@@ -51,19 +51,30 @@ pub(super) struct StackConfig {
     pub hidden_size: usize,
     pub num_layers: usize,
     pub initializer_range: f64,
+    /// Deviations of fresh embeddings and of a fresh head, `initializer_range` unless a model sets them.
+    pub embedding_range: f64,
+    pub head_range: f64,
     tie_word_embeddings: bool,
 }
 
 impl StackConfig {
     /// Reads and checks the fields; the default number of layers differs from model to model.
     pub fn parse(fields: &mut Fields, num_layers: usize) -> Result<Self> {
+        let initializer_range = fields.positive("initializer_range", 0.02)?;
         Ok(Self {
             hidden_size: fields.size("hidden_size", 2048)?,
             vocab_size: fields.size("vocab_size", 32000)?,
             num_layers: fields.size("num_hidden_layers", num_layers)?,
-            initializer_range: fields.positive("initializer_range", 0.02)?,
+            initializer_range,
+            embedding_range: initializer_range,
+            head_range: initializer_range,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
         })
+    }
+
+    /// Whether embeddings and head are one.
+    pub fn tied(&self) -> bool {
+        self.tie_word_embeddings
     }
 
     /// The whole model, given how to make what is between embeddings and head.
@@ -112,16 +123,16 @@ struct Stack {
 /// Both are `[vocab_size, hidden_size]`. A file that stores shared tensors once may have kept either name.
 fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Result<(Tensor, Tensor)> {
     let shape = (cfg.vocab_size, cfg.hidden_size);
-    let get = |name: &str| vb.get_with_hints(shape, name, normal(cfg.initializer_range));
+    let get = |name: &str, stdev| vb.get_with_hints(shape, name, normal(stdev));
     let known: Vec<_> =
         names.embeddings.iter().map(|name| format!("{}.{name}.weight", names.model)).collect();
     let embeddings = known.iter().find(|name| vb.contains_tensor(name)).unwrap_or(&known[0]);
     let head = "lm_head.weight";
     if !cfg.tie_word_embeddings {
-        return Ok((get(embeddings)?, get(head)?));
+        return Ok((get(embeddings, cfg.embedding_range)?, get(head, cfg.head_range)?));
     }
     let only_head = vb.contains_tensor(head) && !vb.contains_tensor(embeddings);
-    let shared = get(if only_head { head } else { embeddings })?;
+    let shared = get(if only_head { head } else { embeddings }, cfg.embedding_range)?;
     Ok((shared.clone(), shared))
 }
 

@@ -83,6 +83,42 @@ impl LayerCache {
         Ok(Self { state, conv, positions })
     }
 
+    /// A cache like this one, of `sequences` that have seen nothing.
+    pub(crate) fn zeros(&self, sequences: usize) -> Result<Self> {
+        self.map(vec![0; sequences], |tensor| {
+            let mut dims = tensor.dims().to_vec();
+            dims[0] = sequences;
+            Tensor::zeros(dims, tensor.dtype(), tensor.device())
+        })
+    }
+
+    /// Copies the sequences of `from`, a cache that is [alike](Self::check_alike), over those at `indices`. In place:
+    /// whoever has a clone of this cache sees it.
+    pub(crate) fn store(&mut self, indices: &[usize], from: &Self) -> Result<()> {
+        for (own, from) in self.tensors().zip(from.tensors()) {
+            // A tensor without elements has nothing to copy, and Candle would not do it.
+            for (i, index) in indices.iter().enumerate().filter(|_| from.elem_count() > 0) {
+                own.slice_set(&from.narrow(0, i, 1)?.contiguous()?, 0, *index)?;
+            }
+        }
+        for (index, position) in indices.iter().zip(&from.positions) {
+            self.positions[*index] = *position;
+        }
+        Ok(())
+    }
+
+    /// Refuses a cache whose tensors are others than those of this one, but for the number of sequences.
+    pub(crate) fn check_alike(&self, other: &Self) -> Result<()> {
+        let kinds = |cache: &Self| -> Vec<_> {
+            cache.tensors().map(|tensor| (tensor.dims()[1..].to_vec(), tensor.dtype())).collect()
+        };
+        let (own, found) = (kinds(self), kinds(other));
+        if own != found {
+            bail!("cache: holds {found:?} of each sequence, it must be {own:?}, as those before");
+        }
+        Ok(())
+    }
+
     /// Refuses a cache that some other layer has filled.
     pub(crate) fn check_convs(&self, own: usize) -> Result<()> {
         let held = self.conv.len();

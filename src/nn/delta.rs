@@ -38,10 +38,14 @@ impl DeltaHeads {
         let exact = head_dim as f64 * expand_v;
         let width = exact.round();
         if !(1. ..=MAX_SIZE as f64).contains(&width) || (exact - width).abs() > 1e-5 * width {
-            bail!("expand_v is {expand_v}: head_dim * expand_v is {exact}, it must be a whole number from 1 to {MAX_SIZE}");
+            bail!(
+                "expand_v is {expand_v}: head_dim * expand_v is {exact}, it must be a whole number from 1 to {MAX_SIZE}"
+            );
         }
         let head_v_dim = width as usize;
-        for (name, heads, dim) in [("num_heads", num_heads, head_dim), ("num_v_heads", num_v_heads, head_v_dim)] {
+        for (name, heads, dim) in
+            [("num_heads", num_heads, head_dim), ("num_v_heads", num_v_heads, head_v_dim)]
+        {
             if heads.checked_mul(dim).is_none_or(|all| all > MAX_SIZE) {
                 bail!("{name} is {heads}: with heads of {dim} channels that is more than {MAX_SIZE}");
             }

@@ -3,7 +3,7 @@
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
 use crate::nn::output_norm::{OutputNorm, OutputNormConfig};
-use crate::nn::qkv::{ConvShape, Projected, Qkv};
+use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear};
 use crate::{Mode, Output, gla};
@@ -125,7 +125,7 @@ impl GatedLinearAttention {
         };
         let (rank, gates) = (cfg.gate_low_rank_dim, heads.num_kv_heads * heads.head_k_dim);
         Ok(Self {
-            qkv: Qkv::new(&heads, conv, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
             feature_map: cfg.feature_map,
             gk_proj: [
                 Linear::new(heads.hidden_size, rank, false, stdev, vb.pp("gk_proj.0"))?,

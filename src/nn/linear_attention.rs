@@ -2,7 +2,7 @@
 
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
-use crate::nn::qkv::{Projected, Qkv};
+use crate::nn::qkv::{Projected, Qkv, Silu};
 use crate::nn::{FeatureMap, FeatureMapKind, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, linear_attn};
 use candle_core::{D, DType, Result, Tensor};
@@ -100,7 +100,7 @@ impl LinearAttention {
             false => None,
         };
         Ok(Self {
-            qkv: Qkv::new(&heads, None, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), None, Silu::WithConvolution, stdev, &vb)?,
             feature_map_q,
             feature_map_k,
             norm_q: cfg.norm_q,

@@ -3,7 +3,7 @@
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
 use crate::nn::output_norm::{OutputNorm, OutputNormConfig};
-use crate::nn::qkv::{ConvShape, Projected, Qkv};
+use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RotaryEmbedding};
 use crate::{Mode, Output, retention};
@@ -124,7 +124,7 @@ impl MultiScaleRetention {
         let log_decay = |head| (-(-5. - head as f64).exp2()).ln_1p() as f32;
         let log_decay: Vec<f32> = (0..heads.num_heads).map(log_decay).collect();
         Ok(Self {
-            qkv: Qkv::new(&heads, conv, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
             feature_map: cfg.feature_map,
             rotary: RotaryEmbedding::new(heads.head_k_dim, ROTARY_BASE)?,
             log_decay: Tensor::from_vec(log_decay, heads.num_heads, vb.device())?,

@@ -176,7 +176,13 @@ impl Rwkv7Attention {
         let vector = |name: &str, init| vb.get_with_hints(hidden, name, init);
         let v_lora = match layer {
             0 => None,
-            _ => Some(lora(cfg.v_low_rank_dim, values, Activation::Identity, Some(even(0.53, 0.93)), "v_lora")?),
+            _ => Some(lora(
+                cfg.v_low_rank_dim,
+                values,
+                Activation::Identity,
+                Some(even(0.53, 0.93)),
+                "v_lora",
+            )?),
         };
         let out_stdev = 1. / (6. * values as f64 * layers as f64).sqrt();
         let depth = ((layer + 1) as f64 / layers as f64).powf(0.7);
@@ -195,7 +201,13 @@ impl Rwkv7Attention {
             v_proj: linear(values, stdev, "v_proj")?,
             o_proj: Linear::new(values, hidden, false, out_stdev, vb.pp("o_proj"))?,
             w_lora: lora(cfg.decay_low_rank_dim, hidden, Activation::Tanh, Some(even(-5.5, 0.5)), "w_lora")?,
-            a_lora: lora(cfg.a_low_rank_dim, hidden, Activation::Identity, Some(even(-0.69, 0.31)), "a_lora")?,
+            a_lora: lora(
+                cfg.a_low_rank_dim,
+                hidden,
+                Activation::Identity,
+                Some(even(-0.69, 0.31)),
+                "a_lora",
+            )?,
             g_lora: lora(cfg.gate_low_rank_dim, values, Activation::Sigmoid, None, "g_lora")?,
             v_lora,
             g_norm: LayerNorm::grouped(values, heads, eps, true, depth, vb.pp("g_norm"))?,

@@ -1,10 +1,10 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): channel mixing.
 
+use crate::Mode;
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::MAX_SIZE;
 use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, Linear};
-use crate::Mode;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 

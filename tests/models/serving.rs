@@ -12,7 +12,9 @@ const STEPS: usize = 6;
 
 /// The prompt of a sequence.
 fn prompt(sequence: usize, vocab: u32) -> Vec<u32> {
-    (0..LENGTHS[sequence] as u32).map(|t| (t * t + 7 * t * sequence as u32 + sequence as u32) % vocab).collect()
+    (0..LENGTHS[sequence] as u32)
+        .map(|t| (t * t + 7 * t * sequence as u32 + sequence as u32) % vocab)
+        .collect()
 }
 
 fn greedy(logits: &Tensor) -> Result<u32> {
@@ -70,7 +72,8 @@ fn eight_sequences_at_once_get_what_each_gets_alone_to_the_bit() -> Result<()> {
                     assert!(same, "{name} {mode:?}: sequence {sequence}, step {}", steps[sequence]);
                 }
                 // Of those that are not done, all but one, in an order of its own.
-                let mut batch: Vec<usize> = (0..8).filter(|i| steps[*i] < STEPS && i % 5 != round % 5).collect();
+                let mut batch: Vec<usize> =
+                    (0..8).filter(|i| steps[*i] < STEPS && i % 5 != round % 5).collect();
                 let turn = round % batch.len().max(1);
                 batch.rotate_left(turn);
                 if steps.iter().all(|step| *step == STEPS) {
@@ -111,7 +114,8 @@ fn packed_pieces_of_any_length_continue_their_sequences() -> Result<()> {
                 .collect::<Result<_>>()?;
             let ends = [0, lengths[0], lengths[0] + lengths[1], lengths.iter().sum()];
             let packed = Tensor::cat(&parts, 1)?;
-            let hidden = model.hidden_states_packed(&packed, &ends.map(|end| end as u32), Some(&mut cache))?;
+            let hidden =
+                model.hidden_states_packed(&packed, &ends.map(|end| end as u32), Some(&mut cache))?;
             let logits = model.logits(&hidden)?;
             for i in (0..3).filter(|i| lengths[*i] > 0) {
                 let expected = whole[i].narrow(1, starts[i], lengths[i])?;
@@ -147,7 +151,10 @@ fn slots_and_ends_that_do_not_fit_are_named() -> Result<()> {
     assert_says(&message(pool.store(&[0, 0], &cache)), &["slot 0 comes twice"]);
     assert_says(&message(pool.store(&[0, 3], &cache)), &["slot 3 does not exist", "there are 3"]);
     pool.store(&[2, 0], &cache)?;
-    assert_eq!((pool.free(), pool.tokens(2), pool.tokens(0), pool.tokens(9)), (Some(1), Some(4), Some(6), None));
+    assert_eq!(
+        (pool.free(), pool.tokens(2), pool.tokens(0), pool.tokens(9)),
+        (Some(1), Some(4), Some(6), None)
+    );
     assert_eq!(pool.bytes(), cache.bytes() / 2 * 3);
     assert_says(&message(pool.load(&[1])), &["slot 1 is empty"]);
     pool.release(2)?;

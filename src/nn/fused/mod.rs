@@ -11,12 +11,14 @@ mod log_sigmoid;
 mod product;
 mod rms_norm;
 mod short_conv;
+mod standardize;
 mod swiglu;
 
 pub(crate) use linear::linear;
 pub(crate) use log_sigmoid::log_sigmoid;
 pub(crate) use rms_norm::{Gate, rms_norm, rms_norm_gated};
 pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
+pub(crate) use standardize::standardize;
 pub(crate) use swiglu::swiglu;
 
 use crate::cpu::exp::exp;

@@ -168,10 +168,14 @@ impl Op {
     #[inline(always)]
     fn forward_piece(&self, numbers: &Numbers, piece: &Piece, ys: &mut [f32]) {
         let channels = self.conv.channels;
-        for (row, y) in piece.rows.clone().zip(ys.chunks_exact_mut(channels)) {
-            self.sum(numbers, piece, row, 0..channels, y);
-            if self.conv.silu {
-                y.iter_mut().for_each(|y| *y *= sigmoid(*y));
+        for first in (0..channels).step_by(CHANNELS) {
+            let some = first..channels.min(first + CHANNELS);
+            for (row, y) in piece.rows.clone().zip(ys.chunks_exact_mut(channels)) {
+                let y = &mut y[some.clone()];
+                self.sum(numbers, piece, row, some.clone(), y);
+                if self.conv.silu {
+                    y.iter_mut().for_each(|y| *y *= sigmoid(*y));
+                }
             }
         }
     }

@@ -8,7 +8,10 @@ use rayon::prelude::*;
 pub(crate) fn standardize(xs: &Tensor, width: usize, eps: f64) -> Result<Tensor> {
     let last = xs.dims().last().copied().unwrap_or(0);
     if width == 0 || last == 0 || !last.is_multiple_of(width) {
-        bail!("layer_norm: xs is {:?}, its last dimension must be a multiple of {width}, and at least 1", xs.dims());
+        bail!(
+            "layer_norm: xs is {:?}, its last dimension must be a multiple of {width}, and at least 1",
+            xs.dims()
+        );
     }
     match fits(&[xs]) {
         true => xs.contiguous()?.apply_op1(Standardize { width, eps: eps as f32 }),

@@ -41,7 +41,13 @@ fn attend(
 }
 
 /// q, k and v behind their convolutions and `act`.
-fn project(config: &Value, params: &Params, prefix: &str, xs: &Sequence, qk: fn(f64) -> f64) -> [Sequence; 3] {
+fn project(
+    config: &Value,
+    params: &Params,
+    prefix: &str,
+    xs: &Sequence,
+    qk: fn(f64) -> f64,
+) -> [Sequence; 3] {
     [("q", qk), ("k", qk), ("v", silu)].map(|(name, act)| {
         let ys = linear(params, &format!("{prefix}.{name}_proj"), xs);
         match flag(config, "use_short_conv", true) {

@@ -74,13 +74,16 @@ pub fn rwkv7_attention(
     let mut v = own.clone();
     if let Some(first) = first_values {
         let share = map(&low_rank("v", &mix("v"), |x| x), sigmoid);
-        for ((v, first), share) in v.iter_mut().flatten().zip(first.iter().flatten()).zip(share.iter().flatten()) {
+        for ((v, first), share) in
+            v.iter_mut().flatten().zip(first.iter().flatten()).zip(share.iter().flatten())
+        {
             *v += share * (first - *v);
         }
     }
     let a = map(&low_rank("a", &mix("a"), |x| x), sigmoid);
     let gate = low_rank("g", &mix("g"), sigmoid);
-    let (k_k, k_a, r_k) = (vector(params, &name("k_k")), vector(params, &name("k_a")), vector(params, &name("r_k")));
+    let (k_k, k_a, r_k) =
+        (vector(params, &name("k_k")), vector(params, &name("k_a")), vector(params, &name("r_k")));
     let (hidden, width) = (xs[0].len(), params[&name("r_k")].0[1]);
     let value_width = v[0].len() / (hidden / width);
     let eps = if flag(config, "fuse_norm", true) { 1e-6 } else { 0. };

@@ -5,7 +5,8 @@ use crate::scalar::fla_activation;
 
 pub fn hgrn2_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let hidden = number(config, "hidden_size", 0.) as usize;
-    let width = config["expand_ratio"].as_f64().unwrap_or(hidden as f64 / number(config, "num_heads", 0.)) as usize;
+    let width =
+        config["expand_ratio"].as_f64().unwrap_or(hidden as f64 / number(config, "num_heads", 0.)) as usize;
     let heads = hidden / width;
     let value_width = hidden / heads;
     let project = |name: &str| {
@@ -40,7 +41,9 @@ pub fn hgrn2_attention(config: &Value, params: &Params, prefix: &str, xs: &Seque
 
 /// The layer's number is in the name of its parameters.
 fn lower_bound(config: &Value, params: &Params, prefix: &str) -> Vec<f64> {
-    let Some((shape, logits)) = params.get("model.lower_bounds").filter(|_| flag(config, "use_lower_bound", true)) else {
+    let Some((shape, logits)) =
+        params.get("model.lower_bounds").filter(|_| flag(config, "use_lower_bound", true))
+    else {
         return vec![0.; 1 << 10];
     };
     let layer: usize = prefix.split('.').nth(2).unwrap().parse().unwrap();
@@ -58,7 +61,9 @@ pub fn mamba2(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> S
     let act = |x: f64| fla_activation(config["hidden_act"].as_str().unwrap_or("silu"), x);
     let projected = linear(params, &format!("{prefix}.in_proj"), xs);
     let conv_width = inner + 2 * groups * state_size;
-    let part = |from: usize, len: usize| projected.iter().map(|x| x[from..from + len].to_vec()).collect::<Sequence>();
+    let part = |from: usize, len: usize| {
+        projected.iter().map(|x| x[from..from + len].to_vec()).collect::<Sequence>()
+    };
     let (gate, dt) = (part(0, inner), part(inner + conv_width, heads));
     let xbc = short_conv(params, &format!("{prefix}.conv1d"), &part(inner, conv_width), act);
     let parameter = |name: &str| vector(params, &format!("{prefix}.{name}"));
