@@ -14,7 +14,7 @@ pub(super) const FAMILY: Family = Family { model_type: "mamba2", architecture: "
 const NAMES: Names = Names { model: "backbone", embeddings: &["embeddings", "embedding"] };
 
 /// transformers has a model of the same type, with other names for some fields and other defaults.
-const TRANSFORMERS_ONLY: [&str; 4] = ["layer_norm_epsilon", "time_step_limit", "time_step_min", "rms_norm"];
+const TRANSFORMERS_ONLY: [&str; 3] = ["layer_norm_epsilon", "time_step_limit", "time_step_min"];
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
     let transformers = TRANSFORMERS_ONLY.iter().any(|name| fields.has(name));
@@ -91,17 +91,15 @@ fn fla_layer(fields: &mut Fields) -> Result<Mamba2Config> {
 fn transformers_layer(fields: &mut Fields) -> Result<Mamba2Config> {
     let common = common(fields, [4096, 8])?;
     fields.size("vocab_size", 32768)?;
+    fields.positive("initializer_range", 0.1)?;
     fields.value("bos_token_id", 0.into());
     let hidden_act = fields.text("hidden_act", "silu")?;
     let floor = fields.positive("time_step_floor", 1e-4)?;
     let dt_min = fields.positive("time_step_min", 1e-3)?;
     let dt_max = fields.positive("time_step_max", 0.1)?;
-    // Its layers have the norm whatever this says.
-    fields.flag("rms_norm", true)?;
     Ok(Mamba2Config {
         hidden_act: in_field("hidden_act", Activation::from_transformers(&hidden_act))?,
         norm_eps: fields.positive("layer_norm_epsilon", 1e-5)?,
-        norm_groups: false,
         dt_limit: fields.pair("time_step_limit")?.unwrap_or(common.dt_limit),
         dt_init_range: [dt_min, dt_max].map(|dt| dt.max(floor)),
         ..common

@@ -32,14 +32,12 @@ pub struct Mamba2Config {
     pub conv_init: Option<f64>,
     /// The function behind the convolution. Default: SiLU.
     pub hidden_act: Activation,
-    /// Whether there is a norm at the end. Default: yes.
+    /// Whether there is a norm at the end, one for each group. Default: yes.
     pub rmsnorm: bool,
     /// Whether the norm comes before the gate. Default: no.
     pub norm_before_gate: bool,
     /// Epsilon of the norm. Default: 1e-5.
     pub norm_eps: f64,
-    /// Whether the norm is one for each group, or for all channels together. Default: yes.
-    pub norm_groups: bool,
     /// Whether D is one number a channel, not one a head. Default: no.
     pub d_has_hdim: bool,
     /// The least and the largest time step. Default: 0 and infinity.
@@ -71,7 +69,6 @@ impl Default for Mamba2Config {
             rmsnorm: true,
             norm_before_gate: false,
             norm_eps: 1e-5,
-            norm_groups: true,
             d_has_hdim: false,
             dt_limit: [0., f64::INFINITY],
             use_bias: false,
@@ -208,7 +205,7 @@ impl Mamba2 {
             true => Some(GatedNorm {
                 weight: vb.pp("norm").get_with_hints(inner, "weight", Init::Const(1.))?,
                 eps: cfg.norm_eps,
-                groups: if cfg.norm_groups { groups } else { 1 },
+                groups,
                 before_gate: cfg.norm_before_gate,
             }),
             false => None,

@@ -48,6 +48,9 @@ pub fn short_conv(
     if weight.dims() != [channels, 1, width] {
         bail!("xs: {channels} channels, the convolution has {own}: its weight is {:?}", weight.dims());
     }
+    if channels == 0 {
+        bail!("xs: shape is {:?}, with 0 channels, it must have at least 1", xs.dims());
+    }
     let sequences = problem::sequences("short_conv", batch, tokens, opts.cu_seqlens)?;
     let rows = sequences.iter().map(|s| s.batch * tokens + s.tokens.start..s.batch * tokens + s.tokens.end);
     let conv = ShortConv { channels, width, silu: opts.silu, sequences: rows.collect() };

@@ -57,6 +57,8 @@ const VARIANTS: &[&str] = &[
     r#""model_type": "mamba2", "head_dim": 8, "expand": 1, "state_size": 4, "rmsnorm": false, "hidden_act": "gelu""#,
     r#""model_type": "mamba2", "head_dim": 16, "state_size": 4, "hidden_act": "relu", "tie_word_embeddings": true"#,
     r#""model_type": "mamba2", "head_dim": 16, "state_size": 4, "dt_limit": [0.9, 1.1], "residual_in_fp32": false"#,
+    r#""model_type": "mamba2", "head_dim": 8, "num_heads": 4, "state_size": 3, "n_groups": 2, "layer_norm_epsilon": 0.01, "time_step_limit": [0.9, 1.2]"#,
+    r#""model_type": "mamba2", "head_dim": 8, "num_heads": 4, "state_size": 3, "n_groups": 4, "time_step_min": 0.01, "hidden_act": "tanh""#,
     r#""model_type": "delta_net""#,
     r#""model_type": "delta_net", "allow_neg_eigval": true, "use_gate": true, "expand_k": 0.5, "expand_v": 1.5"#,
     r#""model_type": "delta_net", "use_beta": false, "qk_norm": "sum", "qk_activation": "elu", "conv_size": 3"#,

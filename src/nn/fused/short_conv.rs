@@ -1,14 +1,16 @@
 //! The depthwise causal convolution of a few taps.
 
-use super::{Held, fits, sigmoid, silu_slope, vectorized};
+mod kernel;
+
+use super::{Held, fits, vectorized};
 use crate::autograd::{self, Function};
 use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
+use kernel::{Numbers, Piece, Task};
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Rows that a thread takes at a time, and the channels of them that it works on at once, so that they stay in its cache.
+/// Rows that a thread takes at a time.
 const ROWS: usize = 64;
-const CHANNELS: usize = 256;
 
 /// What is convolved: sequences of rows of `channels` numbers.
 #[derive(Debug, Clone)]
@@ -99,24 +101,6 @@ struct Op {
     past: bool,
 }
 
-/// The numbers of one call.
-struct Numbers<'a> {
-    xs: &'a [f32],
-    /// `[W, C]`: a tap is a vector over the channels.
-    taps: Vec<f32>,
-    bias: Option<&'a [f32]>,
-    past: Option<&'a [f32]>,
-}
-
-/// Neighbouring rows of one sequence.
-#[derive(Clone)]
-struct Piece {
-    sequence: usize,
-    rows: Range<usize>,
-    /// All rows of the sequence.
-    whole: Range<usize>,
-}
-
 impl Op {
     fn pieces(&self) -> Vec<Piece> {
         let pieces = |(sequence, whole): (usize, &Range<usize>)| {
@@ -132,125 +116,20 @@ impl Op {
     fn numbers<'a>(&self, held: &'a [Held]) -> Result<Numbers<'a>> {
         let (channels, width) = (self.conv.channels, self.conv.width);
         let weight = held[1].values()?;
-        let taps = (0..width * channels).map(|i| weight[i % channels * width + i / channels]).collect();
+        let taps = transposed(weight, channels, width);
         let bias = self.bias.then(|| held[2].values()).transpose()?;
         let past = self.past.then(|| held[2 + usize::from(self.bias)].values()).transpose()?;
         Ok(Numbers { xs: held[0].values()?, taps, bias, past })
     }
-
-    /// The input that tap `tap` multiplies for the output of `row`, if it is not the 0 before a sequence.
-    #[inline(always)]
-    fn source<'a>(&self, numbers: &Numbers<'a>, piece: &Piece, row: usize, tap: usize) -> Option<&'a [f32]> {
-        let (channels, before) = (self.conv.channels, self.conv.width - 1);
-        let at = row - piece.whole.start + tap;
-        if at >= before {
-            let from = (piece.whole.start + at - before) * channels;
-            return Some(&numbers.xs[from..from + channels]);
-        }
-        let from = (piece.sequence * before + at) * channels;
-        numbers.past.map(|past| &past[from..from + channels])
-    }
-
-    /// The sum of a row before SiLU, for some of the channels.
-    #[inline(always)]
-    fn sum(&self, numbers: &Numbers, piece: &Piece, row: usize, channels: Range<usize>, y: &mut [f32]) {
-        match numbers.bias {
-            Some(bias) => y.copy_from_slice(&bias[channels.clone()]),
-            None => y.fill(0.),
-        }
-        for tap in 0..self.conv.width {
-            let Some(x) = self.source(numbers, piece, row, tap) else { continue };
-            let weight = &numbers.taps[tap * self.conv.channels..][channels.clone()];
-            add_product(y, weight, &x[channels.clone()]);
-        }
-    }
-
-    #[inline(always)]
-    fn forward_piece(&self, numbers: &Numbers, piece: &Piece, ys: &mut [f32]) {
-        let channels = self.conv.channels;
-        for first in (0..channels).step_by(CHANNELS) {
-            let some = first..channels.min(first + CHANNELS);
-            for (row, y) in piece.rows.clone().zip(ys.chunks_exact_mut(channels)) {
-                let y = &mut y[some.clone()];
-                self.sum(numbers, piece, row, some.clone(), y);
-                if self.conv.silu {
-                    y.iter_mut().for_each(|y| *y *= sigmoid(*y));
-                }
-            }
-        }
-    }
-
-    /// The gradients of the rows of a piece and, with the first piece of a sequence, of its past. Returns what the piece
-    /// adds to those of the taps and the bias, `[W + 1, C]`.
-    #[inline(always)]
-    fn backward_piece(&self, numbers: &Numbers, dy: &[f32], task: &mut Task) -> Vec<f32> {
-        let (channels, width) = (self.conv.channels, self.conv.width);
-        let Task { piece, dx, dpast } = task;
-        let mut sums = vec![0.; (width + 1) * channels];
-        // An input reaches the next W - 1 outputs, those of the next piece among them.
-        let reached = piece.rows.start..piece.whole.end.min(piece.rows.end + width - 1);
-        let mut buffer = vec![0.; reached.len() * channels.min(CHANNELS)];
-        for first in (0..channels).step_by(CHANNELS) {
-            let some = first..channels.min(first + CHANNELS);
-            let len = some.len();
-            let at = |row: usize| (row - reached.start) * len..(row - reached.start + 1) * len;
-            for row in reached.clone() {
-                let dz = &mut buffer[at(row)];
-                let dy = &dy[row * channels..][some.clone()];
-                if self.conv.silu {
-                    self.sum(numbers, piece, row, some.clone(), dz);
-                    dz.iter_mut().zip(dy).for_each(|(dz, dy)| *dz = dy * silu_slope(*dz));
-                } else {
-                    dz.copy_from_slice(dy);
-                }
-            }
-            for row in piece.rows.clone() {
-                let dx = &mut dx[(row - piece.rows.start) * channels..][some.clone()];
-                for tap in 0..width {
-                    let output = row + width - 1 - tap;
-                    if output < piece.whole.end {
-                        add_product(dx, &numbers.taps[tap * channels..][some.clone()], &buffer[at(output)]);
-                    }
-                    if let Some(x) = self.source(numbers, piece, row, tap) {
-                        let dtap = &mut sums[tap * channels..][some.clone()];
-                        add_product(dtap, &x[some.clone()], &buffer[at(row)]);
-                    }
-                }
-                let dbias = &mut sums[width * channels..][some.clone()];
-                dbias.iter_mut().zip(&buffer[at(row)]).for_each(|(sum, dz)| *sum += dz);
-            }
-            let Some(dpast) = dpast else { continue };
-            for before in 0..width - 1 {
-                let dpast = &mut dpast[before * channels..][some.clone()];
-                for tap in 0..=before {
-                    let output = piece.whole.start + before - tap;
-                    if output < piece.whole.end {
-                        add_product(
-                            dpast,
-                            &numbers.taps[tap * channels..][some.clone()],
-                            &buffer[at(output)],
-                        );
-                    }
-                }
-            }
-        }
-        sums
-    }
 }
 
-/// Where the gradients of a piece go.
-struct Task<'a> {
-    piece: Piece,
-    dx: &'a mut [f32],
-    /// Of the sequence that begins with the piece.
-    dpast: Option<&'a mut [f32]>,
-}
-
-#[inline(always)]
-fn add_product(sum: &mut [f32], a: &[f32], b: &[f32]) {
-    for ((sum, a), b) in sum.iter_mut().zip(a).zip(b) {
-        *sum += a * b;
+/// The columns of a matrix, one after the other.
+fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    let mut y = Vec::with_capacity(rows * cols);
+    for col in 0..cols {
+        y.extend(x[col..].iter().step_by(cols).take(rows));
     }
+    y
 }
 
 /// One slice of `all` for each piece: they lie one after the other.
@@ -275,7 +154,8 @@ impl Function for Op {
         let mut ys = vec![0.; numbers.xs.len()];
         let pieces = self.pieces();
         let slices = split(&mut ys, &pieces, self.conv.channels);
-        let run = |(ys, piece): (&mut [f32], &Piece)| vectorized(|| self.forward_piece(&numbers, piece, ys));
+        let run =
+            |(ys, piece): (&mut [f32], &Piece)| vectorized(|| self.conv.forward_piece(&numbers, piece, ys));
         match pieces.len() {
             // A token is not worth waking other threads for.
             0..=1 => slices.into_iter().zip(&pieces).for_each(run),
@@ -306,15 +186,17 @@ impl Function for Op {
             Task { piece, dx, dpast }
         });
         let mut tasks: Vec<_> = tasks.collect();
-        let parts: Vec<_> =
-            tasks.par_iter_mut().map(|task| vectorized(|| self.backward_piece(&numbers, dy, task))).collect();
+        let parts: Vec<_> = tasks
+            .par_iter_mut()
+            .map(|task| vectorized(|| self.conv.backward_piece(&numbers, dy, task)))
+            .collect();
         drop(tasks);
         let mut sums = vec![0.; (width + 1) * channels];
         for part in parts {
             sums.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
         }
-        let dweight = (0..channels * width).map(|i| sums[i % width * channels + i / width]).collect();
-        let dbias = sums[width * channels..].to_vec();
+        let (dtaps, dbias) = sums.split_at(width * channels);
+        let (dweight, dbias) = (transposed(dtaps, width, channels), dbias.to_vec());
         let found = [Some(dx), Some(dweight), self.bias.then_some(dbias), self.past.then_some(dpast)];
         let found = found.into_iter().flatten().zip(inputs).zip(wanted);
         found

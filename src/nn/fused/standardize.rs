@@ -121,10 +121,13 @@ mod tests {
     use super::*;
     use crate::nn::fused::tests::agree;
 
+    /// With a small one the gradient of a few channels is all rounding: most of it cancels.
+    const EPS: f64 = 1.;
+
     #[test]
     fn agrees_with_its_composition() -> Result<()> {
         for (shape, width) in [(&[1, 3][..], 3), (&[3, 10], 5), (&[2, 100, 96], 32), (&[70, 301], 301)] {
-            agree(&[shape], |x| standardize(&x[0], width, 1e-3), |x| composed(&x[0], width, 1e-3))?;
+            agree(&[shape], |x| standardize(&x[0], width, EPS), |x| composed(&x[0], width, EPS))?;
         }
         Ok(())
     }

@@ -66,6 +66,9 @@ pub fn l2_norm(x: &[f64], eps: f64) -> Vec<f64> {
     x.iter().map(|x| x / norm).collect()
 }
 
+/// A gate and the function on it.
+type Gate = (Sequence, fn(f64) -> f64);
+
 /// The norm of each head and, with one, its gate; then the last projection.
 fn output(
     config: &Value,
@@ -73,7 +76,7 @@ fn output(
     prefix: &str,
     width: usize,
     out: &Sequence,
-    gate: Option<(Sequence, fn(f64) -> f64)>,
+    gate: Option<Gate>,
 ) -> Sequence {
     let weight = vector(params, &format!("{prefix}.o_norm.weight"));
     let mut ys = by_head(out, width, |x| rms_norm(x, Some(weight), number(config, "norm_eps", 1e-5)));

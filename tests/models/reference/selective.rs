@@ -1,7 +1,7 @@
 //! HGRN-2 and Mamba-2.
 
 use super::*;
-use crate::scalar::fla_activation;
+use crate::scalar::{fla_activation, transformers_activation};
 
 pub fn hgrn2_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let hidden = number(config, "hidden_size", 0.) as usize;
@@ -58,7 +58,9 @@ pub fn mamba2(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> S
     let (width, state_size, groups) = (size("head_dim", 64.), size("state_size", 128.), size("n_groups", 1.));
     let inner = (number(config, "expand", 2.) * number(config, "hidden_size", 0.)) as usize;
     let heads = inner / width;
-    let act = |x: f64| fla_activation(config["hidden_act"].as_str().unwrap_or("silu"), x);
+    let transformers = config.get("layer_norm_epsilon").is_some();
+    let activation = if transformers { transformers_activation } else { fla_activation };
+    let act = |x: f64| activation(config["hidden_act"].as_str().unwrap_or("silu"), x);
     let projected = linear(params, &format!("{prefix}.in_proj"), xs);
     let conv_width = inner + 2 * groups * state_size;
     let part = |from: usize, len: usize| {
@@ -67,7 +69,9 @@ pub fn mamba2(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> S
     let (gate, dt) = (part(0, inner), part(inner + conv_width, heads));
     let xbc = short_conv(params, &format!("{prefix}.conv1d"), &part(inner, conv_width), act);
     let parameter = |name: &str| vector(params, &format!("{prefix}.{name}"));
-    let limit = |i: usize, default: f64| config["dt_limit"][i].as_f64().unwrap_or(default);
+    // Two implementations have two names for some fields.
+    let limits = config.get("time_step_limit").unwrap_or(&config["dt_limit"]);
+    let limit = |i: usize, default: f64| limits[i].as_f64().unwrap_or(default);
     let mut out = vec![vec![0.; inner]; xs.len()];
     for h in 0..heads {
         let group = h / (heads / groups);
@@ -93,7 +97,7 @@ pub fn mamba2(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> S
         y.iter().zip(gate).map(|(y, gate)| y * act(*gate)).collect()
     };
     let grouped = |y: &[f64]| -> Vec<f64> {
-        let eps = number(config, "norm_eps", 1e-5);
+        let eps = number(config, "layer_norm_epsilon", number(config, "norm_eps", 1e-5));
         let parts = y.chunks(inner / groups).flat_map(|part| rms_norm(part, None, eps));
         parts.zip(parameter("norm.weight")).map(|(y, w)| y * w).collect()
     };
