@@ -22,6 +22,9 @@ use super::sweep::{Algorithm, Out, Sweep, run};
 use super::view::{Buffer, View, Writer};
 use crate::problem::{Inputs, Problem, Role};
 
+/// Tokens in a segment, see [`Segments`].
+const SEGMENT: usize = 32;
+
 pub(super) fn backward(
     problem: &Problem,
     x: &Inputs<View>,
@@ -40,7 +43,7 @@ pub(super) fn backward(
     let mut dk = buffer(key_dtype, want_k || gate, rows * problem.k_dim);
     let mut dv = buffer(problem.dtype, want_v, rows * problem.v_dim);
     let mut dkv = buffer(DType::F32, wants(Role::Kv), states * problem.k_dim * problem.v_dim);
-    let segments = Segments::new(problem);
+    let segments = Segments::new(problem, SEGMENT);
     let mut at_ends = buffer(DType::F32, gate, segments.count() * problem.v_heads * problem.k_dim);
 
     let sweeps = Sweeps {

@@ -4,6 +4,7 @@
 mod backward;
 mod chunk;
 mod fused;
+mod products;
 mod recurrent;
 mod sweep;
 
@@ -23,51 +24,38 @@ pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
     let (hv, k, v) = (problem.v_heads, problem.k_dim, problem.v_dim);
     let mut out = Buffer::zeros(problem.dtype, problem.batch * problem.tokens * hv * v);
     let mut kv = problem.final_state.then(|| Buffer::zeros(DType::F32, problem.sequences.len() * hv * k * v));
-    let sweeps = Sweeps {
-        problem,
-        x,
-        reverse: false,
-        value: x.v,
-        initial: x.kv.as_ref(),
-        inner: None,
-        out: Some(out.writer()),
-        last: kv.as_mut().map(Buffer::writer),
-    };
-    sweeps.run();
+    let last = kv.as_mut().map(Buffer::writer);
+    let sweeps = Sweeps { problem, x, reverse: false, value: x.v, inner: None, out: Some(out.writer()) };
+    let algorithm = algorithm(problem);
+    let tasks = tasks(problem, v, rayon::current_num_threads());
+    for_each(problem, &tasks, |task| {
+        let mut state = load_state(x.kv.as_ref(), task, k);
+        run(algorithm, &sweeps.sweep(task), &mut state);
+        last.inspect(|last| store_state(problem, last, task, &state));
+    });
     std::iter::once(out).chain(kv).collect()
 }
 
+fn store_state(problem: &Problem, states: &Writer, task: &Task, state: &[f32]) {
+    let (hv, k, v) = (problem.v_heads, problem.k_dim, problem.v_dim);
+    for (r, row) in state.chunks_exact(task.cols.len()).enumerate() {
+        // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
+        unsafe { states.store(((task.n * hv + task.head) * k + r) * v + task.cols.start, row) };
+    }
+}
+
 /// The delta sweeps of a problem in one direction.
+#[derive(Clone, Copy)]
 struct Sweeps<'p, 'a> {
     problem: &'p Problem,
     x: &'p Inputs<View<'a>>,
     reverse: bool,
     value: View<'a>,
-    initial: Option<&'p View<'a>>,
     inner: Option<Writer<'a>>,
     out: Option<Writer<'a>>,
-    /// Where the last state goes.
-    last: Option<Writer<'a>>,
 }
 
 impl<'a> Sweeps<'_, 'a> {
-    fn run(&self) {
-        let (problem, k, v) = (self.problem, self.problem.k_dim, self.problem.v_dim);
-        let algorithm = algorithm(problem);
-        let tasks = tasks(problem, v, rayon::current_num_threads());
-        for_each(problem, &tasks, |task| {
-            let Task { n, head, cols, .. } = task;
-            let mut state = load_state(self.initial, task, k);
-            run(algorithm, &self.sweep(task), &mut state);
-            if let Some(writer) = self.last {
-                for (r, row) in state.chunks_exact(cols.len()).enumerate() {
-                    // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
-                    unsafe { writer.store(((n * problem.v_heads + head) * k + r) * v + cols.start, row) };
-                }
-            }
-        });
-    }
-
     fn sweep(&self, task: &Task) -> DeltaSweep<'a> {
         let (problem, x) = (self.problem, self.x);
         let (b, h, kh) = (task.sequence.batch, task.head, problem.key_head(task.head));

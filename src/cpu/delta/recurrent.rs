@@ -33,11 +33,7 @@ impl WithSimd for Recurrent<'_, '_> {
             }
             step.factors.combine(&value, &mut w, &mut y, &mut c);
             for (r, row) in state.chunks_exact_mut(sweep.cols).enumerate() {
-                let decay = match *step.decay {
-                    [] => 1.,
-                    [all] => all,
-                    _ => step.decay[r],
-                };
+                let decay = step.decay_of(r);
                 let x = step.x2[r];
                 row.iter_mut().zip(&c).for_each(|(s, c)| *s = decay * *s + x * c);
                 if sweep.writes_value() {

@@ -169,6 +169,16 @@ impl Step {
         }
     }
 
+    /// The decay of row `r`.
+    #[inline(always)]
+    pub fn decay_of(&self, r: usize) -> f32 {
+        match *self.decay {
+            [] => 1.,
+            [all] => all,
+            _ => self.decay[r],
+        }
+    }
+
     /// Takes what was loaded as q to `s D q`.
     #[inline(always)]
     fn scale_query(&mut self, by: f32, reverse: bool) {
