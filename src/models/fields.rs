@@ -126,6 +126,16 @@ impl Fields {
         self.0.contains_key(name)
     }
 
+    /// A field of early versions that asks for what is not here unless it has one value, or is not there.
+    pub fn early_flag(&self, name: &str, allowed: bool, what: &str) -> Result<()> {
+        match self.0.get(name) {
+            Some(Value::Bool(flag)) if *flag != allowed => {
+                bail!("field `{name}` is {flag}, it must be {allowed} or absent: {what} is not supported")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A field that is not checked here, filled in with its default.
     pub fn value(&mut self, name: &str, default: Value) -> &Value {
         self.0.entry(name).or_insert(default)

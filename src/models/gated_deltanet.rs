@@ -28,6 +28,11 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         initializer_range: decoder.initializer_range,
         ..Default::default()
     };
+    if layer.use_short_conv {
+        fields.early_flag("share_conv_kernel", false, "one convolution for all projections")?;
+    }
+    fields.early_flag("use_mamba_gate", true, "another gate than Mamba-2's")?;
+    fields.early_flag("use_residual", false, "a skip connection around the operator")?;
     layer.check()?;
     Ok(decoder.with_mixer(Box::new(move |site| Ok(Box::new(GatedDeltaNet::new(&layer, site.vb)?)))))
 }

@@ -34,6 +34,9 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         initializer_range: decoder.initializer_range,
         ..Default::default()
     };
+    if layer.use_short_conv {
+        fields.early_flag("share_conv_kernel", false, "one convolution for all projections")?;
+    }
     layer.check()?;
     Ok(decoder.with_mixer(Box::new(move |site| Ok(Box::new(GatedLinearAttention::new(&layer, site.vb)?)))))
 }

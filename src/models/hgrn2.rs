@@ -29,6 +29,9 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         // The authors' layers leave the epsilon of the output norm at its default, whatever `norm_eps` says.
         ..Default::default()
     };
+    if layer.use_short_conv {
+        fields.early_flag("share_conv_kernel", false, "one convolution for all projections")?;
+    }
     let heads = layer.check()?;
     let layers = decoder.num_layers;
     let use_lower_bound = fields.flag("use_lower_bound", true)?;

@@ -6,8 +6,7 @@ use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
 use crate::models::stack::{Block, FLA, Middle, Pass, StackConfig};
 use crate::nn::{
-    Activation, LayerNorm, Mixer, Rwkv7Attention, Rwkv7AttentionConfig, Rwkv7FeedForward,
-    Rwkv7FeedForwardConfig,
+    Activation, LayerNorm, Rwkv7Attention, Rwkv7AttentionConfig, Rwkv7FeedForward, Rwkv7FeedForwardConfig,
 };
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;

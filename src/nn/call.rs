@@ -13,8 +13,8 @@ pub(crate) trait Mixer: Send + Sync {
     fn set_mode(&mut self, mode: Mode);
 }
 
-/// Gives a [`Mixer`] the methods that all layers have in common.
-macro_rules! public_methods {
+/// Gives a layer that has `mix` the methods that all have in common.
+macro_rules! forward_methods {
     ($layer:ty) => {
         impl $layer {
             /// `xs: [B, T, hidden_size]` to the same shape and dtype. With a cache, `xs` continues what the cache has
@@ -40,7 +40,17 @@ macro_rules! public_methods {
             ) -> Result<Tensor> {
                 self.mix(xs, Call::new(cache, Some(cu_seqlens)))
             }
+        }
+    };
+}
+pub(crate) use forward_methods;
 
+/// The same for a [`Mixer`], whose algorithm can be chosen.
+macro_rules! public_methods {
+    ($layer:ty) => {
+        $crate::nn::call::forward_methods!($layer);
+
+        impl $layer {
             /// The algorithm of the operator. Default: [`Mode::Auto`].
             pub fn set_mode(&mut self, mode: Mode) {
                 Mixer::set_mode(self, mode);

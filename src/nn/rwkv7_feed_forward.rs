@@ -1,7 +1,6 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): channel mixing.
 
-use crate::Mode;
-use crate::nn::call::{Call, Mixer, public_methods};
+use crate::nn::call::{Call, forward_methods};
 use crate::nn::heads::MAX_SIZE;
 use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, Linear};
@@ -66,17 +65,14 @@ impl Rwkv7FeedForward {
     }
 }
 
-public_methods!(Rwkv7FeedForward);
+forward_methods!(Rwkv7FeedForward);
 
-impl Mixer for Rwkv7FeedForward {
-    fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
+impl Rwkv7FeedForward {
+    pub(crate) fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.hidden_size)?;
         let (delta, past) = self.shift.forward(xs, &call)?;
         call.finish(None, vec![past], size);
         let inner = self.key.forward(&(xs + delta.broadcast_mul(&self.x_k)?)?)?;
         self.value.forward(&self.activation.forward(&inner)?)
     }
-
-    /// It has no operator.
-    fn set_mode(&mut self, _: Mode) {}
 }

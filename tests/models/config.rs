@@ -87,6 +87,13 @@ fn fields_that_make_no_model_are_named() {
             r#""model_type": "gated_deltanet", "output_gate_activation": "relu""#,
             &["`output_gate_activation` is \"relu\"", "sigmoid"],
         ),
+        (
+            r#""model_type": "gla", "use_short_conv": true, "share_conv_kernel": true"#,
+            &["`share_conv_kernel` is true", "one convolution"],
+        ),
+        (r#""model_type": "delta_net", "share_conv_kernel": true"#, &["`share_conv_kernel` is true"]),
+        (r#""model_type": "gated_deltanet", "use_residual": true"#, &["`use_residual` is true", "skip"]),
+        (r#""model_type": "gated_deltanet", "use_mamba_gate": false"#, &["`use_mamba_gate` is false"]),
         (r#""model_type": "kda", "safe_gate": true"#, &["`lower_bound` is null", "`safe_gate`"]),
         (r#""model_type": "kda", "safe_gate": true, "lower_bound": -6"#, &["`lower_bound` is -6"]),
         (r#""model_type": "kda", "lower_bound": 1"#, &["lower_bound is 1", "below 0"]),
@@ -114,6 +121,9 @@ fn fields_that_make_no_model_are_named() {
 fn an_attention_list_without_layers_is_no_attention() -> Result<()> {
     small_config(r#""model_type": "gla", "attn": {"layers": [], "num_heads": 2}"#)?;
     small_config(r#""model_type": "gla", "attn": []"#)?;
+    // What was written into every file of its time.
+    small_config(r#""model_type": "gla", "use_short_conv": false, "share_conv_kernel": true"#)?;
+    small_config(r#""model_type": "gated_deltanet", "use_mamba_gate": true, "use_residual": false"#)?;
     Ok(())
 }
 

@@ -98,6 +98,31 @@ fn eight_sequences_at_once_get_what_each_gets_alone_to_the_bit() -> Result<()> {
     Ok(())
 }
 
+/// More of them than fit in one group of rows anywhere.
+#[test]
+fn seventy_sequences_at_once_get_what_each_gets_alone_to_the_bit() -> Result<()> {
+    const MANY: usize = 70;
+    for name in ["linear_attn", "gated_deltanet-gva", "rwkv7"] {
+        let model = Model::load(golden_folder(name), None, &CPU)?;
+        let ids = pseudo_tokens(MANY, 14, model.config().vocab_size() as u32)?;
+        let pieces = |ids: &Tensor| -> Result<Vec<Vec<f32>>> {
+            let mut cache = model.new_cache();
+            let mut run = |from, len| {
+                let logits = model.forward(&ids.narrow(1, from, len)?, Some(&mut cache))?;
+                logits.narrow(1, len - 1, 1)?.squeeze(1)?.to_vec2::<f32>()
+            };
+            Ok([run(0, 12)?, run(12, 1)?, run(13, 1)?].concat())
+        };
+        let together = pieces(&ids)?;
+        for i in [0, 1, 37, 63, 64, 69] {
+            for (step, expected) in pieces(&ids.narrow(0, i, 1)?)?.iter().enumerate() {
+                assert!(together[step * MANY + i] == *expected, "{name}: sequence {i}, step {step}");
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Sequences of every length, empty ones among them, and pieces of sequences that have begun.
 #[test]
 fn packed_pieces_of_any_length_continue_their_sequences() -> Result<()> {

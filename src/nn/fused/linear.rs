@@ -64,7 +64,7 @@ impl CustomOp2 for Linear {
         let xs = Matrix::new(values(x, xl)?, rows, inputs)?;
         let weight = Matrix::new(values(w, wl)?, outputs, inputs)?;
         let tokens = match xl.dims() {
-            [batch, tokens, _, ..] => batch * tokens,
+            [_, tokens, _, ..] => *tokens,
             _ => rows,
         };
         Ok((CpuStorage::F32(product_of(tokens, xs, weight.transposed())), self.dims.clone()))

@@ -10,8 +10,10 @@ use gemm::{Parallelism, gemm};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Tokens up to which a product takes the time that its weights take to be read: once, each for all of them.
+/// Tokens of a sequence up to which a product takes the time that its weights take to be read.
 const FEW: usize = 8;
+/// Rows that weights are read for at once; all of them stay in the cache meanwhile.
+const GROUP: usize = 64;
 /// Weights from which on other threads are worth the time it takes to wake them.
 const LEAST_PARALLEL: usize = 1 << 20;
 /// Outputs that a thread takes at a time.
@@ -46,15 +48,15 @@ pub(super) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
     product_of(a.rows, a, b)
 }
 
-/// The same for rows that belong to so many tokens: one each, or one for each head. What decides the order of the sums is
-/// the number of tokens, so that those decoded together get what each would get alone.
+/// The same for the rows of sequences of so many tokens each. That alone decides the order of the sums, so that sequences
+/// decoded together get what each would get alone.
 pub(super) fn product_of(tokens: usize, a: Matrix, b: Matrix) -> Vec<f32> {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     assert_eq!(k, b.rows, "matrices that do not fit");
     // A product with columns of weights that lie as they are read, as a projection's do.
     if a.strides[1] == 1 && b.strides[0] == 1 {
         if tokens <= FEW {
-            return few_rows(a, b);
+            return groups(a, b);
         }
         if is_narrow(k, n) {
             return narrow(a, b);
@@ -113,6 +115,14 @@ fn narrow(a: Matrix, b: Matrix) -> Vec<f32> {
         }
     });
     c
+}
+
+fn groups(a: Matrix, b: Matrix) -> Vec<f32> {
+    if a.rows <= GROUP {
+        return few_rows(a, b);
+    }
+    let group = |from| Matrix { data: &a.data[from * a.strides[0]..], rows: GROUP.min(a.rows - from), ..a };
+    (0..a.rows).step_by(GROUP).flat_map(|from| few_rows(group(from), b)).collect()
 }
 
 /// Every element is a sum in the same order however many rows and threads there are: sequences that are decoded together
@@ -242,6 +252,13 @@ mod tests {
             assert_is_product(&together, Matrix::new(&x, FEW, k).unwrap(), w);
             for (i, row) in together.chunks_exact(n).enumerate() {
                 assert!(row == of(i..i + 1), "{threads} threads, row {i}");
+            }
+            // As many sequences of one token each.
+            let many = random(150 * k, rng);
+            let all = pool.install(|| product_of(1, Matrix::new(&many, 150, k).unwrap(), w));
+            for (i, row) in all.chunks_exact(n).enumerate() {
+                let one = Matrix::new(&many[i * k..(i + 1) * k], 1, k).unwrap();
+                assert!(row == pool.install(|| product(one, w)), "{threads} threads, row {i} of many");
             }
         }
     }
