@@ -55,6 +55,8 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
 
 /// The fields that both have.
 fn common(fields: &mut Fields, [hidden_size, n_groups]: [usize; 2]) -> Result<Mamba2Config> {
+    // Written as the integer that it is to the authors.
+    fields.value("expand", 2.into());
     Ok(Mamba2Config {
         hidden_size: fields.size("hidden_size", hidden_size)?,
         expand: fields.positive("expand", 2.)?,
