@@ -110,7 +110,9 @@ impl LayerCache {
     /// Refuses a cache whose tensors are others than those of this one, but for the number of sequences.
     pub(crate) fn check_alike(&self, other: &Self) -> Result<()> {
         let kinds = |cache: &Self| -> Vec<_> {
-            cache.tensors().map(|tensor| (tensor.dims()[1..].to_vec(), tensor.dtype())).collect()
+            let kind =
+                |tensor: &Tensor| (tensor.dims()[1..].to_vec(), tensor.dtype(), tensor.device().location());
+            cache.tensors().map(kind).collect()
         };
         let (own, found) = (kinds(self), kinds(other));
         if own != found {

@@ -5,6 +5,7 @@
 //! gets a gradient. Parameter names are those of flash-linear-attention, so its checkpoints load as they are.
 //!
 //! A [`LayerCache`] carries a layer from one piece of a sequence to the next: a prompt in one call, then a token a call.
+//! `forward_packed` takes sequences of different lengths that lie one after the other.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};

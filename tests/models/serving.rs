@@ -154,6 +154,32 @@ fn packed_pieces_of_any_length_continue_their_sequences() -> Result<()> {
     Ok(())
 }
 
+/// Sequences of different lengths can be trained without padding.
+#[test]
+fn gradients_of_packed_sequences_are_the_sum_of_those_of_each() -> Result<()> {
+    const ENDS: [usize; 5] = [0, 7, 8, 8, 20];
+    for model_type in candle_linear_attn::models::SUPPORTED {
+        let conv = if *model_type == "gla" { r#", "use_short_conv": true"# } else { "" };
+        let (model, varmap) = small_model(&format!("{}{conv}", small_heads(model_type)))?;
+        let ids = pseudo_tokens(1, ENDS[4], 11)?;
+        let weights = pseudo_random(&[1, ENDS[4], 11], 3)?;
+        let hidden = model.hidden_states_packed(&ids, &ENDS.map(|end| end as u32), None)?;
+        let packed = (model.logits(&hidden)? * &weights)?.sum_all()?.backward()?;
+        let loss = |ends: &[usize]| -> Result<Tensor> {
+            let part = |x: &Tensor| x.narrow(1, ends[0], ends[1] - ends[0]);
+            (model.forward(&part(&ids)?, None)? * part(&weights)?)?.sum_all()
+        };
+        let alone = ENDS.windows(2).filter(|ends| ends[0] < ends[1]).map(loss).collect::<Result<Vec<_>>>()?;
+        let alone = Tensor::stack(&alone, 0)?.sum_all()?.backward()?;
+        for (name, var) in sorted(&varmap) {
+            let [found, expected] =
+                [&packed, &alone].map(|gradients| gradients.get(&var).expect("a gradient"));
+            assert_close(&format!("{model_type}: {name}"), found, expected, 2e-4)?;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn slots_and_ends_that_do_not_fit_are_named() -> Result<()> {
     let model = Model::load(golden_folder("mamba2"), None, &CPU)?;
