@@ -33,7 +33,7 @@ fn every_operator_in_every_mode_and_dtype() {
 
 #[test]
 fn gates_in_16_bits() {
-    for op in Op::ADDITIVE_GATED {
+    for op in crate::kernels::GATED {
         for dtype in [DType::BF16, DType::F16] {
             let case = Case { op, dtype, gate_dtype: dtype, t: 70, h: 1, ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
@@ -146,7 +146,7 @@ fn empty_batches_and_sequences() {
 fn gates_of_every_strength() {
     let kinds = [Gates::Strong, Gates::AllStrong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive];
     for gates in kinds {
-        for op in Op::ADDITIVE_GATED {
+        for op in crate::kernels::GATED {
             for dtype in [DType::F32, DType::BF16] {
                 let case = Case { op, gates, dtype, t: 135, h: 1, k: 17, v: 20, ..Case::default() };
                 check(&case, &[Mode::Recurrent, Mode::Chunk, Mode::FusedChunk], Graph::ALL);
@@ -159,7 +159,7 @@ fn gates_of_every_strength() {
 #[test]
 fn gates_across_segments() {
     for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
-        for op in Op::ADDITIVE_GATED {
+        for op in crate::kernels::GATED {
             // The gradient of a head's decay is summed up twice over all tokens, its error is about 1e-7 T.
             let t = if op == Op::Retention { 300 } else { 600 };
             let case = Case { op, gates, t, h: 1, k: 8, v: 8, b: 2, ..Case::default() };

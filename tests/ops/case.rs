@@ -38,7 +38,6 @@ impl Op {
         [Op::Retention, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
     /// What a token writes does not depend on the state.
     pub const ADDITIVE: [Op; 4] = [Op::LinearAttn, Op::Retention, Op::SimpleGla, Op::Gla];
-    pub const ADDITIVE_GATED: [Op; 3] = [Op::Retention, Op::SimpleGla, Op::Gla];
 
     pub fn is_additive(self) -> bool {
         Self::ADDITIVE.contains(&self)
