@@ -14,9 +14,6 @@ use serde_json::Value;
 
 pub(super) const FAMILY: Family = Family { model_type: "rwkv7", architecture: "RWKV7ForCausalLM", parse };
 
-/// Fresh embeddings are tiny where a norm follows.
-const EMBEDDING_RANGE: f64 = 1e-4;
-
 /// What the blocks are made from, but for what depends on the layer.
 #[derive(Clone)]
 struct BlockConfig {
@@ -48,9 +45,8 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         norm_eps,
     };
     stack.head_range = 0.5 / (hidden_size as f64).sqrt();
-    if config.norm_first && !stack.tied() {
-        stack.embedding_range = EMBEDDING_RANGE;
-    }
+    // The authors' fresh embeddings are within 1e-4, and learn at a rate of their own. At one rate for all, the norm behind
+    // them would make their gradient hundreds of times as large as all others together: they begin as other models' do.
     let layers = stack.num_layers;
     Ok(stack.with_middle(FLA, move |model| {
         let block = |layer| -> Result<Box<dyn Block>> {

@@ -51,8 +51,7 @@ pub(super) struct StackConfig {
     pub hidden_size: usize,
     pub num_layers: usize,
     pub initializer_range: f64,
-    /// Deviations of fresh embeddings and of a fresh head, `initializer_range` unless a model sets them.
-    pub embedding_range: f64,
+    /// Deviation of a fresh head, `initializer_range` unless a model sets it.
     pub head_range: f64,
     tie_word_embeddings: bool,
 }
@@ -66,15 +65,9 @@ impl StackConfig {
             vocab_size: fields.size("vocab_size", 32000)?,
             num_layers: fields.size("num_hidden_layers", num_layers)?,
             initializer_range,
-            embedding_range: initializer_range,
             head_range: initializer_range,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
         })
-    }
-
-    /// Whether embeddings and head are one.
-    pub fn tied(&self) -> bool {
-        self.tie_word_embeddings
     }
 
     /// The whole model, given how to make what is between embeddings and head.
@@ -129,10 +122,10 @@ fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Res
     let embeddings = known.iter().find(|name| vb.contains_tensor(name)).unwrap_or(&known[0]);
     let head = "lm_head.weight";
     if !cfg.tie_word_embeddings {
-        return Ok((get(embeddings, cfg.embedding_range)?, get(head, cfg.head_range)?));
+        return Ok((get(embeddings, cfg.initializer_range)?, get(head, cfg.head_range)?));
     }
     let only_head = vb.contains_tensor(head) && !vb.contains_tensor(embeddings);
-    let shared = get(if only_head { head } else { embeddings }, cfg.embedding_range)?;
+    let shared = get(if only_head { head } else { embeddings }, cfg.initializer_range)?;
     Ok((shared.clone(), shared))
 }
 
