@@ -16,6 +16,11 @@ pub(crate) enum Role {
     V,
     /// Log decay, laid out as [`Decay`] says.
     G,
+    /// Of [`Update::Delta`].
+    Beta,
+    /// Of [`Update::LowRank`], as is `B`.
+    A,
+    B,
     /// Initial state.
     Kv,
     /// Initial normaliser.
@@ -29,6 +34,9 @@ pub(crate) struct Inputs<T> {
     pub k: T,
     pub v: T,
     pub g: Option<T>,
+    pub beta: Option<T>,
+    pub a: Option<T>,
+    pub b: Option<T>,
     pub kv: Option<T>,
     pub z: Option<T>,
 }
@@ -40,6 +48,9 @@ impl<T> Inputs<T> {
             k: f(&self.k)?,
             v: f(&self.v)?,
             g: self.g.as_ref().map(&mut f).transpose()?,
+            beta: self.beta.as_ref().map(&mut f).transpose()?,
+            a: self.a.as_ref().map(&mut f).transpose()?,
+            b: self.b.as_ref().map(&mut f).transpose()?,
             kv: self.kv.as_ref().map(&mut f).transpose()?,
             z: self.z.as_ref().map(&mut f).transpose()?,
         })
@@ -49,6 +60,9 @@ impl<T> Inputs<T> {
     pub fn list(self) -> Vec<(Role, T)> {
         let mut all = vec![(Role::Q, self.q), (Role::K, self.k), (Role::V, self.v)];
         all.extend(self.g.map(|x| (Role::G, x)));
+        all.extend(self.beta.map(|x| (Role::Beta, x)));
+        all.extend(self.a.map(|x| (Role::A, x)));
+        all.extend(self.b.map(|x| (Role::B, x)));
         all.extend(self.kv.map(|x| (Role::Kv, x)));
         all.extend(self.z.map(|x| (Role::Z, x)));
         all
@@ -64,9 +78,17 @@ impl<T> Inputs<T> {
             values.get(at).cloned()
         };
         match (get(Role::Q), get(Role::K), get(Role::V)) {
-            (Some(q), Some(k), Some(v)) => {
-                Ok(Self { q, k, v, g: get(Role::G), kv: get(Role::Kv), z: get(Role::Z) })
-            }
+            (Some(q), Some(k), Some(v)) => Ok(Self {
+                q,
+                k,
+                v,
+                g: get(Role::G),
+                beta: get(Role::Beta),
+                a: get(Role::A),
+                b: get(Role::B),
+                kv: get(Role::Kv),
+                z: get(Role::Z),
+            }),
             _ => bail!("q, k and v must all be given"),
         }
     }
@@ -81,8 +103,19 @@ pub(crate) enum Decay {
     Head,
     /// `exp(g_{t,h})`, `g: [B, T, HV]`.
     Scalar,
-    /// `diag exp(g_{t,h,:})`, `g: [B, T, HV, K]`.
+    /// `diag exp(g_{t,h,:})`, `g: [B, T, HV, K]`, or `[B, T, H, K]` with [`Update::LowRank`].
     Channel,
+}
+
+/// What a token adds to the faded state `S~`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Update {
+    /// `k v^T`.
+    Additive,
+    /// `k u^T` with `u = beta (v - S~^T k)`, `beta: [B, T, HV]`.
+    Delta,
+    /// `k v^T + b (S^T a)^T` with S before it fades, `a, b: [B, T, H, K]`.
+    LowRank,
 }
 
 /// A packed or batched sequence: where its tokens are.
@@ -105,6 +138,7 @@ pub(crate) struct Problem {
     pub dtype: DType,
     pub scale: f32,
     pub decay: Decay,
+    pub update: Update,
     pub normalize: bool,
     pub final_state: bool,
     pub mode: Mode,
@@ -112,11 +146,13 @@ pub(crate) struct Problem {
 }
 
 impl Problem {
-    /// Checks a call of the operator `name` and collects its inputs.
+    /// Checks a call of the operator `name` and collects its inputs. `extra` has those beside q, k and v, by the names
+    /// that the operator has for them.
     pub fn new(
         name: &'static str,
         [q, k, v]: [&Tensor; 3],
-        (decay, gate): (Decay, Option<(&'static str, &Tensor)>),
+        (decay, update): (Decay, Update),
+        extra: &[(Role, &str, &Tensor)],
         opts: &Options,
     ) -> Result<(Self, Inputs<Tensor>)> {
         let (batch, tokens, k_heads, k_dim) = dims4(name, "q", q, "[B, T, H, K]")?;
@@ -142,19 +178,7 @@ impl Problem {
                 bail!("{name}: {arg} is {:?}, it must have q's dtype, {dtype:?}", x.dtype());
             }
         }
-        if let Some((arg, g)) = gate {
-            let (shape, names): (&[usize], _) = match decay {
-                Decay::None => bail!("{name}: {arg} was given to an operator without decay"),
-                Decay::Head => (&[v_heads], "[HV]"),
-                Decay::Scalar => (&[batch, tokens, v_heads], "[B, T, HV]"),
-                Decay::Channel => (&[batch, tokens, v_heads, k_dim], "[B, T, HV, K]"),
-            };
-            expect_shape(name, arg, g, shape, names)?;
-            if g.dtype() != dtype && g.dtype() != DType::F32 {
-                bail!("{name}: {arg} is {:?}, it must be F32 or q's dtype, {dtype:?}", g.dtype());
-            }
-        }
-        if opts.normalize && decay != Decay::None {
+        if opts.normalize && (decay, update) != (Decay::None, Update::Additive) {
             bail!("{name}: normalize is set, it must not be: only linear_attn has it");
         }
         let scale = match opts.scale {
@@ -176,18 +200,26 @@ impl Problem {
             dtype,
             scale: scale as f32,
             decay,
+            update,
             normalize: opts.normalize,
             final_state: opts.final_state,
             mode: opts.mode,
             sequences,
         };
+        for (role, arg, x) in extra {
+            problem.check_extra(*role, arg, x)?;
+        }
         let state = opts.initial_state.as_ref();
         state.map(|s| problem.check_state(s)).transpose()?;
+        let extra = |role| extra.iter().find(|(r, ..)| *r == role).map(|(.., x)| Tensor::clone(x));
         let inputs = Inputs {
             q: q.clone(),
             k: k.clone(),
             v: v.clone(),
-            g: gate.map(|(_, g)| g.clone()),
+            g: extra(Role::G),
+            beta: extra(Role::Beta),
+            a: extra(Role::A),
+            b: extra(Role::B),
             kv: state.map(|s| s.kv.clone()),
             z: state.and_then(|s| s.z.clone()),
         };
@@ -201,6 +233,21 @@ impl Problem {
             }
         }
         Ok((problem, inputs))
+    }
+
+    fn check_extra(&self, role: Role, arg: &str, x: &Tensor) -> Result<()> {
+        let names = match (role, self.decay, self.update) {
+            (Role::G, Decay::Head, _) => "[HV]",
+            (Role::Beta, ..) | (Role::G, Decay::Scalar, _) => "[B, T, HV]",
+            (Role::A | Role::B, ..) | (Role::G, Decay::Channel, Update::LowRank) => "[B, T, H, K]",
+            (Role::G, Decay::Channel, _) => "[B, T, HV, K]",
+            _ => bail!("{}: {arg} is not an argument of it", self.name),
+        };
+        expect_shape(self.name, arg, x, &self.shape(role), names)?;
+        if x.dtype() != self.dtype && x.dtype() != DType::F32 {
+            bail!("{}: {arg} is {:?}, it must be F32 or q's dtype, {:?}", self.name, x.dtype(), self.dtype);
+        }
+        Ok(())
     }
 
     fn check_state(&self, state: &State) -> Result<()> {
@@ -232,6 +279,16 @@ impl Problem {
         h / (self.v_heads / self.k_heads)
     }
 
+    /// How many heads the gates of channels have, and a and b.
+    pub fn gate_heads(&self) -> usize {
+        if self.update == Update::LowRank { self.k_heads } else { self.v_heads }
+    }
+
+    /// The head of the gate that value head `h` fades by.
+    pub fn gate_head(&self, h: usize) -> usize {
+        if self.update == Update::LowRank { self.key_head(h) } else { h }
+    }
+
     /// The shape of the input `role`.
     pub fn shape(&self, role: Role) -> Vec<usize> {
         let (n, b, t) = (self.sequences.len(), self.batch, self.tokens);
@@ -242,8 +299,10 @@ impl Problem {
                 Decay::None => vec![],
                 Decay::Head => vec![self.v_heads],
                 Decay::Scalar => vec![b, t, self.v_heads],
-                Decay::Channel => vec![b, t, self.v_heads, self.k_dim],
+                Decay::Channel => vec![b, t, self.gate_heads(), self.k_dim],
             },
+            Role::Beta => vec![b, t, self.v_heads],
+            Role::A | Role::B => vec![b, t, self.k_heads, self.k_dim],
             Role::Kv => vec![n, self.v_heads, self.k_dim, self.v_dim],
             Role::Z => vec![n, self.v_heads, self.k_dim],
         }
@@ -287,7 +346,12 @@ fn check_sizes(
     Ok(())
 }
 
-fn sequences(name: &str, batch: usize, tokens: usize, cu_seqlens: Option<&[u32]>) -> Result<Vec<Sequence>> {
+pub(crate) fn sequences(
+    name: &str,
+    batch: usize,
+    tokens: usize,
+    cu_seqlens: Option<&[u32]>,
+) -> Result<Vec<Sequence>> {
     let Some(cu) = cu_seqlens else {
         return Ok((0..batch).map(|batch| Sequence { batch, tokens: 0..tokens }).collect());
     };

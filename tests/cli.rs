@@ -129,7 +129,7 @@ fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     assert!(message(&broken).contains("config.json"));
     std::fs::write(broken.join("config.json"), r#"{"model_type": "gpt2"}"#).unwrap();
     let unsupported = message(&broken);
-    for part in ["gpt2", "gla", "linear_attn", "retnet"] {
+    for part in ["gpt2", "gla", "linear_attn", "retnet", "mamba2", "kda"] {
         assert!(unsupported.contains(part), "{unsupported}");
     }
     std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
@@ -150,7 +150,10 @@ fn error(x: &Tensor, reference: &Tensor) -> f32 {
 
 #[test]
 fn logits_are_those_of_the_original_implementation_however_they_are_split() {
-    for name in ["gla", "gla-tied", "linear_attn", "linear_attn-elu", "retnet"] {
+    let folders = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models")).unwrap();
+    let names: Vec<_> = folders.map(|folder| folder.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.len() > 10);
+    for name in &names {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name);
         let golden = candle_core::safetensors::load(folder.join("golden.safetensors"), &Device::Cpu).unwrap();
         let ids = golden["input_ids"].flatten_all().unwrap().to_dtype(candle_core::DType::U32).unwrap();

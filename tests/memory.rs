@@ -1,7 +1,7 @@
 //! What the operators allocate. In a test binary of its own, because it counts every allocation of the process.
 
 use candle_core::{Device, Tensor, Var};
-use candle_linear_attn::{Mode, Options, gla, linear_attn};
+use candle_linear_attn::{Mode, Options, gla, kda, linear_attn};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
@@ -47,15 +47,26 @@ fn random(shape: &[usize]) -> Tensor {
     Tensor::randn(0f32, 1.0, shape, &Device::Cpu).unwrap()
 }
 
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    LinearAttn,
+    Gla,
+    Kda,
+}
+
+const OPS: [Op; 3] = [Op::LinearAttn, Op::Gla, Op::Kda];
+
 /// Forward and backward, in bytes for each byte of q.
-fn backward_cost(t: usize, mode: Mode, gated: bool) -> f64 {
+fn backward_cost(t: usize, mode: Mode, op: Op) -> f64 {
     let [q, k, v] = [(); 3].map(|_| Var::from_tensor(&random(&[1, t, 1, D])).unwrap());
     let g = Var::from_tensor(&random(&[1, t, 1, D]).abs().unwrap().neg().unwrap()).unwrap();
+    let beta = Var::from_tensor(&Tensor::full(0.02f32, (1, t, 1), &Device::Cpu).unwrap()).unwrap();
     let opts = Options::default().with_mode(mode);
     let bytes = peak(|| {
-        let out = match gated {
-            true => gla(&q, &k, &v, &g, &opts),
-            false => linear_attn(&q, &k, &v, &opts),
+        let out = match op {
+            Op::LinearAttn => linear_attn(&q, &k, &v, &opts),
+            Op::Gla => gla(&q, &k, &v, &g, &opts),
+            Op::Kda => kda(&q, &k, &v, &g, &beta, &opts),
         };
         out.unwrap().out.sum_all().unwrap().backward().unwrap()
     });
@@ -67,14 +78,15 @@ fn backward_cost(t: usize, mode: Mode, gated: bool) -> f64 {
 fn memory_is_linear_in_the_length() {
     // Threads and their buffers last; the first use of each would be counted.
     for mode in MODES {
-        backward_cost(2048, mode, false);
-        backward_cost(2048, mode, true);
+        for op in OPS {
+            backward_cost(2048, mode, op);
+        }
     }
-    for gated in [false, true] {
+    for op in OPS {
         for mode in MODES {
-            let (short, long) = (backward_cost(2048, mode, gated), backward_cost(16384, mode, gated));
+            let (short, long) = (backward_cost(2048, mode, op), backward_cost(16384, mode, op));
             // A state a token would be 32 times q, a T x T matrix 64 times and 512 times.
-            let label = format!("{mode:?}, gated: {gated}: {short:.1} and {long:.1} times q");
+            let label = format!("{mode:?}, {op:?}: {short:.1} and {long:.1} times q");
             assert!(long < 24.0 && long < 1.5 * short + 1.0, "{label}");
             println!("{label}");
         }

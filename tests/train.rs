@@ -233,6 +233,12 @@ fn every_model_type_learns_and_is_read_by_generate_and_logits() {
         ("gla", &["--tie-embeddings"][..]),
         ("linear_attn", &["--set", "feature_map=\"elu\"", "--mode", "chunk"]),
         ("retnet", &["--grad-accum", "2", "--dtype", "f32"]),
+        ("hgrn2", &["--dtype", "f32"]),
+        ("mamba2", &[]),
+        ("delta_net", &["--dtype", "f32"]),
+        ("gated_deltanet", &["--set", "num_v_heads=4"]),
+        ("kda", &["--set", "lower_bound=-5.0"]),
+        ("rwkv7", &["--dtype", "f32"]),
     ] {
         let arguments = ["--model-type", model_type, "--steps", "40", "--valid", valid, "--eval-every", "20"];
         let (mut train, out) = train_tiny(folder.path(), model_type, &[&arguments, more].concat());

@@ -35,7 +35,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", requires = "valid")]
     pub eval_only: Option<PathBuf>,
 
-    /// Which model: gla, linear_attn or retnet.
+    /// Which model: gla, linear_attn, retnet, hgrn2, mamba2, delta_net, gated_deltanet, kda or rwkv7.
     #[arg(long, default_value = "gla")]
     pub model_type: String,
     /// A config.json to start from, instead of --model-type and the sizes.
@@ -205,8 +205,25 @@ impl Args {
             "num_heads": self.heads,
             "tie_word_embeddings": self.tie_embeddings,
         });
-        let Value::Object(fields) = fields else { unreachable!("an object literal") };
+        let Value::Object(mut fields) = fields else { unreachable!("an object literal") };
+        if let Some((name, width)) = self.head_width() {
+            fields.insert(name.into(), json!(width.max(1)));
+        }
         Ok(fields)
+    }
+
+    /// In some models the width of a head is not what the number of heads leaves it, but a field of its own. What the
+    /// authors advise for it, all heads together: three quarters of the model's width for `gated_deltanet`, twice for
+    /// `mamba2`, once for the others.
+    fn head_width(&self) -> Option<(&'static str, usize)> {
+        let heads = self.heads.max(1);
+        match self.model_type.as_str() {
+            "hgrn2" => Some(("expand_ratio", self.hidden_size / heads)),
+            "mamba2" => Some(("head_dim", self.hidden_size.saturating_mul(2) / heads)),
+            "gated_deltanet" => Some(("head_dim", self.hidden_size.saturating_mul(3) / 4 / heads)),
+            "kda" | "rwkv7" => Some(("head_dim", self.hidden_size / heads)),
+            _ => None,
+        }
     }
 
     /// Everything that decides the parameters after a given step. A run is resumed only where all of it is the same.
@@ -241,7 +258,14 @@ impl Args {
 fn read_object(file: &PathBuf) -> Result<Map<String, Value>> {
     let text =
         std::fs::read_to_string(file).with_context(|| format!("cannot read --config {}", file.display()))?;
-    serde_json::from_str(&text).with_context(|| format!("--config {} is not a JSON object", file.display()))
+    match serde_json::from_str(&text) {
+        Ok(fields) => Ok(fields),
+        // Python's infinities are not JSON, but `Config` knows them.
+        Err(_) if Config::from_json_str(&text).is_ok() => {
+            Ok(serde_json::from_str(&Config::from_json_str(&text)?.to_json())?)
+        }
+        Err(error) => Err(error).with_context(|| format!("--config {} is not a JSON object", file.display())),
+    }
 }
 
 fn parse_field(assignment: &str) -> Result<(String, Value)> {

@@ -16,11 +16,14 @@ use rayon::prelude::*;
 
 use super::Grads;
 use super::forward::{StateRows, gate, load_state};
-use super::gate_gradient::gate_gradient;
+use super::gate_gradient::{Pair, gate_gradient};
 use super::plan::{Segments, Task, algorithm, for_each, narrow_tasks, tasks};
 use super::sweep::{Algorithm, Out, Sweep, run};
 use super::view::{Buffer, View, Writer};
 use crate::problem::{Inputs, Problem, Role};
+
+/// Tokens in a segment, see [`Segments`].
+const SEGMENT: usize = 32;
 
 pub(super) fn backward(
     problem: &Problem,
@@ -40,7 +43,7 @@ pub(super) fn backward(
     let mut dk = buffer(key_dtype, want_k || gate, rows * problem.k_dim);
     let mut dv = buffer(problem.dtype, want_v, rows * problem.v_dim);
     let mut dkv = buffer(DType::F32, wants(Role::Kv), states * problem.k_dim * problem.v_dim);
-    let segments = Segments::new(problem);
+    let segments = Segments::new(problem, SEGMENT);
     let mut at_ends = buffer(DType::F32, gate, segments.count() * problem.v_heads * problem.k_dim);
 
     let sweeps = Sweeps {
@@ -73,12 +76,15 @@ pub(super) fn backward(
     for_each(problem, &jobs, |(job, task)| sweeps.run(*job, task));
 
     let mut found = vec![(Role::V, dv), (Role::Kv, dkv)];
-    if gate {
-        let dg = gate_gradient(problem, x, grads, &segments, (&mut dq, &mut dk), &mut at_ends);
+    if let Some(g) = x.g.filter(|_| gate) {
+        let grad_out = grads.out.unwrap_or(View::constant(&[0.]));
+        let read = Pair { scale: problem.scale, ..Pair::new(x.q, grad_out, dq.writer()) };
+        let write = Pair::new(x.k, x.v, dk.writer());
+        let dg = gate_gradient(problem, &g, &segments, (&[read], &[write]), &mut at_ends);
         found.push((Role::G, dg));
     }
-    found.push((Role::Q, sum_groups(problem, dq)));
-    found.push((Role::K, sum_groups(problem, dk)));
+    found.push((Role::Q, sum_groups(problem, dq, problem.dtype)));
+    found.push((Role::K, sum_groups(problem, dk, problem.dtype)));
     found
 }
 
@@ -243,13 +249,13 @@ pub(super) fn row_offset(problem: &Problem, batch: usize, token: usize, head: us
 }
 
 /// Adds up, in f32, the gradients of a key head over the value heads that read it: `[B, T, HV, K]` to `[B, T, H, K]`.
-fn sum_groups(problem: &Problem, grad: Buffer) -> Buffer {
+pub(super) fn sum_groups(problem: &Problem, grad: Buffer, dtype: DType) -> Buffer {
     let Buffer::F32(grad) = grad else { return grad };
     let (k, groups) = (problem.k_dim, problem.v_heads / problem.k_heads);
-    if groups == 1 && problem.dtype == DType::F32 {
+    if groups == 1 && dtype == DType::F32 {
         return Buffer::F32(grad);
     }
-    let mut sums = Buffer::zeros(problem.dtype, grad.len() / groups);
+    let mut sums = Buffer::zeros(dtype, grad.len() / groups);
     let writer = sums.writer();
     grad.par_chunks_exact(groups * k).enumerate().for_each(|(row, grads)| {
         let mut sum = vec![0.; k];

@@ -233,26 +233,26 @@ impl<'a> Chunk<'a> {
     }
 }
 
-fn sub_blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn sub_blocks(n: usize) -> impl Iterator<Item = Range<usize>> {
     (0..n).step_by(SUB_BLOCK).map(move |start| start..n.min(start + SUB_BLOCK))
 }
 
 #[derive(Clone, Copy)]
-struct Matrix<'a> {
-    data: &'a [f32],
-    rows: usize,
-    cols: usize,
+pub(super) struct Matrix<'a> {
+    pub data: &'a [f32],
+    pub rows: usize,
+    pub cols: usize,
     /// From row to row, from column to column.
-    strides: (usize, usize),
+    pub strides: (usize, usize),
 }
 
 impl<'a> Matrix<'a> {
-    fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub fn new(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Self { data, rows, cols, strides: (cols, 1) }
     }
 
     /// The transpose of a `rows x cols` matrix.
-    fn transposed(data: &'a [f32], rows: usize, cols: usize) -> Self {
+    pub fn transposed(data: &'a [f32], rows: usize, cols: usize) -> Self {
         Self { data, rows: cols, cols: rows, strides: (1, cols) }
     }
 
@@ -261,13 +261,13 @@ impl<'a> Matrix<'a> {
     }
 }
 
-enum Write {
+pub(super) enum Write {
     Set,
     Add,
 }
 
 /// `c = a b` or `c += a b`, with `c` row-major.
-fn matmul(a: Matrix, b: Matrix, c: &mut [f32], write: Write) {
+pub(super) fn matmul(a: Matrix, b: Matrix, c: &mut [f32], write: Write) {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     assert!(m > 0 && k > 0 && n > 0, "an empty matrix");
     assert!(b.rows == k && c.len() == m * n && a.last() < a.data.len() && b.last() < b.data.len());

@@ -8,8 +8,9 @@ pub(super) fn exp_in_place(x: &mut [f32]) {
     }
 }
 
+/// To 1.5 ulp; results under the normal range are 0.
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     // e^x = 2^n e^r with n the nearest integer to x / ln 2. Adding and subtracting 1.5 * 2^23 rounds, and leaves n in the
     // low bits of the sum.
     const ROUND: f32 = 12_582_912.0;

@@ -5,7 +5,7 @@ use candle_core::{DType, Result, bail};
 use super::plan::{Task, algorithm};
 use super::sweep::Algorithm;
 use crate::memory;
-use crate::problem::{Problem, Role};
+use crate::problem::{Problem, Role, Update};
 
 /// Refuses a pass that needs so many bytes if they cannot be had.
 pub(super) fn check(problem: &Problem, bytes: f64) -> Result<()> {
@@ -29,6 +29,19 @@ pub(super) fn forward(problem: &Problem) -> f64 {
     out + final_state + normalizer(problem) + tasks(problem, v) + sweep(problem, k, v)
 }
 
+/// What the backward pass of the delta families has beside that of the additive ones: what tokens write and its gradient,
+/// the gradients of keys in f32, and the states that products start from.
+fn delta(problem: &Problem) -> f64 {
+    if problem.update == Update::Additive {
+        return 0.;
+    }
+    let per_value = bytes(DType::F32, &problem.shape(Role::V));
+    let per_key = bytes(DType::F32, &[problem.batch, problem.tokens, problem.v_heads, problem.k_dim]);
+    let segments = problem.sequences.len() as f64 + (problem.batch * problem.tokens) as f64 / 64.;
+    let states = 4. * segments * problem.v_heads as f64 * problem.k_dim as f64 * problem.v_dim as f64;
+    2. * per_value + 4. * per_key + 2. * states
+}
+
 /// Bytes that the backward pass and what Candle does with its gradients allocate.
 pub(super) fn backward(problem: &Problem, wants: &dyn Fn(Role) -> bool) -> f64 {
     let gate = wants(Role::G);
@@ -36,8 +49,9 @@ pub(super) fn backward(problem: &Problem, wants: &dyn Fn(Role) -> bool) -> f64 {
     let per_head = bytes(DType::F32, &[problem.batch, problem.tokens, problem.v_heads, k]);
     let keys = [Role::Q, Role::K].into_iter().filter(|role| gate || wants(*role)).count();
     let widened = gate || problem.v_heads > problem.k_heads;
-    let roles =
-        [Role::Q, Role::K, Role::V, Role::G, Role::Kv, Role::Z].into_iter().filter(|role| wants(*role));
+    let roles = [Role::Q, Role::K, Role::V, Role::G, Role::Beta, Role::A, Role::B, Role::Kv, Role::Z]
+        .into_iter()
+        .filter(|role| wants(*role));
     let gradients: f64 = roles
         .map(|role| {
             let dtype = if matches!(role, Role::Kv | Role::Z) { DType::F32 } else { problem.dtype };
@@ -51,7 +65,10 @@ pub(super) fn backward(problem: &Problem, wants: &dyn Fn(Role) -> bool) -> f64 {
         let segments = longest(problem) / 32. + 1.;
         all += per_head / 32. + threads() * segments * 4. * 32. * v as f64;
     }
-    all + normalizer(problem) + 4. * tasks(problem, k.max(v)) + sweep(problem, v, k).max(sweep(problem, k, v))
+    all + delta(problem)
+        + normalizer(problem)
+        + 4. * tasks(problem, k.max(v))
+        + sweep(problem, v, k).max(sweep(problem, k, v))
 }
 
 fn bytes(dtype: DType, sizes: &[usize]) -> f64 {
@@ -89,10 +106,18 @@ fn sweep(problem: &Problem, rows: usize, cols: usize) -> f64 {
     let (rows, cols) = (rows as f64, cols as f64 + 32.);
     // As it came, in tiles, and in mode Chunk one for each chunk.
     let states = match algorithm(problem) {
-        Algorithm::Chunk => 3. + longest(problem) / 64.,
+        Algorithm::Chunk => 3. + longest(problem) / chunk(problem),
         Algorithm::FusedChunk | Algorithm::Recurrent => 3.,
     };
     4. * (threads().min(lanes(problem)) * states * rows * cols + threads() * 512. * (rows + cols))
+}
+
+/// Tokens for each state that mode Chunk keeps.
+fn chunk(problem: &Problem) -> f64 {
+    match problem.update {
+        Update::Additive => 64.,
+        Update::Delta | Update::LowRank => (problem.k_dim / 2).clamp(1, 64) as f64,
+    }
 }
 
 #[cfg(test)]
@@ -105,7 +130,7 @@ mod tests {
     fn problem(tokens: usize, heads: usize, k: usize, v: usize, opts: &Options) -> Problem {
         let x = Tensor::zeros((1, 1, 1, 1), DType::F32, &Device::Cpu).unwrap();
         let [q, v] = [k, v].map(|dim| x.broadcast_as((1, tokens, heads, dim)).unwrap());
-        Problem::new("linear_attn", [&q, &q, &v], (Decay::None, None), opts).unwrap().0
+        Problem::new("linear_attn", [&q, &q, &v], (Decay::None, Update::Additive), &[], opts).unwrap().0
     }
 
     const GIB: f64 = (1u64 << 30) as f64;

@@ -62,8 +62,8 @@ pub(super) fn gate<'a>(problem: &Problem, x: &Inputs<View<'a>>, task: &Task, row
     match (problem.decay, rows) {
         (Decay::None, _) => Gate::None,
         (Decay::Head | Decay::Scalar, _) => Gate::Scalar(g.rows(b, h, 0)),
-        (Decay::Channel, StateRows::Keys) => Gate::Rows(g.rows(b, h, 0)),
-        (Decay::Channel, StateRows::Values) => Gate::Cols(g.rows(b, h, task.cols.start)),
+        (Decay::Channel, StateRows::Keys) => Gate::Rows(g.rows(b, problem.gate_head(h), 0)),
+        (Decay::Channel, StateRows::Values) => Gate::Cols(g.rows(b, problem.gate_head(h), task.cols.start)),
     }
 }
 

@@ -8,59 +8,81 @@
 //! dg_t = dg_{t+1} + q_t * dq_t - k_t * dk_t
 //! ```
 //!
-//! (after appendix C of <https://arxiv.org/abs/2312.06635>, which has one segment). A token's term with itself is in q dq
-//! and in k dk and cancels. Under strong decay it is all there is and what remained of the difference would be rounding,
-//! so the sweeps leave it out, and it is added to dq and dk here.
+//! (after appendix C of <https://arxiv.org/abs/2312.06635>, which has one segment). Where a token reads or writes with more
+//! keys than one, each [`Pair`] has its term. A token's term with itself is in q dq and in k dk and cancels. Under strong
+//! decay it is all there is and what remained of the difference would be rounding, so the sweeps leave it out, and it is
+//! added to dq and dk here.
 
 use candle_core::DType;
 
-use super::Grads;
-use super::backward::row_offset;
+use super::backward::{row_offset, sum_groups};
 use super::plan::{Segments, Task, for_each, tasks};
-use super::view::{Buffer, Rows, View};
-use crate::problem::{Decay, Inputs, Problem, Role};
+use super::view::{Buffer, Rows, View, Writer};
+use crate::problem::{Decay, Problem, Role, Update};
 
-/// `dq` and `dk`, f32 and `[B, T, HV, K]`, come without each token's term with itself and leave with it. `at_ends` has
-/// the sum over v for the end of each segment.
+/// A key, and the value that the state has for it: what a token reads (the value is then the gradient of what was read), or
+/// what it writes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pair<'a> {
+    /// `[B, T, HV, V]`
+    pub value: View<'a>,
+    /// `[B, T, H, K]`
+    pub key: View<'a>,
+    /// Where the gradient of the key goes: f32, `[B, T, HV, K]`.
+    pub grad: Writer<'a>,
+    pub scale: f32,
+    /// Of what is read, how many tokens before its own.
+    pub shift: usize,
+    /// Whether what is read has what the token wrote.
+    pub sees_own: bool,
+}
+
+impl<'a> Pair<'a> {
+    pub fn new(key: View<'a>, value: View<'a>, grad: Writer<'a>) -> Self {
+        Self { value, key, grad, scale: 1., shift: 0, sees_own: true }
+    }
+}
+
+/// The gradients of the keys of `reads` and `writes` come without each token's term with itself and leave with it. `at_ends`
+/// has the sum over v for the end of each segment.
 pub(super) fn gate_gradient(
     problem: &Problem,
-    x: &Inputs<View>,
-    grads: &Grads,
+    gate: &View,
     segments: &Segments,
-    (dq, dk): (&mut Buffer, &mut Buffer),
+    (reads, writes): (&[Pair], &[Pair]),
     at_ends: &mut Buffer,
 ) -> Buffer {
     let (k_dim, heads) = (problem.k_dim, problem.v_heads);
     let tasks = tasks(problem, k_dim, 1);
-    let gate = x.g.unwrap_or(View::constant(&[0.]));
-    let mut dg = Buffer::zeros(gate.dtype(), problem.shape(Role::G).iter().product());
+    let shared = problem.update == Update::LowRank;
+    let mut dg = match shared {
+        true => Buffer::zeros(DType::F32, problem.batch * problem.tokens * heads * k_dim),
+        false => Buffer::zeros(gate.dtype(), problem.shape(Role::G).iter().product()),
+    };
     // One sum a sequence and head, for a decay that all tokens of a head share.
     let mut of_head = Buffer::zeros(DType::F32, tasks.len());
-    let (dq, dk, at_ends) = (dq.writer(), dk.writer(), at_ends.writer());
-    let (dg_writer, of_head_writer) = (dg.writer(), of_head.writer());
+    let (dg_writer, of_head_writer, at_ends) = (dg.writer(), of_head.writer(), at_ends.writer());
     for_each(problem, &tasks, |task| {
         let (b, h) = (task.sequence.batch, task.head);
-        let mut token = Token::new(problem, x, grads, &gate, task);
+        let mut token = Token::new(problem, gate, reads, writes, task);
         let (mut row, mut total) = (vec![0.; k_dim], 0.);
         for (i, segment) in segments.of(task.sequence).enumerate().collect::<Vec<_>>().into_iter().rev() {
             // SAFETY: every task has its own sequence and head, so no two touch the same elements, here and below.
             let at_end = unsafe { at_ends.row(segments.row(problem, task, i), k_dim) };
             let mut sum: Vec<f64> = at_end.iter().map(|&x| x.into()).collect();
             for t in segment.clone().rev() {
-                let at = row_offset(problem, b, t, h, k_dim);
-                // SAFETY: as above.
-                let (dq, dk) = unsafe { (dq.row(at, k_dim), dk.row(at, k_dim)) };
                 token.load(t);
-                token.add_products(dq, dk, t + 1 == segment.end, &mut sum);
-                token.add_own(dq, dk);
+                // SAFETY: as above.
+                unsafe { token.add_products(t, t + 1 == segment.end, &mut sum) };
                 let of_token: f64 = sum.iter().sum();
                 total += of_token;
                 row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
+                let at = row_offset(problem, b, t, h, 1);
                 // SAFETY: as above.
                 unsafe {
                     match problem.decay {
-                        Decay::Channel => dg_writer.store(at, &row),
-                        Decay::Scalar => dg_writer.store(row_offset(problem, b, t, h, 1), &[of_token as f32]),
+                        Decay::Channel => dg_writer.store(at * k_dim, &row),
+                        Decay::Scalar => dg_writer.store(at, &[of_token as f32]),
                         Decay::None | Decay::Head => {}
                     }
                 }
@@ -69,73 +91,118 @@ pub(super) fn gate_gradient(
         // SAFETY: as above.
         unsafe { of_head_writer.store(task.n * heads + h, &[total as f32]) };
     });
-    if let (Decay::Head, Buffer::F32(of_head)) = (problem.decay, of_head) {
-        let mut sums = vec![0.; heads];
-        for of_sequence in of_head.chunks_exact(heads) {
-            sums.iter_mut().zip(of_sequence).for_each(|(sum, x)| *sum += x);
+    match (problem.decay, of_head) {
+        (Decay::Head, Buffer::F32(of_head)) => {
+            let mut sums = vec![0.; heads];
+            for of_sequence in of_head.chunks_exact(heads) {
+                sums.iter_mut().zip(of_sequence).for_each(|(sum, x)| *sum += x);
+            }
+            // SAFETY: nothing else writes by now.
+            unsafe { dg.writer().store(0, &sums) };
+            dg
         }
-        // SAFETY: nothing else writes by now.
-        unsafe { dg.writer().store(0, &sums) };
+        _ if shared => sum_groups(problem, dg, gate.dtype()),
+        _ => dg,
     }
-    dg
 }
 
 /// What is read of one token.
 struct Token<'a> {
-    scale: f32,
-    rows: [Rows<'a>; 5],
-    q: Vec<f32>,
-    k: Vec<f32>,
-    v: Vec<f32>,
-    grad_out: Vec<f32>,
+    problem: &'a Problem,
+    batch: usize,
+    head: usize,
+    end: usize,
+    gate: Rows<'a>,
     g: Vec<f32>,
+    reads: Vec<Loaded<'a>>,
+    writes: Vec<Loaded<'a>>,
+}
+
+/// The rows of a pair for one token, if the sequence has it.
+struct Loaded<'a> {
+    pair: Pair<'a>,
+    rows: [Rows<'a>; 2],
+    key: Vec<f32>,
+    value: Vec<f32>,
+    is_there: bool,
 }
 
 impl<'a> Token<'a> {
-    fn new(problem: &Problem, x: &Inputs<View<'a>>, grads: &Grads<'a>, gate: &View<'a>, task: &Task) -> Self {
+    fn new(
+        problem: &'a Problem,
+        gate: &View<'a>,
+        reads: &[Pair<'a>],
+        writes: &[Pair<'a>],
+        task: &Task,
+    ) -> Self {
         let (b, h, kh) = (task.sequence.batch, task.head, problem.key_head(task.head));
-        let grad_out = grads.out.unwrap_or(View::constant(&[0.]));
-        let gates = if problem.decay == Decay::Channel { problem.k_dim } else { 1 };
+        let loaded = |pair: &Pair<'a>| Loaded {
+            rows: [pair.key.rows(b, kh, 0), pair.value.rows(b, h, 0)],
+            pair: *pair,
+            key: vec![0.; problem.k_dim],
+            value: vec![0.; problem.v_dim],
+            is_there: false,
+        };
         Self {
-            scale: problem.scale,
-            rows: [
-                x.q.rows(b, kh, 0),
-                x.k.rows(b, kh, 0),
-                x.v.rows(b, h, 0),
-                grad_out.rows(b, h, 0),
-                gate.rows(b, h, 0),
-            ],
-            q: vec![0.; problem.k_dim],
-            k: vec![0.; problem.k_dim],
-            v: vec![0.; problem.v_dim],
-            grad_out: vec![0.; problem.v_dim],
-            g: vec![0.; gates],
+            problem,
+            batch: b,
+            head: h,
+            end: task.sequence.tokens.end,
+            gate: gate.rows(b, problem.gate_head(h), 0),
+            g: vec![0.; if problem.decay == Decay::Channel { problem.k_dim } else { 1 }],
+            reads: reads.iter().map(loaded).collect(),
+            writes: writes.iter().map(loaded).collect(),
         }
     }
 
     fn load(&mut self, t: usize) {
-        let into = [&mut self.q, &mut self.k, &mut self.v, &mut self.grad_out, &mut self.g];
-        self.rows.iter().zip(into).for_each(|(rows, row)| rows.load(t, row));
-    }
-
-    /// Takes the sum from the token behind to this one. Where the token forgets everything the sum is 0, and rounding
-    /// must not say otherwise.
-    fn add_products(&self, dq: &[f32], dk: &[f32], at_end: bool, sum: &mut [f64]) {
-        for (i, sum) in sum.iter_mut().enumerate() {
-            *sum += f64::from(self.q[i] * dq[i]);
-            if !at_end {
-                *sum -= f64::from(self.k[i] * dk[i]);
-            }
-            if self.g[i % self.g.len()] == f32::NEG_INFINITY {
-                *sum = 0.;
+        self.gate.load(t, &mut self.g);
+        for Loaded { pair, rows, key, value, is_there } in self.reads.iter_mut().chain(&mut self.writes) {
+            let t = t + pair.shift;
+            *is_there = t < self.end;
+            if *is_there {
+                rows[0].load(t, key);
+                rows[1].load(t, value);
             }
         }
     }
 
-    fn add_own(&self, dq: &mut [f32], dk: &mut [f32]) {
-        let dot: f32 = self.v.iter().zip(&self.grad_out).map(|(v, d)| v * d).sum();
-        let own = self.scale * dot;
-        dq.iter_mut().zip(&self.k).for_each(|(d, k)| *d += own * k);
-        dk.iter_mut().zip(&self.q).for_each(|(d, q)| *d += own * q);
+    /// Takes the sum from the token behind to token `t`, which is loaded, and adds the terms with itself to the gradients.
+    /// Where the token forgets everything the sum is 0, and rounding must not say otherwise.
+    ///
+    /// # Safety
+    ///
+    /// No other thread touches the gradients of this head meanwhile.
+    unsafe fn add_products(&self, t: usize, at_end: bool, sum: &mut [f64]) {
+        let k = self.problem.k_dim;
+        // SAFETY: the caller's promise; each pair has a buffer of its own, and no two rows are used at a time but of
+        // different pairs.
+        let grad = |x: &Loaded<'a>| unsafe {
+            let t = t + x.pair.shift;
+            x.pair.grad.row(row_offset(self.problem, self.batch, t, self.head, k), k)
+        };
+        for read in self.reads.iter().filter(|read| read.is_there) {
+            for ((sum, x), d) in sum.iter_mut().zip(&read.key).zip(&*grad(read)) {
+                *sum += f64::from(x * d);
+            }
+        }
+        for write in self.writes.iter().filter(|_| !at_end) {
+            for ((sum, x), d) in sum.iter_mut().zip(&write.key).zip(&*grad(write)) {
+                *sum -= f64::from(x * d);
+            }
+        }
+        for (i, sum) in sum.iter_mut().enumerate() {
+            if self.g[i % self.g.len()] == f32::NEG_INFINITY {
+                *sum = 0.;
+            }
+        }
+        for read in self.reads.iter().filter(|read| read.is_there && read.pair.sees_own) {
+            for write in &self.writes {
+                let dot: f32 = write.value.iter().zip(&read.value).map(|(v, d)| v * d).sum();
+                let own = read.pair.scale * dot;
+                grad(read).iter_mut().zip(&write.key).for_each(|(d, k)| *d += own * k);
+                grad(write).iter_mut().zip(&read.key).for_each(|(d, q)| *d += own * q);
+            }
+        }
     }
 }

@@ -3,7 +3,8 @@
 
 mod backward;
 mod chunk;
-mod exp;
+mod delta;
+pub(crate) mod exp;
 mod footprint;
 mod forward;
 mod fused;
@@ -16,7 +17,7 @@ mod view;
 
 use candle_core::{CpuStorage, Layout, Result, Storage, StorageRef, Tensor, bail};
 
-use crate::problem::{Decay, Inputs, Problem, Role};
+use crate::problem::{Decay, Inputs, Problem, Role, Update};
 use view::{Buffer, View};
 
 /// The results of `problem`, in the order of [`Problem::outputs`].
@@ -24,9 +25,10 @@ pub(crate) fn forward(problem: &Problem, inputs: &Inputs<Tensor>) -> Result<Vec<
     footprint::check(problem, footprint::forward(problem))?;
     let held = inputs.map(|x| Ok(Held(x.storage_and_layout())))?;
     let views = views(problem, &held)?;
-    let results = match problem.normalize {
-        true => normalize::forward(problem, &views),
-        false => forward::forward(problem, &views),
+    let results = match (problem.update, problem.normalize) {
+        (Update::Additive, true) => normalize::forward(problem, &views),
+        (Update::Additive, false) => forward::forward(problem, &views),
+        (Update::Delta | Update::LowRank, _) => delta::forward(problem, &views),
     };
     Ok(results.into_iter().map(Buffer::into_storage).collect())
 }
@@ -53,10 +55,10 @@ pub(crate) fn backward(
             _ => grads.out = view,
         }
     }
-    let found = if problem.normalize {
-        normalize::backward(problem, &inputs, &grads, wants)
-    } else {
-        backward::backward(problem, &inputs, &grads, wants)
+    let found = match (problem.update, problem.normalize) {
+        (Update::Additive, true) => normalize::backward(problem, &inputs, &grads, wants),
+        (Update::Additive, false) => backward::backward(problem, &inputs, &grads, wants),
+        (Update::Delta | Update::LowRank, _) => delta::backward(problem, &inputs, &grads, wants),
     };
     Ok(found.into_iter().map(|(role, x)| (role, x.into_storage())).collect())
 }
@@ -78,7 +80,7 @@ impl Held<'_> {
             (Role::Kv, _) => &[0, 2, 1, 3],
             (Role::Z, _) => &[0, 2, 1],
             (Role::G, Decay::Head) => &[2],
-            (Role::G, Decay::Scalar) => &[0, 1, 2],
+            (Role::Beta, _) | (Role::G, Decay::Scalar) => &[0, 1, 2],
             _ => &[0, 1, 2, 3],
         };
         match &*self.0.0 {
@@ -94,6 +96,9 @@ fn views<'a>(problem: &Problem, held: &'a Inputs<Held<'a>>) -> Result<Inputs<Vie
         k: held.k.view(Role::K, problem)?,
         v: held.v.view(Role::V, problem)?,
         g: held.g.as_ref().map(|x| x.view(Role::G, problem)).transpose()?,
+        beta: held.beta.as_ref().map(|x| x.view(Role::Beta, problem)).transpose()?,
+        a: held.a.as_ref().map(|x| x.view(Role::A, problem)).transpose()?,
+        b: held.b.as_ref().map(|x| x.view(Role::B, problem)).transpose()?,
         kv: held.kv.as_ref().map(|x| x.view(Role::Kv, problem)).transpose()?,
         z: held.z.as_ref().map(|x| x.view(Role::Z, problem)).transpose()?,
     })

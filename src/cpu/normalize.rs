@@ -94,7 +94,7 @@ impl<'a> Wide<'a> {
 
     fn inputs<'x>(&self, x: &Inputs<View<'x>>, v: &'x [f32], kv: Option<&'x [f32]>) -> Inputs<View<'x>> {
         let v = View::of_slice(v, self.value_shape());
-        Inputs { q: x.q, k: x.k, v, g: None, kv: kv.map(|kv| self.state_view(kv)), z: None }
+        Inputs { v, kv: kv.map(|kv| self.state_view(kv)), z: None, ..x.clone() }
     }
 
     fn state_view<'x>(&self, states: &'x [f32]) -> View<'x> {

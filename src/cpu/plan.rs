@@ -49,23 +49,22 @@ fn slices(problem: &Problem, cols: usize, width: usize) -> Vec<Task<'_>> {
     tasks
 }
 
-/// Tokens in a segment.
-const SEGMENT: usize = 32;
-
 /// The sequences cut in segments of tokens, at whose ends the gradient of the decay is computed from the states: sums
 /// over more tokens would lose digits, and every end costs a product of two states.
 pub(super) struct Segments {
     /// For each sequence, how many segments are before its own; then the number of all.
     first: Vec<usize>,
+    length: usize,
 }
 
 impl Segments {
-    pub fn new(problem: &Problem) -> Self {
+    /// Segments of `length` tokens.
+    pub fn new(problem: &Problem, length: usize) -> Self {
         let mut first = vec![0];
         for sequence in &problem.sequences {
-            first.push(first[first.len() - 1] + sequence.tokens.len().div_ceil(SEGMENT));
+            first.push(first[first.len() - 1] + sequence.tokens.len().div_ceil(length));
         }
-        Self { first }
+        Self { first, length }
     }
 
     pub fn count(&self) -> usize {
@@ -75,8 +74,9 @@ impl Segments {
     /// The segments of a sequence, in order.
     pub fn of(&self, sequence: &Sequence) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
         let Range { start, end } = sequence.tokens;
-        (0..(end - start).div_ceil(SEGMENT))
-            .map(move |i| start + i * SEGMENT..end.min(start + (i + 1) * SEGMENT))
+        let length = self.length;
+        (0..(end - start).div_ceil(length))
+            .map(move |i| start + i * length..end.min(start + (i + 1) * length))
     }
 
     /// Where the row of segment `i` of the task's sequence begins in `[segments, HV, K]`.

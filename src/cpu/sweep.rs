@@ -58,6 +58,7 @@ pub(super) struct Out<'a> {
     writer: Writer<'a>,
     offset: usize,
     stride: usize,
+    adds: bool,
 }
 
 impl<'a> Out<'a> {
@@ -67,7 +68,12 @@ impl<'a> Out<'a> {
     ///
     /// As long as this is used, no other thread touches the elements that its rows cover.
     pub unsafe fn new(writer: Writer<'a>, offset: usize, stride: usize) -> Self {
-        Self { writer, offset, stride }
+        Self { writer, offset, stride, adds: false }
+    }
+
+    /// Adds to what is there, which is f32.
+    pub fn adding(self) -> Self {
+        Self { adds: true, ..self }
     }
 
     /// Says that `len` elements of token `t` will be stored soon.
@@ -78,8 +84,14 @@ impl<'a> Out<'a> {
 
     #[inline(always)]
     pub fn store(&self, t: usize, row: &[f32]) {
+        let at = self.offset + t * self.stride;
         // SAFETY: what `new` was promised.
-        unsafe { self.writer.store(self.offset + t * self.stride, row) }
+        unsafe {
+            match self.adds {
+                true => self.writer.row(at, row.len()).iter_mut().zip(row).for_each(|(y, x)| *y += x),
+                false => self.writer.store(at, row),
+            }
+        }
     }
 }
 

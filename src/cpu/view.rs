@@ -67,6 +67,11 @@ impl<'a> View<'a> {
         Self { strides: [b, d, h, t], ..self }
     }
 
+    /// Token `t` of this is token `t + shift` of the tensor.
+    pub fn later(self, shift: usize) -> Self {
+        Self { offset: self.offset + shift * self.strides[1], ..self }
+    }
+
     /// The rows of one batch entry and head, `d` elements from `from` on.
     pub fn rows(&self, batch: usize, head: usize, from: usize) -> Rows<'a> {
         let [b, t, h, d] = self.strides;
@@ -176,6 +181,15 @@ impl Buffer {
                 y
             }
             other => other,
+        }
+    }
+
+    /// The numbers, widened if need be.
+    pub fn into_f32(self) -> Vec<f32> {
+        match self {
+            Self::F32(x) => x,
+            Self::F16(x) => x.into_iter().map(f16::to_f32).collect(),
+            Self::BF16(x) => x.into_iter().map(bf16::to_f32).collect(),
         }
     }
 

@@ -14,17 +14,18 @@ mod sweep;
 
 use candle_core::{Device, Result, Storage, Tensor};
 
-use crate::problem::{Inputs, Problem, Role};
+use crate::problem::{Inputs, Problem, Role, Update};
 #[cfg(feature = "cuda-host")]
 pub use machine::cuda_host;
 use sweep::Pass;
 
-/// Whether the kernels are there for tensors on `device`.
-pub(crate) fn takes(device: &Device) -> bool {
+/// Whether the kernels are there for `problem` with tensors on `device`.
+pub(crate) fn takes(device: &Device, problem: &Problem) -> bool {
     #[cfg(feature = "cuda-host")]
-    return device.is_cpu() && machine::on();
+    let is_there = device.is_cpu() && machine::on();
     #[cfg(not(feature = "cuda-host"))]
-    return device.is_cuda();
+    let is_there = device.is_cuda();
+    is_there && problem.update == Update::Additive
 }
 
 /// The results of `problem`, in the order of [`Problem::outputs`].

@@ -10,12 +10,11 @@ use candle_core::{Result, bail};
 #[derive(Debug, Clone)]
 pub struct Cache {
     layers: Vec<LayerCache>,
-    tokens: usize,
 }
 
 impl Cache {
     pub(super) fn new(layers: usize) -> Self {
-        Self { layers: vec![LayerCache::new(); layers], tokens: 0 }
+        Self { layers: vec![LayerCache::new(); layers] }
     }
 
     /// The size of all states, in bytes.
@@ -23,9 +22,19 @@ impl Cache {
         self.layers.iter().map(LayerCache::bytes).sum()
     }
 
-    /// How many tokens of each sequence have been seen.
+    /// How many tokens have been seen: of each sequence, or of the longest where they differ.
     pub fn tokens(&self) -> usize {
-        self.tokens
+        self.layers.first().map_or(0, LayerCache::tokens)
+    }
+
+    /// How many tokens of each sequence have been seen; empty before the first call.
+    pub fn positions(&self) -> &[usize] {
+        self.layers.first().map_or(&[], LayerCache::positions)
+    }
+
+    /// How many layers it is for.
+    pub(super) fn len(&self) -> usize {
+        self.layers.len()
     }
 
     /// Forgets everything, for a new sequence.
@@ -41,9 +50,8 @@ impl Cache {
         Ok(self.layers.clone())
     }
 
-    /// Stores the states after `tokens` more tokens.
-    pub(super) fn commit(&mut self, layers: Vec<LayerCache>, tokens: usize) {
+    /// Stores the states after a call.
+    pub(super) fn commit(&mut self, layers: Vec<LayerCache>) {
         self.layers = layers;
-        self.tokens += tokens;
     }
 }

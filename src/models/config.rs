@@ -33,7 +33,7 @@ impl Config {
     /// Text that is not a JSON object, a `model_type` not in [`SUPPORTED`](crate::models::SUPPORTED), a field of the
     /// wrong type or out of range, sizes that do not divide: by the name of the field.
     pub fn from_json_str(text: &str) -> Result<Self> {
-        let map = match serde_json::from_str(text) {
+        let map = match serde_json::from_str(text).or_else(|error| from_python(text).ok_or(error)) {
             Ok(Value::Object(map)) => map,
             Ok(value) => bail!("a configuration must be a JSON object, this is {value}"),
             Err(error) => bail!("not valid JSON: {error}"),
@@ -116,6 +116,35 @@ impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_tuple("Config").field(&self.fields).finish()
     }
+}
+
+/// Python writes infinities and NaN as words that JSON does not have. They become what transformers writes today:
+/// `{"__float__": "Infinity"}`.
+fn from_python(text: &str) -> Option<Value> {
+    let mut json = String::with_capacity(text.len());
+    // Every other part is the inside of a string, but for a quote behind a backslash.
+    let mut inside = false;
+    let mut rest = text;
+    while let Some(at) = rest.find(['"', '\\']) {
+        let (part, from) = rest.split_at(at);
+        let marked = if from.starts_with('\\') {
+            from.char_indices().nth(2).map_or(from.len(), |(at, _)| at)
+        } else {
+            1
+        };
+        json += &if inside { part.to_string() } else { mark_words(part) };
+        json += &from[..marked];
+        inside ^= marked == 1 && from.starts_with('"');
+        rest = &from[marked..];
+    }
+    json += &mark_words(rest);
+    serde_json::from_str(&json).ok()
+}
+
+fn mark_words(part: &str) -> String {
+    let infinities = part.replace("Infinity", r#"{"__float__": "Infinity"}"#);
+    let negative = infinities.replace(r#"-{"__float__": "Infinity"}"#, r#"{"__float__": "-Infinity"}"#);
+    negative.replace("NaN", r#"{"__float__": "NaN"}"#)
 }
 
 /// A token id, a list of them, or null. Some tools write -1 for "none".

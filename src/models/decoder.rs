@@ -1,63 +1,59 @@
-//! The decoder that most of these models are: embeddings, blocks of a token mixer and a gated MLP, a norm, a head.
+//! The blocks that most of these models have: a token mixer and a gated MLP, each behind a norm.
 //! A model of this shape is a [`Mixer`] and the fields that make it.
 
 use crate::Mode;
-use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::registry::{CausalLm, Parsed};
-use crate::nn::{GatedMlp, GatedMlpConfig, GluKind, LayerCache, RmsNorm, normal, project, resident};
+use crate::models::registry::Parsed;
+use crate::models::stack::{Block, FLA, Middle, Pass, StackConfig};
+use crate::nn::{GatedMlp, GatedMlpConfig, GluKind, Mixer, RmsNorm};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
-use std::sync::Arc;
-
-/// The part of a block that lets tokens see each other.
-pub(super) trait Mixer: Send + Sync {
-    fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor>;
-    fn set_mode(&mut self, mode: Mode);
-}
 
 /// Makes the mixer of one block.
-pub(super) type BuildMixer = dyn Fn(VarBuilder) -> Result<Box<dyn Mixer>> + Send + Sync;
+pub(super) type BuildMixer = dyn Fn(Site) -> Result<Box<dyn Mixer>> + Send + Sync;
 
-/// The layers of [`nn`](crate::nn) all mix in the same way.
-macro_rules! mixers {
-    ($($layer:ty),*) => {$(
-        impl Mixer for $layer {
-            fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-                <$layer>::forward(self, xs, cache)
-            }
-
-            fn set_mode(&mut self, mode: Mode) {
-                <$layer>::set_mode(self, mode);
-            }
-        }
-    )*};
+/// Where a mixer is.
+pub(super) struct Site<'a> {
+    /// The number of its block.
+    pub layer: usize,
+    /// Its parameters.
+    pub vb: VarBuilder<'a>,
+    /// What the blocks have in common.
+    pub model: &'a VarBuilder<'a>,
 }
-mixers!(crate::nn::LinearAttention, crate::nn::GatedLinearAttention, crate::nn::MultiScaleRetention);
 
 /// The fields that all models of this shape have.
 #[derive(Debug, Clone)]
 pub(super) struct DecoderConfig {
     pub hidden_size: usize,
+    pub num_layers: usize,
     pub norm_eps: f64,
     pub initializer_range: f64,
-    vocab_size: usize,
-    num_layers: usize,
-    tie_word_embeddings: bool,
+    stack: StackConfig,
     mlp: GatedMlpConfig,
 }
 
+/// The defaults that differ from model to model.
+pub(super) struct Defaults {
+    pub hidden_ratio: u32,
+    pub num_layers: usize,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { hidden_ratio: 4, num_layers: 24 }
+    }
+}
+
 impl DecoderConfig {
-    /// Reads and checks the fields. `hidden_ratio` is the one default that differs from model to model.
-    pub fn parse(fields: &mut Fields, hidden_ratio: u32) -> Result<Self> {
-        let hidden_size = fields.size("hidden_size", 2048)?;
-        let vocab_size = fields.size("vocab_size", 32000)?;
-        let num_layers = fields.size("num_hidden_layers", 24)?;
+    /// Reads and checks the fields.
+    pub fn parse(fields: &mut Fields, defaults: Defaults) -> Result<Self> {
+        let stack = StackConfig::parse(fields, defaults.num_layers)?;
+        let StackConfig { hidden_size, num_layers, initializer_range, .. } = stack;
         let norm_eps = fields.positive("norm_eps", 1e-6)?;
-        let initializer_range = fields.positive("initializer_range", 0.02)?;
         let mlp = GatedMlpConfig {
             hidden_size,
-            intermediate_size: intermediate_size(fields, hidden_size, hidden_ratio)?,
+            intermediate_size: intermediate_size(fields, hidden_size, defaults.hidden_ratio)?,
             kind: match fields.choice("hidden_act", "swish", &["swish", "silu", "powlu"])?.as_str() {
                 "powlu" => GluKind::PowLu,
                 _ => GluKind::Swish,
@@ -66,26 +62,22 @@ impl DecoderConfig {
         };
         refuse_attention(fields)?;
         fields.absent("attnres_block_size", "attention residuals")?;
-        let tie_word_embeddings = fields.flag("tie_word_embeddings", false)?;
-        Ok(Self {
-            hidden_size,
-            norm_eps,
-            initializer_range,
-            vocab_size,
-            num_layers,
-            tie_word_embeddings,
-            mlp,
-        })
+        Ok(Self { hidden_size, num_layers, norm_eps, initializer_range, stack, mlp })
     }
 
-    /// The whole model, given how to make its mixers.
+    /// The whole model, given how to make its mixers. Parameters: `model.embeddings`,
+    /// `model.layers.N.{attn_norm, attn, mlp_norm, mlp}`, `model.norm`, and `lm_head` unless it is tied to the embeddings.
     pub fn with_mixer(self, mixer: Box<BuildMixer>) -> Parsed {
-        Parsed {
-            vocab_size: self.vocab_size,
-            hidden_size: self.hidden_size,
-            num_layers: self.num_layers,
-            build: Arc::new(move |vb| Ok(Box::new(Decoder::new(&self, &mixer, vb)?))),
-        }
+        self.stack.clone().with_middle(FLA, move |model| {
+            let block = |layer| -> Result<Box<dyn Block>> {
+                Ok(Box::new(DecoderBlock::new(&self, &mixer, layer, &model)?))
+            };
+            let norm = RmsNorm::new(self.hidden_size, self.norm_eps, true, model.pp("norm"))?;
+            Ok(Middle {
+                blocks: (0..self.num_layers).map(block).collect::<Result<_>>()?,
+                norm: Box::new(norm),
+            })
+        })
     }
 }
 
@@ -102,7 +94,7 @@ fn intermediate_size(fields: &mut Fields, hidden_size: usize, default_ratio: u32
 }
 
 /// Hybrid models put softmax attention in the layers that `attn.layers` lists; a list without layers asks for none.
-fn refuse_attention(fields: &mut Fields) -> Result<()> {
+pub(super) fn refuse_attention(fields: &mut Fields) -> Result<()> {
     let value = fields.value("attn", serde_json::Value::Null);
     let specs = match value {
         serde_json::Value::Array(specs) => specs.iter().collect(),
@@ -116,98 +108,37 @@ fn refuse_attention(fields: &mut Fields) -> Result<()> {
     Ok(())
 }
 
-struct Block {
+struct DecoderBlock {
     attn_norm: RmsNorm,
     attn: Box<dyn Mixer>,
     mlp_norm: RmsNorm,
     mlp: GatedMlp,
 }
 
-impl Block {
-    fn new(cfg: &DecoderConfig, mixer: &BuildMixer, vb: VarBuilder) -> Result<Self> {
+impl DecoderBlock {
+    fn new(cfg: &DecoderConfig, mixer: &BuildMixer, layer: usize, model: &VarBuilder) -> Result<Self> {
+        let vb = model.pp(format!("layers.{layer}"));
+        // Early checkpoints of DeltaNet have the norms inside of what they precede.
+        let old = vb.contains_tensor("mlp.norm.weight") && !vb.contains_tensor("mlp_norm.weight");
+        let [attn_norm, mlp_norm] = if old { ["attn.norm", "mlp.norm"] } else { ["attn_norm", "mlp_norm"] };
         let norm = |name: &str| RmsNorm::new(cfg.hidden_size, cfg.norm_eps, true, vb.pp(name));
         Ok(Self {
-            attn_norm: norm("attn_norm")?,
-            attn: mixer(vb.pp("attn"))?,
-            mlp_norm: norm("mlp_norm")?,
+            attn_norm: norm(attn_norm)?,
+            attn: mixer(Site { layer, vb: vb.pp("attn"), model })?,
+            mlp_norm: norm(mlp_norm)?,
             mlp: GatedMlp::new(&cfg.mlp, vb.pp("mlp"))?,
         })
     }
+}
 
-    fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let xs = (xs + self.attn.forward(&self.attn_norm.forward(xs)?, cache)?)?;
+impl Block for DecoderBlock {
+    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
+        let xs = (xs + self.attn.mix(&self.attn_norm.forward(xs)?, pass.call()?)?)?;
         let ys = self.mlp.forward(&self.mlp_norm.forward(&xs)?)?;
         xs + ys
     }
-}
-
-/// The model. Parameters: `model.embeddings`, `model.layers.N.{attn_norm, attn, mlp_norm, mlp}`, `model.norm`, and
-/// `lm_head` unless it is tied to the embeddings.
-struct Decoder {
-    embeddings: Tensor,
-    layers: Vec<Block>,
-    norm: RmsNorm,
-    lm_head: Tensor,
-}
-
-impl Decoder {
-    fn new(cfg: &DecoderConfig, mixer: &BuildMixer, vb: VarBuilder) -> Result<Self> {
-        let (embeddings, lm_head) = embeddings_and_head(cfg, &vb)?;
-        let model = vb.pp("model");
-        let layers: Result<Vec<_>> =
-            (0..cfg.num_layers).map(|i| Block::new(cfg, mixer, model.pp(format!("layers.{i}")))).collect();
-        Ok(Self {
-            embeddings,
-            layers: layers?,
-            norm: RmsNorm::new(cfg.hidden_size, cfg.norm_eps, true, model.pp("norm"))?,
-            lm_head: resident(lm_head)?,
-        })
-    }
-}
-
-/// Both are `[vocab_size, hidden_size]`. A file that stores shared tensors once may have kept either name.
-fn embeddings_and_head(cfg: &DecoderConfig, vb: &VarBuilder) -> Result<(Tensor, Tensor)> {
-    let shape = (cfg.vocab_size, cfg.hidden_size);
-    let get = |name: &str| vb.get_with_hints(shape, name, normal(cfg.initializer_range));
-    let (embeddings, head) = ("model.embeddings.weight", "lm_head.weight");
-    if !cfg.tie_word_embeddings {
-        return Ok((get(embeddings)?, get(head)?));
-    }
-    let only_head = vb.contains_tensor(head) && !vb.contains_tensor(embeddings);
-    let shared = get(if only_head { head } else { embeddings })?;
-    Ok((shared.clone(), shared))
-}
-
-impl CausalLm for Decoder {
-    fn new_cache(&self) -> Cache {
-        Cache::new(self.layers.len())
-    }
-
-    fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
-        let (batch, tokens) = input_ids.dims2()?;
-        let mut states = match &cache {
-            Some(cache) => Some(cache.layers(self.layers.len())?),
-            None => None,
-        };
-        let rows = self.embeddings.index_select(&input_ids.flatten_all()?, 0)?;
-        let mut xs = rows.reshape((batch, tokens, ()))?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            xs = layer.forward(&xs, states.as_mut().map(|states| &mut states[i]))?;
-        }
-        let xs = self.norm.forward(&xs)?;
-        if let (Some(cache), Some(states)) = (cache, states) {
-            cache.commit(states, tokens);
-        }
-        Ok(xs)
-    }
-
-    fn logits(&self, hidden_states: &Tensor) -> Result<Tensor> {
-        project(hidden_states, &self.lm_head)
-    }
 
     fn set_mode(&mut self, mode: Mode) {
-        for layer in &mut self.layers {
-            layer.attn.set_mode(mode);
-        }
+        self.attn.set_mode(mode);
     }
 }

@@ -105,6 +105,37 @@ impl Fields {
         }
     }
 
+    /// Two numbers that may be infinite; `None` if they are absent, which they then stay: JSON has no infinity of its own.
+    pub fn pair(&self, name: &str) -> Result<Option<[f64; 2]>> {
+        let Some(value) = self.0.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
+        let number = |value: &Value| match value["__float__"].as_str() {
+            Some("Infinity") => Some(f64::INFINITY),
+            Some("-Infinity") => Some(f64::NEG_INFINITY),
+            _ => value.as_f64(),
+        };
+        match value.as_array().map(Vec::as_slice) {
+            Some([a, b]) if number(a).is_some() && number(b).is_some() => {
+                Ok(number(a).zip(number(b)).map(Into::into))
+            }
+            _ => bail!("field `{name}` is {value}, it must be two numbers"),
+        }
+    }
+
+    /// Whether the field is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.0.contains_key(name)
+    }
+
+    /// A field of early versions that asks for what is not here unless it has one value, or is not there.
+    pub fn early_flag(&self, name: &str, allowed: bool, what: &str) -> Result<()> {
+        match self.0.get(name) {
+            Some(Value::Bool(flag)) if *flag != allowed => {
+                bail!("field `{name}` is {flag}, it must be {allowed} or absent: {what} is not supported")
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A field that is not checked here, filled in with its default.
     pub fn value(&mut self, name: &str, default: Value) -> &Value {
         self.0.entry(name).or_insert(default)

@@ -1,6 +1,6 @@
 //! `gla`: a decoder of [`GatedLinearAttention`] layers.
 
-use crate::models::decoder::DecoderConfig;
+use crate::models::decoder::{DecoderConfig, Defaults};
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
 use crate::nn::{Activation, GatedLinearAttention, GatedLinearAttentionConfig};
@@ -9,7 +9,7 @@ use candle_core::Result;
 pub(super) const FAMILY: Family = Family { model_type: "gla", architecture: "GLAForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 4)?;
+    let decoder = DecoderConfig::parse(fields, Defaults::default())?;
     fields.choice("attn_mode", "chunk", &["chunk", "fused_chunk", "fused_recurrent"])?;
     // The gate takes the function of the MLP, and of those it has a norm of its own name for "swish" alone.
     let gate_fn = fields.choice("hidden_act", "swish", &["swish", "silu"])?;
@@ -34,6 +34,9 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         initializer_range: decoder.initializer_range,
         ..Default::default()
     };
+    if layer.use_short_conv {
+        fields.early_flag("share_conv_kernel", false, "one convolution for all projections")?;
+    }
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(GatedLinearAttention::new(&layer, vb)?)))))
+    Ok(decoder.with_mixer(Box::new(move |site| Ok(Box::new(GatedLinearAttention::new(&layer, site.vb)?)))))
 }

@@ -1,6 +1,6 @@
 //! `linear_attn`: a decoder of [`LinearAttention`] layers.
 
-use crate::models::decoder::DecoderConfig;
+use crate::models::decoder::{DecoderConfig, Defaults};
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
 use crate::nn::{FeatureMapKind, LinearAttention, LinearAttentionConfig};
@@ -10,7 +10,7 @@ pub(super) const FAMILY: Family =
     Family { model_type: "linear_attn", architecture: "LinearAttentionForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 4)?;
+    let decoder = DecoderConfig::parse(fields, Defaults::default())?;
     fields.choice("attn_mode", "fused_chunk", &["chunk", "fused_chunk", "fused_recurrent"])?;
     let feature_map = fields.text("feature_map", "elementwise_product")?;
     let layer = LinearAttentionConfig {
@@ -30,5 +30,5 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         initializer_range: decoder.initializer_range,
     };
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(LinearAttention::new(&layer, vb)?)))))
+    Ok(decoder.with_mixer(Box::new(move |site| Ok(Box::new(LinearAttention::new(&layer, site.vb)?)))))
 }

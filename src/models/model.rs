@@ -4,6 +4,7 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::checkpoint::Checkpoint;
 use crate::models::config::Config;
+use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -78,6 +79,11 @@ impl Model {
         self.inner.new_cache()
     }
 
+    /// An empty pool for the states of up to `slots` sequences.
+    pub fn new_pool(&self, slots: usize) -> Pool {
+        Pool::new(self.new_cache().len(), slots)
+    }
+
     /// `input_ids: [B, T]`, u32, to `[B, T, hidden_size]`, behind the last norm. With a cache, the tokens continue what
     /// the cache has seen; any split of a sequence into pieces gives the same result.
     ///
@@ -86,7 +92,23 @@ impl Model {
     /// size.
     pub fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
         self.check_ids(input_ids)?;
-        self.inner.hidden_states(input_ids, cache)
+        self.inner.hidden_states(input_ids, None, cache)
+    }
+
+    /// [`hidden_states`](Self::hidden_states) of N sequences of different lengths at once: they lie one after the other in
+    /// `input_ids: [1, T]`, sequence i from `cu_seqlens[i]` to `cu_seqlens[i + 1]`. Some may be empty. The cache is one of
+    /// N sequences.
+    ///
+    /// # Errors
+    /// Those of `hidden_states`; `cu_seqlens` that does not begin with 0, decreases or does not end at T.
+    pub fn hidden_states_packed(
+        &self,
+        input_ids: &Tensor,
+        cu_seqlens: &[u32],
+        cache: Option<&mut Cache>,
+    ) -> Result<Tensor> {
+        self.check_ids(input_ids)?;
+        self.inner.hidden_states(input_ids, Some(cu_seqlens), cache)
     }
 
     /// The head: `[.., hidden_size]` to `[.., vocab_size]`. To pick the next token, give it the last position alone.

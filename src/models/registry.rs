@@ -3,7 +3,7 @@
 use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::{gla, linear_attn, retnet};
+use crate::models::{delta_net, gated_deltanet, gla, hgrn2, kda, linear_attn, mamba2, retnet, rwkv7};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -34,8 +34,14 @@ pub(super) trait CausalLm: Send + Sync {
     /// An empty cache of the form this model needs.
     fn new_cache(&self) -> Cache;
 
-    /// `input_ids: [B, T]`, checked, to `[B, T, hidden_size]` behind the last norm.
-    fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor>;
+    /// `input_ids: [B, T]`, checked, to `[B, T, hidden_size]` behind the last norm. With `cu_seqlens`, B is 1 and the
+    /// sequences lie one after the other.
+    fn hidden_states(
+        &self,
+        input_ids: &Tensor,
+        cu_seqlens: Option<&[u32]>,
+        cache: Option<&mut Cache>,
+    ) -> Result<Tensor>;
 
     /// `[.., hidden_size]` to `[.., vocab_size]`.
     fn logits(&self, hidden_states: &Tensor) -> Result<Tensor>;
@@ -44,7 +50,17 @@ pub(super) trait CausalLm: Send + Sync {
 }
 
 /// All models.
-pub(super) const FAMILIES: &[Family] = &[linear_attn::FAMILY, gla::FAMILY, retnet::FAMILY];
+pub(super) const FAMILIES: &[Family] = &[
+    linear_attn::FAMILY,
+    gla::FAMILY,
+    retnet::FAMILY,
+    hgrn2::FAMILY,
+    mamba2::FAMILY,
+    delta_net::FAMILY,
+    gated_deltanet::FAMILY,
+    kda::FAMILY,
+    rwkv7::FAMILY,
+];
 
 /// Every `model_type` that [`Config`](crate::models::Config) accepts.
 pub const SUPPORTED: &[&str] = &{

@@ -1,6 +1,6 @@
 //! `retnet`: a decoder of [`MultiScaleRetention`] layers.
 
-use crate::models::decoder::DecoderConfig;
+use crate::models::decoder::{DecoderConfig, Defaults};
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
 use crate::nn::{Activation, MultiScaleRetention, MultiScaleRetentionConfig};
@@ -9,7 +9,7 @@ use candle_core::Result;
 pub(super) const FAMILY: Family = Family { model_type: "retnet", architecture: "RetNetForCausalLM", parse };
 
 fn parse(fields: &mut Fields) -> Result<Parsed> {
-    let decoder = DecoderConfig::parse(fields, 2)?;
+    let decoder = DecoderConfig::parse(fields, Defaults { hidden_ratio: 2, ..Default::default() })?;
     fields.choice("attn_mode", "chunk", &["chunk", "fused_chunk", "fused_recurrent", "parallel"])?;
     // The gate takes the function of the MLP, and of those it has a norm of its own name for "swish" alone.
     let gate_fn = fields.choice("hidden_act", "swish", &["swish", "silu"])?;
@@ -36,5 +36,5 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         ..Default::default()
     };
     layer.check()?;
-    Ok(decoder.with_mixer(Box::new(move |vb| Ok(Box::new(MultiScaleRetention::new(&layer, vb)?)))))
+    Ok(decoder.with_mixer(Box::new(move |site| Ok(Box::new(MultiScaleRetention::new(&layer, site.vb)?)))))
 }

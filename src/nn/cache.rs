@@ -1,17 +1,17 @@
 //! What a layer remembers between two pieces of a sequence.
 
-use crate::{Mode, Options, State};
+use crate::State;
 use candle_core::{Result, Tensor, bail};
 
 /// The memory of one layer: its recurrent state, the last inputs of its short convolutions, and how many tokens it has
-/// seen. Empty by default, its size does not grow with the tokens.
+/// seen, for each of the sequences it works on. Empty by default, its size does not grow with the tokens.
 ///
 /// It holds values, not history: gradients do not flow from one call into an earlier one.
 #[derive(Debug, Clone, Default)]
 pub struct LayerCache {
     state: Option<State>,
     conv: Vec<Tensor>,
-    tokens: usize,
+    positions: Vec<usize>,
 }
 
 impl LayerCache {
@@ -20,14 +20,19 @@ impl LayerCache {
         Self::default()
     }
 
-    /// The recurrent state, `None` before the first token.
+    /// The recurrent state, `None` before the first token and in layers that have none.
     pub fn state(&self) -> Option<&State> {
         self.state.as_ref()
     }
 
-    /// How many tokens of each sequence have been seen.
+    /// How many tokens have been seen: of each sequence, or of the longest where they differ.
     pub fn tokens(&self) -> usize {
-        self.tokens
+        self.positions.iter().copied().max().unwrap_or(0)
+    }
+
+    /// How many tokens of each sequence have been seen; empty before the first call.
+    pub fn positions(&self) -> &[usize] {
+        &self.positions
     }
 
     /// The size of everything held, in bytes.
@@ -42,48 +47,86 @@ impl LayerCache {
         *self = Self::default();
     }
 
-    /// The last inputs of the layer's short convolution number `index`.
-    pub(crate) fn conv(&self, index: usize) -> Option<&Tensor> {
-        self.conv.get(index)
+    /// The last inputs of all of the layer's short convolutions.
+    pub(crate) fn conv(&self) -> &[Tensor] {
+        &self.conv
     }
 
-    /// How many short convolutions it holds the inputs of.
-    pub(crate) fn conv_count(&self) -> usize {
-        self.conv.len()
-    }
-
-    /// Stores what a layer remembers after `tokens` more tokens.
-    pub(crate) fn advance(&mut self, state: Option<State>, conv: Vec<Tensor>, tokens: usize) {
+    /// Stores what a layer remembers, and how many more tokens it has seen of each sequence.
+    pub(crate) fn advance(&mut self, state: Option<State>, conv: Vec<Tensor>, lengths: &[usize]) {
         self.state = state.map(|state| State { kv: state.kv.detach(), z: state.z.map(|z| z.detach()) });
         self.conv = conv.iter().map(Tensor::detach).collect();
-        self.tokens += tokens;
+        self.positions.resize(lengths.len(), 0);
+        self.positions.iter_mut().zip(lengths).for_each(|(position, length)| *position += length);
     }
-}
 
-/// The options under which a layer calls its operator: continue from the cache, if there is one, and return the state.
-pub(crate) fn options(mode: Mode, cache: Option<&LayerCache>) -> Options {
-    let options = Options::default().with_mode(mode).with_final_state(cache.is_some());
-    match cache.and_then(LayerCache::state) {
-        Some(state) => options.with_initial_state(state),
-        None => options,
+    /// The tensors, each with one row a sequence, always in the same order.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        let state = self.state.iter().flat_map(|state| std::iter::once(&state.kv).chain(&state.z));
+        state.chain(&self.conv)
     }
-}
 
-/// `(B, T)` of a layer's input, or an error that says what is wrong with it.
-pub(crate) fn check_input(
-    xs: &Tensor,
-    hidden_size: usize,
-    cache: Option<&LayerCache>,
-) -> Result<(usize, usize)> {
-    let (batch, tokens) = match *xs.dims() {
-        [batch, tokens, hidden] if hidden == hidden_size && batch > 0 && tokens > 0 => (batch, tokens),
-        _ => bail!("xs: shape is {:?}, it must be [B, T, {hidden_size}] with B and T at least 1", xs.dims()),
-    };
-    if let Some(state) = cache.and_then(LayerCache::state) {
-        let held = state.kv.dim(0)?;
-        if held != batch {
-            bail!("xs: batch size is {batch}, but the cache holds {held} sequences");
+    /// The same cache with other sequences in it: every tensor mapped, and their positions.
+    pub(crate) fn map(
+        &self,
+        positions: Vec<usize>,
+        mut tensor: impl FnMut(&Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
+        let state = match &self.state {
+            Some(State { kv, z }) => {
+                let kv = tensor(kv)?;
+                Some(State { kv, z: z.as_ref().map(&mut tensor).transpose()? })
+            }
+            None => None,
+        };
+        let conv = self.conv.iter().map(tensor).collect::<Result<_>>()?;
+        Ok(Self { state, conv, positions })
+    }
+
+    /// A cache like this one, of `sequences` that have seen nothing.
+    pub(crate) fn zeros(&self, sequences: usize) -> Result<Self> {
+        self.map(vec![0; sequences], |tensor| {
+            let mut dims = tensor.dims().to_vec();
+            dims[0] = sequences;
+            Tensor::zeros(dims, tensor.dtype(), tensor.device())
+        })
+    }
+
+    /// Copies the sequences of `from`, a cache that is [alike](Self::check_alike), over those at `indices`. In place:
+    /// whoever has a clone of this cache sees it.
+    pub(crate) fn store(&mut self, indices: &[usize], from: &Self) -> Result<()> {
+        for (own, from) in self.tensors().zip(from.tensors()) {
+            // A tensor without elements has nothing to copy, and Candle would not do it.
+            for (i, index) in indices.iter().enumerate().filter(|_| from.elem_count() > 0) {
+                own.slice_set(&from.narrow(0, i, 1)?.contiguous()?, 0, *index)?;
+            }
         }
+        for (index, position) in indices.iter().zip(&from.positions) {
+            self.positions[*index] = *position;
+        }
+        Ok(())
     }
-    Ok((batch, tokens))
+
+    /// Refuses a cache whose tensors are others than those of this one, but for the number of sequences.
+    pub(crate) fn check_alike(&self, other: &Self) -> Result<()> {
+        let kinds = |cache: &Self| -> Vec<_> {
+            let kind =
+                |tensor: &Tensor| (tensor.dims()[1..].to_vec(), tensor.dtype(), tensor.device().location());
+            cache.tensors().map(kind).collect()
+        };
+        let (own, found) = (kinds(self), kinds(other));
+        if own != found {
+            bail!("cache: holds {found:?} of each sequence, it must be {own:?}, as those before");
+        }
+        Ok(())
+    }
+
+    /// Refuses a cache that some other layer has filled.
+    pub(crate) fn check_convs(&self, own: usize) -> Result<()> {
+        let held = self.conv.len();
+        if !self.positions.is_empty() && held != own {
+            bail!("cache: holds the inputs of {held} short convolutions, this layer has {own}");
+        }
+        Ok(())
+    }
 }

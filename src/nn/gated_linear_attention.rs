@@ -1,9 +1,9 @@
 //! Gated linear attention ([Yang et al., 2023](https://arxiv.org/abs/2312.06635)).
 
-use crate::nn::cache::{check_input, options};
+use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
 use crate::nn::output_norm::{OutputNorm, OutputNormConfig};
-use crate::nn::qkv::{ConvShape, Projected, Qkv};
+use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear};
 use crate::{Mode, Output, gla};
@@ -125,7 +125,7 @@ impl GatedLinearAttention {
         };
         let (rank, gates) = (cfg.gate_low_rank_dim, heads.num_kv_heads * heads.head_k_dim);
         Ok(Self {
-            qkv: Qkv::new(&heads, conv, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
             feature_map: cfg.feature_map,
             gk_proj: [
                 Linear::new(heads.hidden_size, rank, false, stdev, vb.pp("gk_proj.0"))?,
@@ -140,32 +140,6 @@ impl GatedLinearAttention {
         })
     }
 
-    /// `xs: [B, T, hidden_size]` to the same shape and dtype. With a cache, `xs` continues what the cache has seen, and
-    /// the cache is brought up to date.
-    ///
-    /// # Errors
-    /// A wrong shape, or a cache of another batch size.
-    pub fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let (_, tokens) = check_input(xs, self.heads.hidden_size, cache.as_deref())?;
-        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, cache.as_deref())?;
-        if let Some(map) = self.feature_map {
-            q = map.forward(&q)?;
-            k = map.forward(&k)?;
-        }
-        let [k, v, g] =
-            [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(xs)?)?];
-        let Output { out, state } = gla(&q, &k, &v, &g, &options(self.mode, cache.as_deref()))?;
-        if let Some(cache) = cache {
-            cache.advance(state, conv, tokens);
-        }
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
-    }
-
-    /// The algorithm of the operator. Default: [`Mode::Auto`].
-    pub fn set_mode(&mut self, mode: Mode) {
-        self.mode = mode;
-    }
-
     /// The logarithms of the decays, `[B, T, num_kv_heads, K]`, f32: they add up over the whole sequence, where 16 bits
     /// would not do.
     fn gates(&self, xs: &Tensor) -> Result<Tensor> {
@@ -176,5 +150,27 @@ impl GatedLinearAttention {
             g = g.maximum(least)?;
         }
         g.reshape((batch, tokens, self.heads.num_kv_heads, self.heads.head_k_dim))
+    }
+}
+
+public_methods!(GatedLinearAttention);
+
+impl Mixer for GatedLinearAttention {
+    fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
+        let size = call.check(xs, self.heads.hidden_size)?;
+        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, &call)?;
+        if let Some(map) = self.feature_map {
+            q = map.forward(&q)?;
+            k = map.forward(&k)?;
+        }
+        let [k, v, g] =
+            [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(xs)?)?];
+        let Output { out, state } = gla(&q, &k, &v, &g, &call.options(self.mode))?;
+        call.finish(state, conv, size);
+        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+    }
+
+    fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
     }
 }

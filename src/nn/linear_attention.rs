@@ -1,8 +1,8 @@
 //! Linear attention with a feature map ([Katharopoulos et al., 2020](https://arxiv.org/abs/2006.16236)).
 
-use crate::nn::cache::{check_input, options};
+use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
-use crate::nn::qkv::{Projected, Qkv};
+use crate::nn::qkv::{Projected, Qkv, Silu};
 use crate::nn::{FeatureMap, FeatureMapKind, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, linear_attn};
 use candle_core::{D, DType, Result, Tensor};
@@ -100,7 +100,7 @@ impl LinearAttention {
             false => None,
         };
         Ok(Self {
-            qkv: Qkv::new(&heads, None, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), None, Silu::WithConvolution, stdev, &vb)?,
             feature_map_q,
             feature_map_k,
             norm_q: cfg.norm_q,
@@ -112,15 +112,14 @@ impl LinearAttention {
             mode: Mode::Auto,
         })
     }
+}
 
-    /// `xs: [B, T, hidden_size]` to the same shape and dtype. With a cache, `xs` continues what the cache has seen, and
-    /// the cache is brought up to date.
-    ///
-    /// # Errors
-    /// A wrong shape, or a cache of another batch size.
-    pub fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let (_, tokens) = check_input(xs, self.heads.hidden_size, cache.as_deref())?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, cache.as_deref())?;
+public_methods!(LinearAttention);
+
+impl Mixer for LinearAttention {
+    fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
+        let size = call.check(xs, self.heads.hidden_size)?;
+        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
         let mut q = self.feature_map_q.forward(&q)?;
         let mut k = self.feature_map_k.forward(&k)?;
         if self.norm_q {
@@ -130,11 +129,9 @@ impl LinearAttention {
             k = divide_by_sum(&k)?;
         }
         let (k, v) = (self.heads.repeat(&k)?, self.heads.repeat(&v)?);
-        let options = options(self.mode, cache.as_deref()).with_normalize(self.normalize);
+        let options = call.options(self.mode).with_normalize(self.normalize);
         let Output { out, state } = linear_attn(&q, &k, &v, &options)?;
-        if let Some(cache) = cache {
-            cache.advance(state, conv, tokens);
-        }
+        call.finish(state, conv, size);
         let out = match &self.norm {
             Some(norm) => norm.forward(&out)?,
             None => out,
@@ -142,8 +139,7 @@ impl LinearAttention {
         self.o_proj.forward(&out.flatten_from(2)?)
     }
 
-    /// The algorithm of the operator. Default: [`Mode::Auto`].
-    pub fn set_mode(&mut self, mode: Mode) {
+    fn set_mode(&mut self, mode: Mode) {
         self.mode = mode;
     }
 }

@@ -5,6 +5,7 @@
 //! gets a gradient. Parameter names are those of flash-linear-attention, so its checkpoints load as they are.
 //!
 //! A [`LayerCache`] carries a layer from one piece of a sequence to the next: a prompt in one call, then a token a call.
+//! `forward_packed` takes sequences of different lengths that lie one after the other.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -24,30 +25,51 @@
 
 mod activation;
 mod cache;
+mod call;
+mod decay;
+mod delta;
+mod delta_net;
 mod feature_map;
 mod fused;
+mod gated_delta_net;
 mod gated_linear_attention;
 mod gated_mlp;
 mod heads;
+mod hgrn2;
+mod kimi_delta_attention;
+mod layer_norm;
 mod linear;
 mod linear_attention;
+mod mamba2;
 mod output_norm;
 mod qkv;
 mod retention;
 mod rms_norm;
 mod rotary;
+mod rwkv7;
+mod rwkv7_feed_forward;
 mod short_conv;
+mod token_shift;
 
 pub use activation::Activation;
 pub use cache::LayerCache;
+pub use delta_net::{DeltaNet, DeltaNetConfig, QkNorm};
 pub use feature_map::{FeatureMap, FeatureMapKind};
+pub use gated_delta_net::{GatedDeltaNet, GatedDeltaNetConfig};
 pub use gated_linear_attention::{GatedLinearAttention, GatedLinearAttentionConfig};
 pub use gated_mlp::{GatedMlp, GatedMlpConfig, GluKind};
+pub use hgrn2::{Hgrn2Attention, Hgrn2AttentionConfig, LowerBounds};
+pub use kimi_delta_attention::{KimiDeltaAttention, KimiDeltaAttentionConfig};
+pub use layer_norm::LayerNorm;
 pub use linear_attention::{LinearAttention, LinearAttentionConfig};
+pub use mamba2::{Mamba2, Mamba2Config};
 pub use retention::{MultiScaleRetention, MultiScaleRetentionConfig};
 pub use rms_norm::RmsNorm;
 pub use rotary::RotaryEmbedding;
-pub use short_conv::ShortConvolution;
+pub use rwkv7::{Rwkv7Attention, Rwkv7AttentionConfig};
+pub use rwkv7_feed_forward::{Rwkv7FeedForward, Rwkv7FeedForwardConfig};
+pub use short_conv::{ShortConvOptions, ShortConvolution, short_conv};
 
+pub(crate) use call::{Call, Mixer};
 pub(crate) use heads::MAX_SIZE;
 pub(crate) use linear::{Linear, normal, project, resident};

@@ -1,9 +1,9 @@
 //! Multi-scale retention ([Sun et al., 2023](https://arxiv.org/abs/2307.08621)).
 
-use crate::nn::cache::{check_input, options};
+use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::heads::Heads;
 use crate::nn::output_norm::{OutputNorm, OutputNormConfig};
-use crate::nn::qkv::{ConvShape, Projected, Qkv};
+use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RotaryEmbedding};
 use crate::{Mode, Output, retention};
@@ -124,7 +124,7 @@ impl MultiScaleRetention {
         let log_decay = |head| (-(-5. - head as f64).exp2()).ln_1p() as f32;
         let log_decay: Vec<f32> = (0..heads.num_heads).map(log_decay).collect();
         Ok(Self {
-            qkv: Qkv::new(&heads, conv, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
             feature_map: cfg.feature_map,
             rotary: RotaryEmbedding::new(heads.head_k_dim, ROTARY_BASE)?,
             log_decay: Tensor::from_vec(log_decay, heads.num_heads, vb.device())?,
@@ -134,33 +134,28 @@ impl MultiScaleRetention {
             mode: Mode::Auto,
         })
     }
+}
 
-    /// `xs: [B, T, hidden_size]` to the same shape and dtype. With a cache, `xs` continues what the cache has seen, and
-    /// the cache is brought up to date.
-    ///
-    /// # Errors
-    /// A wrong shape, or a cache of another batch size.
-    pub fn forward(&self, xs: &Tensor, cache: Option<&mut LayerCache>) -> Result<Tensor> {
-        let (_, tokens) = check_input(xs, self.heads.hidden_size, cache.as_deref())?;
-        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, cache.as_deref())?;
+public_methods!(MultiScaleRetention);
+
+impl Mixer for MultiScaleRetention {
+    fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
+        let size = call.check(xs, self.heads.hidden_size)?;
+        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, &call)?;
         if let Some(map) = self.feature_map {
             q = map.forward(&q)?;
             k = map.forward(&k)?;
         }
-        let offset = cache.as_deref().map_or(0, LayerCache::tokens);
-        let q = self.rotary.forward(&q, offset)?;
-        let k = self.heads.repeat(&self.rotary.forward(&k, offset)?)?;
+        let positions = call.positions(size.0, size.1);
+        let q = self.rotary.forward_at(&q, &positions)?;
+        let k = self.heads.repeat(&self.rotary.forward_at(&k, &positions)?)?;
         let v = self.heads.repeat(&v)?;
-        let options = options(self.mode, cache.as_deref());
-        let Output { out, state } = retention(&q, &k, &v, &self.log_decay, &options)?;
-        if let Some(cache) = cache {
-            cache.advance(state, conv, tokens);
-        }
+        let Output { out, state } = retention(&q, &k, &v, &self.log_decay, &call.options(self.mode))?;
+        call.finish(state, conv, size);
         self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
     }
 
-    /// The algorithm of the operator. Default: [`Mode::Auto`].
-    pub fn set_mode(&mut self, mode: Mode) {
+    fn set_mode(&mut self, mode: Mode) {
         self.mode = mode;
     }
 }

@@ -1,7 +1,7 @@
 //! Root-mean-square normalisation ([Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)).
 
-use crate::nn::fused;
-use candle_core::{DType, Result, Tensor};
+use crate::nn::fused::{self, Gate};
+use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in f32.
@@ -29,14 +29,28 @@ impl RmsNorm {
         self.forward_f32(xs)?.to_dtype(xs.dtype())
     }
 
-    /// The same, left in f32 for whatever comes next.
+    /// [`forward`](Self::forward), left in f32 for whatever comes next.
     pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
         fused::rms_norm(&xs.to_dtype(DType::F32)?, &self.weight.to_dtype(DType::F32)?, self.eps)
     }
 
-    /// The same times `silu(gate)`, in f32 and in the shape of `gate`, which has the elements of `xs` in their order.
-    pub(crate) fn forward_silu_f32(&self, xs: &Tensor, gate: &Tensor) -> Result<Tensor> {
+    /// The same times a function of `gate`, in f32 and in the shape of `gate`, which has the elements of `xs` in their order.
+    pub(crate) fn forward_gated_f32(&self, xs: &Tensor, gate: &Tensor, kind: Gate) -> Result<Tensor> {
         let [xs, weight, gate] = [xs, &self.weight, gate].map(|x| x.to_dtype(DType::F32));
-        fused::rms_norm_silu(&xs?, &weight?, &gate?, self.eps)
+        fused::rms_norm_gated(&xs?, &weight?, (&gate?, kind), self.eps)
+    }
+}
+
+/// `y = x / sqrt(sum(x^2) + eps)` over the last dimension, computed in f32: what delta rules do to queries and keys.
+pub(crate) fn l2_norm(xs: &Tensor, eps: f64) -> Result<Tensor> {
+    let n = xs.dims().last().copied().unwrap_or(0).max(1) as f64;
+    // A root mean square is the root of a sum over n.
+    let weight = Tensor::full((1. / n.sqrt()) as f32, n as usize, xs.device())?;
+    fused::rms_norm(&xs.to_dtype(DType::F32)?, &weight, eps / n)?.to_dtype(xs.dtype())
+}
+
+impl Module for RmsNorm {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.forward(xs)
     }
 }

@@ -27,12 +27,32 @@ impl RotaryEmbedding {
 
     /// `xs: [B, T, H, dim]`, whose first token has position `offset`, to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor, offset: usize) -> Result<Tensor> {
+        let (batch, tokens, _, _) = xs.dims4()?;
+        let Some(end) = offset.checked_add(tokens) else {
+            bail!("rotary embedding: offset is {offset}, it must be less: {tokens} tokens follow it");
+        };
+        let positions: Vec<usize> = (0..batch).flat_map(|_| offset..end).collect();
+        self.forward_at(xs, &positions)
+    }
+
+    /// `xs: [B, T, H, dim]` whose tokens have these B * T positions, to the same shape and dtype.
+    pub fn forward_at(&self, xs: &Tensor, positions: &[usize]) -> Result<Tensor> {
         let half = self.inverse_frequencies.len();
-        let (_, tokens, _, dim) = xs.dims4()?;
+        let (batch, tokens, _, dim) = xs.dims4()?;
         if dim != 2 * half {
             bail!("rotary embedding: xs has heads of {dim} channels, it must be {}", 2 * half);
         }
-        let (cos, sin) = self.tables(offset, tokens, xs)?;
+        if positions.len() != batch * tokens {
+            bail!(
+                "rotary embedding: {} positions were given, {batch} x {tokens} tokens need as many",
+                positions.len()
+            );
+        }
+        // One table does for all sequences that are at the same place, as they mostly are.
+        let (first, mut others) =
+            (&positions[..tokens.min(positions.len())], positions.chunks(tokens.max(1)));
+        let rows = if others.all(|row| row == first) { first } else { positions };
+        let (cos, sin) = self.tables(rows, tokens, xs)?;
         let wide = xs.to_dtype(DType::F32)?;
         let x1 = wide.narrow(D::Minus1, 0, half)?;
         let x2 = wide.narrow(D::Minus1, half, half)?;
@@ -41,16 +61,14 @@ impl RotaryEmbedding {
         Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype())
     }
 
-    /// cos and sin, `[T, 1, dim / 2]`. The product of position and frequency is rounded to f32, as where the
+    /// cos and sin, `[1 or B, T, 1, dim / 2]`. The product of position and frequency is rounded to f32, as where the
     /// checkpoints were trained.
-    fn tables(&self, offset: usize, tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
-        let Some(end) = offset.checked_add(tokens) else {
-            bail!("rotary embedding: offset is {offset}, it must be less: {tokens} tokens follow it");
-        };
-        let angles: Vec<f32> = (offset..end)
-            .flat_map(|t| self.inverse_frequencies.iter().map(move |frequency| t as f32 * frequency))
-            .collect();
-        let angles = Tensor::from_vec(angles, (tokens, 1, self.inverse_frequencies.len()), like.device())?;
+    fn tables(&self, positions: &[usize], tokens: usize, like: &Tensor) -> Result<(Tensor, Tensor)> {
+        let half = self.inverse_frequencies.len();
+        let angles =
+            positions.iter().flat_map(|t| self.inverse_frequencies.iter().map(move |f| *t as f32 * f));
+        let shape = (positions.len().checked_div(tokens).unwrap_or(1), tokens, 1, half);
+        let angles = Tensor::from_vec(angles.collect::<Vec<f32>>(), shape, like.device())?;
         Ok((angles.cos()?, angles.sin()?))
     }
 }

@@ -1,18 +1,84 @@
-//! The short causal convolution that some layers put behind their projections.
+//! The short causal convolution that most layers of today put behind their projections.
 
+use crate::nn::fused::{self, ShortConv};
 use crate::nn::normal;
+use crate::problem;
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
-/// A depthwise causal convolution along the tokens, followed by SiLU:
-/// `y_t = silu(sum_i w_i * x_{t - W + 1 + i} + bias)` in each channel, computed in f32.
+/// What a [`short_conv`] does besides the sum.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ShortConvOptions<'a> {
+    /// SiLU after the sum. Default: no.
+    pub silu: bool,
+    /// The inputs before the first of each sequence, `[N, W - 1, C]`. Default: zeros.
+    pub past: Option<&'a Tensor>,
+    /// `[0, n1, n1 + n2, ...]`: N sequences lie one after the other in a batch of 1. Default: the batch is the sequences.
+    pub cu_seqlens: Option<&'a [u32]>,
+}
+
+/// A depthwise causal convolution along the tokens, of a few taps:
+///
+/// ```text
+/// y_t = act(bias + sum_i weight_i * x_{t - W + 1 + i})
+/// ```
+///
+/// Returns `y`, in the shape and dtype of `xs`, and the last `W - 1` inputs of each sequence, `[N, W - 1, C]`. Given back
+/// as [`ShortConvOptions::past`], these continue the sequences.
+///
+/// Computed in f32. On a CPU it is one operation, forward and backward; gradients reach `xs`, `weight`, `bias` and the
+/// past, the latter from both results.
+///
+/// # Arguments
+/// * `xs`: `[B, T, C]`, f32, f16 or bf16.
+/// * `weight`: `[C, 1, W]`, as a depthwise `Conv1d` has it; W at most 1024.
+/// * `bias`: `[C]`.
+///
+/// # Errors
+/// Shapes that disagree, a W that is 0 or too large, `cu_seqlens` that does not begin with 0, decreases or does not end at T.
+pub fn short_conv(
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    opts: &ShortConvOptions,
+) -> Result<(Tensor, Tensor)> {
+    let (batch, tokens, channels) = xs.dims3()?;
+    let (own, _, width) = weight.dims3()?;
+    check_conv_size(width)?;
+    if weight.dims() != [channels, 1, width] {
+        bail!("xs: {channels} channels, the convolution has {own}: its weight is {:?}", weight.dims());
+    }
+    if channels == 0 {
+        bail!("xs: shape is {:?}, with 0 channels, it must have at least 1", xs.dims());
+    }
+    let sequences = problem::sequences("short_conv", batch, tokens, opts.cu_seqlens)?;
+    let rows = sequences.iter().map(|s| s.batch * tokens + s.tokens.start..s.batch * tokens + s.tokens.end);
+    let conv = ShortConv { channels, width, silu: opts.silu, sequences: rows.collect() };
+    let past_shape = (conv.sequences.len(), width - 1, channels);
+    if let Some(past) = opts.past.filter(|past| past.dims3().ok() != Some(past_shape)) {
+        bail!("past: shape is {:?}, it must be {past_shape:?}", past.dims());
+    }
+    let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+    let past = opts.past.map(|past| past.to_dtype(xs.dtype())).transpose()?;
+    let last = fused::last_rows(&conv, xs, past.as_ref())?;
+    let ys = fused::short_conv(
+        conv,
+        &f32(xs)?,
+        &f32(weight)?.squeeze(1)?,
+        bias.map(f32).transpose()?.as_ref(),
+        // An empty tensor has nothing to say, and no row for each sequence to be cut into.
+        past.filter(|_| width > 1).as_ref().map(f32).transpose()?.as_ref(),
+    )?;
+    Ok((ys.to_dtype(xs.dtype())?, last))
+}
+
+/// [`short_conv`] with its parameters, followed by SiLU.
 #[derive(Debug, Clone)]
 pub struct ShortConvolution {
     /// `[channels, 1, W]`, as a depthwise `Conv1d` stores it.
     weight: Tensor,
     bias: Option<Tensor>,
-    channels: usize,
-    width: usize,
+    silu: bool,
 }
 
 impl ShortConvolution {
@@ -25,38 +91,30 @@ impl ShortConvolution {
             true => Some(vb.get_with_hints(channels, "bias", Init::Const(0.))?),
             false => None,
         };
-        Ok(Self { weight, bias, channels, width })
+        Ok(Self { weight, bias, silu: true })
+    }
+
+    /// With or without the SiLU at the end.
+    pub fn with_silu(mut self, silu: bool) -> Self {
+        self.silu = silu;
+        self
     }
 
     /// `xs: [B, T, channels]` to the same shape and dtype, and the last `width - 1` inputs, `[B, width - 1, channels]`.
     /// Given back as `past`, they continue the sequence; without them the inputs before the first are 0.
     pub fn forward(&self, xs: &Tensor, past: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
-        let (batch, tokens, channels) = xs.dims3()?;
-        if channels != self.channels {
-            bail!("xs: {channels} channels, the convolution has {}", self.channels);
-        }
-        let past_shape = (batch, self.width - 1, channels);
-        let past = match past {
-            Some(past) if past.dims3()? == past_shape => past.to_dtype(xs.dtype())?,
-            Some(past) => bail!("past: shape is {:?}, it must be {past_shape:?}", past.dims()),
-            None => Tensor::zeros(past_shape, xs.dtype(), xs.device())?,
-        };
-        let padded = match self.width {
-            1 => xs.clone(),
-            _ => Tensor::cat(&[&past, xs], 1)?,
-        };
-        // One row a tap, so that a tap is a contiguous vector over the channels.
-        let taps = self.weight.to_dtype(DType::F32)?.squeeze(1)?.t()?.contiguous()?;
-        let wide = padded.to_dtype(DType::F32)?;
-        let mut ys = wide.narrow(1, 0, tokens)?.broadcast_mul(&taps.get(0)?)?;
-        for tap in 1..self.width {
-            ys = (ys + wide.narrow(1, tap, tokens)?.broadcast_mul(&taps.get(tap)?)?)?;
-        }
-        if let Some(bias) = &self.bias {
-            ys = ys.broadcast_add(&bias.to_dtype(DType::F32)?)?;
-        }
-        let past = padded.narrow(1, tokens, self.width - 1)?.contiguous()?;
-        Ok((ys.silu()?.to_dtype(xs.dtype())?, past))
+        self.run(xs, past, None)
+    }
+
+    /// The same for sequences that may be packed.
+    pub(crate) fn run(
+        &self,
+        xs: &Tensor,
+        past: Option<&Tensor>,
+        cu_seqlens: Option<&[u32]>,
+    ) -> Result<(Tensor, Tensor)> {
+        let opts = ShortConvOptions { silu: self.silu, past, cu_seqlens };
+        short_conv(xs, &self.weight, self.bias.as_ref(), &opts)
     }
 }
 

@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor};
 
 use crate::backend;
 use crate::options::{Options, Output};
-use crate::problem::{Decay, Problem};
+use crate::problem::{Decay, Problem, Role, Update};
 
 /// Gated linear attention: every channel of the key fades at a rate of its own, token by token.
 ///
@@ -26,7 +26,7 @@ use crate::problem::{Decay, Problem};
 ///
 /// As for [`linear_attn`](crate::linear_attn); `normalize` is refused.
 pub fn gla(q: &Tensor, k: &Tensor, v: &Tensor, g: &Tensor, opts: &Options) -> Result<Output> {
-    let decay = (Decay::Channel, Some(("g", g)));
-    let (problem, inputs) = Problem::new("gla", [q, k, v], decay, opts)?;
+    let (problem, inputs) =
+        Problem::new("gla", [q, k, v], (Decay::Channel, Update::Additive), &[(Role::G, "g", g)], opts)?;
     backend::solve(problem, inputs)
 }

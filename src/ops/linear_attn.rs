@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor};
 
 use crate::backend;
 use crate::options::{Mode, Options, Output};
-use crate::problem::{Decay, Problem};
+use crate::problem::{Decay, Problem, Update};
 
 /// Linear attention without decay.
 ///
@@ -43,7 +43,8 @@ use crate::problem::{Decay, Problem};
 /// # }
 /// ```
 pub fn linear_attn(q: &Tensor, k: &Tensor, v: &Tensor, opts: &Options) -> Result<Output> {
-    let (problem, inputs) = Problem::new("linear_attn", [q, k, v], (Decay::None, None), opts)?;
+    let (problem, inputs) =
+        Problem::new("linear_attn", [q, k, v], (Decay::None, Update::Additive), &[], opts)?;
     backend::solve(problem, inputs)
 }
 

@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor};
 
 use crate::backend;
 use crate::options::{Options, Output};
-use crate::problem::{Decay, Problem};
+use crate::problem::{Decay, Problem, Role, Update};
 
 /// Retention: linear attention that fades at a constant rate, one for each head.
 ///
@@ -25,7 +25,12 @@ use crate::problem::{Decay, Problem};
 ///
 /// As for [`linear_attn`](crate::linear_attn); `normalize` is refused.
 pub fn retention(q: &Tensor, k: &Tensor, v: &Tensor, log_decay: &Tensor, opts: &Options) -> Result<Output> {
-    let decay = (Decay::Head, Some(("log_decay", log_decay)));
-    let (problem, inputs) = Problem::new("retention", [q, k, v], decay, opts)?;
+    let (problem, inputs) = Problem::new(
+        "retention",
+        [q, k, v],
+        (Decay::Head, Update::Additive),
+        &[(Role::G, "log_decay", log_decay)],
+        opts,
+    )?;
     backend::solve(problem, inputs)
 }

@@ -2,7 +2,7 @@ use candle_core::{Result, Tensor};
 
 use crate::backend;
 use crate::options::{Options, Output};
-use crate::problem::{Decay, Problem};
+use crate::problem::{Decay, Problem, Role, Update};
 
 /// Linear attention that fades at a rate of its own for each token and head. The state-space dual form of Mamba-2 is this.
 ///
@@ -26,7 +26,7 @@ use crate::problem::{Decay, Problem};
 ///
 /// As for [`linear_attn`](crate::linear_attn); `normalize` is refused.
 pub fn simple_gla(q: &Tensor, k: &Tensor, v: &Tensor, g: &Tensor, opts: &Options) -> Result<Output> {
-    let decay = (Decay::Scalar, Some(("g", g)));
-    let (problem, inputs) = Problem::new("simple_gla", [q, k, v], decay, opts)?;
+    let (problem, inputs) =
+        Problem::new("simple_gla", [q, k, v], (Decay::Scalar, Update::Additive), &[(Role::G, "g", g)], opts)?;
     backend::solve(problem, inputs)
 }

@@ -15,7 +15,7 @@ fn check(case: &Case, modes: &[Mode]) {
 
 #[test]
 fn every_operator_mode_and_dtype() {
-    for op in Op::ALL {
+    for op in Op::ADDITIVE {
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             let case = Case { op, dtype, b: 2, t: 1000, h: 4, group: 2, k: 128, v: 128, ..Case::default() };
             check(&case, &MODES);
@@ -45,7 +45,7 @@ fn head_sizes() {
 
 #[test]
 fn few_heads_and_a_long_sequence() {
-    for op in Op::ALL {
+    for op in Op::ADDITIVE {
         for dtype in [DType::BF16, DType::F32] {
             check(&Case { op, dtype, t: 9000, h: 2, k: 64, v: 64, ..Case::default() }, &[Mode::Auto]);
         }
@@ -63,7 +63,7 @@ fn more_blocks_than_a_wave() {
 #[test]
 fn packed_sequences() {
     let ends = vec![0, 0, 1, 700, 700, 717, 2000, 2064, 2300];
-    for op in Op::ALL {
+    for op in Op::ADDITIVE {
         for dtype in [DType::BF16, DType::F32] {
             let cu_seqlens = Some(ends.clone());
             check(&Case { op, dtype, t: 2300, h: 4, k: 64, v: 64, cu_seqlens, ..Case::default() }, &MODES);
@@ -74,7 +74,7 @@ fn packed_sequences() {
 #[test]
 fn strong_decay() {
     for gates in [Gates::Strong, Gates::Forgets, Gates::AllStrong] {
-        for op in Op::GATED {
+        for op in crate::kernels::GATED {
             let case = Case { op, gates, dtype: DType::BF16, t: 1500, h: 4, k: 64, v: 64, ..Case::default() };
             check(&case, &MODES);
         }
@@ -113,7 +113,7 @@ fn threads_share_a_gpu() {
     std::thread::scope(|scope| {
         for seed in 0..4 {
             scope.spawn(move || {
-                for op in Op::ALL {
+                for op in Op::ADDITIVE {
                     check(&Case { op, seed, t: 300, h: 4, k: 64, v: 64, ..Case::default() }, &MODES);
                 }
             });

@@ -18,7 +18,7 @@ const LENGTHS: [usize; 7] = [1, 5, 63, 64, 65, 130, 300];
 
 /// The operators, the normalised one too.
 fn operators() -> impl Iterator<Item = Case> {
-    let plain = Op::ALL.into_iter().map(|op| Case { op, ..Case::default() });
+    let plain = Op::ADDITIVE.into_iter().map(|op| Case { op, ..Case::default() });
     plain.chain([Case { normalize: true, ..Case::default() }])
 }
 
@@ -33,7 +33,7 @@ fn every_operator_in_every_mode_and_dtype() {
 
 #[test]
 fn gates_in_16_bits() {
-    for op in Op::GATED {
+    for op in crate::kernels::GATED {
         for dtype in [DType::BF16, DType::F16] {
             let case = Case { op, dtype, gate_dtype: dtype, t: 70, h: 1, ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
@@ -92,7 +92,7 @@ fn head_sizes() {
     let sizes =
         [(1, 1), (1, 3), (3, 1), (17, 33), (33, 17), (64, 64), (64, 65), (65, 64), (128, 100), (100, 128)];
     for (i, (k, v)) in sizes.into_iter().enumerate() {
-        for op in [Op::LinearAttn, Op::ALL[1 + i % 3]] {
+        for op in [Op::LinearAttn, Op::ADDITIVE[1 + i % 3]] {
             let case = Case { op, k, v, t: 66, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
         }
@@ -146,7 +146,7 @@ fn empty_batches_and_sequences() {
 fn gates_of_every_strength() {
     let kinds = [Gates::Strong, Gates::AllStrong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive];
     for gates in kinds {
-        for op in Op::GATED {
+        for op in crate::kernels::GATED {
             for dtype in [DType::F32, DType::BF16] {
                 let case = Case { op, gates, dtype, t: 135, h: 1, k: 17, v: 20, ..Case::default() };
                 check(&case, &[Mode::Recurrent, Mode::Chunk, Mode::FusedChunk], Graph::ALL);
@@ -159,7 +159,7 @@ fn gates_of_every_strength() {
 #[test]
 fn gates_across_segments() {
     for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
-        for op in Op::GATED {
+        for op in crate::kernels::GATED {
             // The gradient of a head's decay is summed up twice over all tokens, its error is about 1e-7 T.
             let t = if op == Op::Retention { 300 } else { 600 };
             let case = Case { op, gates, t, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
@@ -175,7 +175,7 @@ fn each_loss_and_each_input_alone() {
         let losses = [[true, false, false], [false, true, false], [false, false, true], [false, true, true]];
         for loss in losses.into_iter().filter(|loss| case.normalize || !loss[2]) {
             check(&case, &[Mode::FusedChunk], Graph { loss, ..Graph::ALL });
-            for only in 0..6 {
+            for only in 0..ARGS.len() {
                 let tracked = std::array::from_fn(|i| i == only);
                 check(&case, &[Mode::Chunk], Graph { loss, tracked, leaves: false });
             }
@@ -207,7 +207,7 @@ fn scales_next_to_nothing() {
 
 #[test]
 fn inputs_in_every_layout() {
-    for op in Op::ALL {
+    for op in Op::ADDITIVE {
         let case = Case { op, b: 2, t: 66, h: 1, group: 2, k: 9, v: 12, ..Case::default() };
         for layout in layout::ALL {
             on_kernels(|device| layout::check_on(device, &case, layout, &[0, 1, 2, 3, 4, 5], [2e-5; 2]));
@@ -221,7 +221,7 @@ fn inputs_that_cannot_be_loaded_16_bytes_at_a_time() {
     for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
         let case = Case { op, b: 1, t: 66, h: 2, k: 16, v: 16, ..Case::default() };
         for layout in [Layout::Window, Layout::Swapped(1, 2)] {
-            for only in 0..6 {
+            for only in 0..ARGS.len() {
                 on_kernels(|device| layout::check_on(device, &case, layout, &[only], [2e-5; 2]));
             }
         }
@@ -262,7 +262,7 @@ fn gradients_of_a_plain_sum() {
 
 prop_compose! {
     fn cases()(
-        op in select(Op::ALL.to_vec()),
+        op in select(Op::ADDITIVE.to_vec()),
         packed in prop::option::weighted(0.4, prop::collection::vec(select(vec![0u32, 1, 5, 16, 33, 64, 65]), 1..5)),
         (b, t) in (1..=2usize, select(LENGTHS.to_vec())),
         (h, group) in (1..=2usize, 1..=2usize),
@@ -299,7 +299,7 @@ proptest! {
     })]
 
     #[test]
-    fn random_problems(case in cases(), mode in select(MODES.to_vec()), loss: [bool; 3], tracked: [bool; 6]) {
+    fn random_problems(case in cases(), mode in select(MODES.to_vec()), loss: [bool; 3], tracked: [bool; 9]) {
         let graph = Graph { loss: [loss[0] && case.t > 0, loss[1], loss[2]], tracked, leaves: true };
         check(&case, &[mode], graph);
     }

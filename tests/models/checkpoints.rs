@@ -59,12 +59,12 @@ fn several_files_with_an_index_load_like_one() -> Result<()> {
 /// Before February 2025 the MLP's gate and up projections were one tensor.
 #[test]
 fn the_old_layout_of_the_mlp_loads() -> Result<()> {
-    for name in ["gla", "retnet"] {
+    for name in ["gla", "retnet", "hgrn2", "delta_net", "gated_deltanet", "kda"] {
         let folder = copy_of(name)?;
         let mut tensors = tensors(&folder)?;
-        for layer in 0..2 {
+        for layer in 0..3 {
             let name = |part: &str| format!("model.layers.{layer}.mlp.{part}_proj.weight");
-            let up = tensors.remove(&name("up")).expect("up_proj");
+            let Some(up) = tensors.remove(&name("up")) else { continue };
             let both = Tensor::cat(&[&tensors[&name("gate")], &up], 0)?;
             tensors.insert(name("gate"), both);
         }
@@ -72,6 +72,71 @@ fn the_old_layout_of_the_mlp_loads() -> Result<()> {
         golden_logits(&load(&folder)?, name)?;
     }
     Ok(())
+}
+
+/// A golden checkpoint whose tensors have been given other names or forms.
+fn changed(name: &str, change: impl Fn(&mut HashMap<String, Tensor>) -> Result<()>) -> Result<TempDir> {
+    let folder = copy_of(name)?;
+    let mut tensors = tensors(&folder)?;
+    change(&mut tensors)?;
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    Ok(folder)
+}
+
+fn rename(tensors: &mut HashMap<String, Tensor>, from: &str, to: &str) {
+    let tensor = tensors.remove(from).unwrap_or_else(|| panic!("{from} is not there"));
+    tensors.insert(to.into(), tensor);
+}
+
+/// Norms inside of what they precede, and gate and up in one tensor besides.
+#[test]
+fn early_delta_nets_load() -> Result<()> {
+    let folder = changed("delta_net", |tensors| {
+        for layer in 0..2 {
+            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+            rename(tensors, &name("attn_norm"), &name("attn.norm"));
+            rename(tensors, &name("mlp_norm"), &name("mlp.norm"));
+            let up = tensors.remove(&name("mlp.up_proj")).expect("up_proj");
+            let both = Tensor::cat(&[&tensors[&name("mlp.gate_proj")], &up], 0)?;
+            tensors.insert(name("mlp.gate_proj"), both);
+        }
+        Ok(())
+    })?;
+    golden_logits(&load(&folder)?, "delta_net")
+}
+
+/// Their `D` is in no sum.
+#[test]
+fn early_gated_delta_nets_load() -> Result<()> {
+    let folder = changed("gated_deltanet", |tensors| {
+        for layer in 0..2 {
+            tensors.insert(format!("model.layers.{layer}.attn.D"), Tensor::ones(2, DType::F32, &CPU)?);
+        }
+        Ok(())
+    })?;
+    golden_logits(&load(&folder)?, "gated_deltanet")
+}
+
+#[test]
+fn early_rwkv7_loads() -> Result<()> {
+    let folder = changed("rwkv7", |tensors| {
+        for layer in 0..3 {
+            let name = |part: &str| format!("model.layers.{layer}.attn.x_{part}");
+            let parts = ["r", "w", "k", "v", "a", "g"].map(|part| tensors.remove(&name(part)).expect("x_*"));
+            tensors.insert(name("x"), Tensor::cat(&parts, 0)?.squeeze(1)?);
+        }
+        Ok(())
+    })?;
+    golden_logits(&load(&folder)?, "rwkv7")
+}
+
+#[test]
+fn early_mamba2_loads() -> Result<()> {
+    let folder = changed("mamba2", |tensors| {
+        rename(tensors, "backbone.embeddings.weight", "backbone.embedding.weight");
+        Ok(())
+    })?;
+    golden_logits(&load(&folder)?, "mamba2")
 }
 
 /// A file that stores shared tensors once may have kept the head.

@@ -27,7 +27,7 @@ fn fresh(varmap: &VarMap) -> VarBuilder<'static> {
     VarBuilder::from_varmap(varmap, DType::F32, &CPU).pp("layer")
 }
 
-/// Output, output in pieces, and that every parameter and the input have a gradient.
+/// Output, output in pieces, and that the input and every parameter have a gradient, the latter the central difference.
 fn check(what: &str, forward: Forward, varmap: &VarMap, config: &Value, reference: Reference) -> Result<()> {
     vary(varmap)?;
     let xs = candle_core::Var::from_tensor(&pseudo_random(&[1, TOKENS, HIDDEN], 5)?)?;
@@ -49,10 +49,25 @@ fn check(what: &str, forward: Forward, varmap: &VarMap, config: &Value, referenc
 
     let gradients = ys.sqr()?.sum_all()?.backward()?;
     let all = vars.iter().map(|(name, var)| (name.as_str(), var)).chain([("input", &xs)]);
+    let mut params = params;
+    let loss = |params: &reference::Params| -> Result<f64> {
+        Ok(reference(config, params, "layer", &rows).iter().flatten().map(|y| y * y).sum())
+    };
     for (name, var) in all {
         let gradient = gradients.get(var).unwrap_or_else(|| panic!("{what}: {name} has no gradient"));
         let size = gradient.sqr()?.sum_all()?.to_scalar::<f32>()?;
         assert!(size.is_finite() && size > 0., "{what}: gradient of {name} is {size}");
+        let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+        for at in [0, gradient.len() / 2, gradient.len() - 1].into_iter().filter(|_| name != "input") {
+            let expected = reference::central_difference(&mut params, name, at, &loss)?;
+            let error = (gradient[at] as f64 - expected).abs();
+            let size = size.sqrt() as f64;
+            assert!(
+                error < 1e-4 * size,
+                "{what}: gradient of {name} at {at}: {} for {expected}",
+                gradient[at]
+            );
+        }
     }
     Ok(())
 }
@@ -125,6 +140,139 @@ fn retention_with_short_convolutions_and_every_gate_function() -> Result<()> {
         )?;
     }
     Ok(())
+}
+
+#[test]
+fn layers_of_the_delta_rules_with_biases_in_their_convolutions() -> Result<()> {
+    let varmap = VarMap::new();
+    let config = DeltaNetConfig { hidden_size: HIDDEN, num_heads: 2, conv_bias: true, ..Default::default() };
+    let layer = DeltaNet::new(&config, fresh(&varmap))?;
+    let json = json!({ "hidden_size": HIDDEN, "num_heads": 2 });
+    check("delta_net", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::delta_net)?;
+
+    let json =
+        json!({ "hidden_size": HIDDEN, "num_heads": 1, "num_v_heads": 2, "head_dim": 3, "expand_v": 2 });
+    let varmap = VarMap::new();
+    let config = GatedDeltaNetConfig {
+        hidden_size: HIDDEN,
+        num_heads: 1,
+        num_v_heads: Some(2),
+        head_dim: 3,
+        conv_bias: true,
+        conv_size: 8,
+        ..Default::default()
+    };
+    let layer = GatedDeltaNet::new(&config, fresh(&varmap))?;
+    check("gated", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::gated_delta_net)?;
+
+    let varmap = VarMap::new();
+    let config = KimiDeltaAttentionConfig {
+        hidden_size: HIDDEN,
+        num_heads: 1,
+        num_v_heads: Some(2),
+        head_dim: 3,
+        expand_v: 2.,
+        conv_bias: true,
+        ..Default::default()
+    };
+    let layer = KimiDeltaAttention::new(&config, fresh(&varmap))?;
+    check("kda", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::kimi_delta_attention)
+}
+
+#[test]
+fn hgrn2_with_a_bias_and_an_epsilon_of_its_own() -> Result<()> {
+    let varmap = VarMap::new();
+    let config = Hgrn2AttentionConfig {
+        hidden_size: HIDDEN,
+        expand_ratio: 3,
+        use_short_conv: true,
+        conv_bias: true,
+        norm_eps: 0.3,
+        ..Default::default()
+    };
+    let layer = Hgrn2Attention::new(&config, None, fresh(&varmap))?;
+    let json =
+        json!({ "hidden_size": HIDDEN, "expand_ratio": 3, "use_short_conv": true, "output_norm_eps": 0.3 });
+    check("hgrn2", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::hgrn2_attention)
+}
+
+#[test]
+fn lower_bounds_grow_from_nothing_to_all_but_the_first_share() -> Result<()> {
+    let varmap = VarMap::new();
+    let bounds = LowerBounds::new(3, 2, &fresh(&varmap))?;
+    assert!(bounds.of(0)?.is_none());
+    for layer in 1..3 {
+        let expected = Tensor::full(layer as f32 / 3., 2, &CPU)?;
+        assert_close("bound", &bounds.of(layer)?.expect("a bound"), &expected, 1e-6)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn mamba2_with_a_short_convolution_of_every_width() -> Result<()> {
+    for conv_kernel in [1, 2, 3, 8] {
+        let varmap = VarMap::new();
+        let config = Mamba2Config {
+            hidden_size: HIDDEN,
+            head_dim: 4,
+            state_size: 3,
+            conv_kernel,
+            conv_init: Some(0.5),
+            ..Default::default()
+        };
+        let layer = Mamba2::new(&config, fresh(&varmap))?;
+        let json = json!({ "hidden_size": HIDDEN, "head_dim": 4, "state_size": 3 });
+        check("mamba2", &|xs, cache| layer.forward(xs, cache), &varmap, &json, reference::mamba2)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rwkv7_layers_by_themselves() -> Result<()> {
+    let json = json!({ "hidden_size": HIDDEN });
+    let first_values = candle_core::Var::from_tensor(&pseudo_random(&[1, TOKENS, HIDDEN], 6)?)?;
+    for layer in 0..2 {
+        let varmap = VarMap::new();
+        let config = Rwkv7AttentionConfig {
+            hidden_size: HIDDEN,
+            head_dim: 4,
+            decay_low_rank_dim: 3,
+            layer: (layer, 2),
+            ..Default::default()
+        };
+        let attn = Rwkv7Attention::new(&config, fresh(&varmap))?;
+        let forward = |xs: &Tensor, cache: Option<&mut LayerCache>| {
+            let start = cache.as_deref().map_or(0, LayerCache::tokens);
+            let first = first_values.narrow(1, start, xs.dim(1)?)?;
+            Ok(attn.forward(xs, Some(&first), cache)?.0)
+        };
+        let reference: Reference = match layer {
+            0 => |config, params, prefix, xs| reference::rwkv7_attention(config, params, prefix, xs, None).0,
+            _ => |config, params, prefix, xs| {
+                let first =
+                    pseudo_random(&[TOKENS, HIDDEN], 6).and_then(|x| x.to_dtype(DType::F64)?.to_vec2());
+                reference::rwkv7_attention(config, params, prefix, xs, Some(&first.unwrap())).0
+            },
+        };
+        check("rwkv7", &forward, &varmap, &json, reference)?;
+        let xs = pseudo_random(&[1, TOKENS, HIDDEN], 5)?;
+        let gradients = forward(&xs, None)?.sum_all()?.backward()?;
+        assert_eq!(gradients.get(&first_values).is_some(), layer > 0);
+        let alone = attn.forward(&xs, None, None);
+        match layer {
+            0 => assert_eq!(alone?.1.dims(), [1, TOKENS, HIDDEN]),
+            _ => assert_says(&message(alone), &["first_values", "needs them"]),
+        }
+    }
+    let varmap = VarMap::new();
+    let config = Rwkv7FeedForwardConfig {
+        hidden_size: HIDDEN,
+        intermediate_size: 12,
+        hidden_act: Activation::SquaredRelu,
+        layer: (1, 2),
+    };
+    let ffn = Rwkv7FeedForward::new(&config, fresh(&varmap))?;
+    check("ffn", &|xs, cache| ffn.forward(xs, cache), &varmap, &json, reference::rwkv7_feed_forward)
 }
 
 #[test]
@@ -228,6 +376,35 @@ fn wrong_sizes_are_named() {
     assert_says(&with(&|c| c.gate_low_rank_dim = 0), &["gate_low_rank_dim is 0"]);
     assert_says(&with(&|c| c.gate_logit_normalizer = 0.), &["gate_logit_normalizer is 0"]);
     assert_says(&with(&|c| c.conv_size = 0), &["conv_size is 0"]);
+    let gated = |change: &dyn Fn(&mut GatedDeltaNetConfig)| {
+        let mut config = GatedDeltaNetConfig { hidden_size: HIDDEN, head_dim: 4, ..Default::default() };
+        change(&mut config);
+        message(GatedDeltaNet::new(&config, vb()))
+    };
+    assert_says(&gated(&|c| c.num_v_heads = Some(7)), &["num_v_heads is 7", "multiple of num_heads"]);
+    assert_says(&gated(&|c| c.num_v_heads = Some(0)), &["num_v_heads is 0"]);
+    assert_says(&gated(&|c| c.head_dim = 0), &["head_dim is 0"]);
+    assert_says(&gated(&|c| c.num_heads = usize::MAX), &["num_heads is 18446744073709551615"]);
+    assert_says(&gated(&|c| c.expand_v = 0.3), &["expand_v is 0.3", "whole number"]);
+    assert_says(&gated(&|c| c.conv_size = 1025), &["conv_size is 1025"]);
+    let mamba = |change: &dyn Fn(&mut Mamba2Config)| {
+        let mut config =
+            Mamba2Config { hidden_size: HIDDEN, head_dim: 4, state_size: 3, ..Default::default() };
+        change(&mut config);
+        message(Mamba2::new(&config, vb()))
+    };
+    assert_says(&mamba(&|c| c.head_dim = 3), &["head_dim is 3", "must divide hidden_size * expand"]);
+    assert_says(&mamba(&|c| c.n_groups = 3), &["n_groups is 3", "must divide the number of heads"]);
+    assert_says(&mamba(&|c| c.state_size = 0), &["state_size is 0"]);
+    assert_says(&mamba(&|c| c.expand = f64::NAN), &["expand is NaN"]);
+    assert_says(&mamba(&|c| c.dt_limit = [1., 0.5]), &["dt_limit is [1, 0.5]"]);
+    assert_says(&mamba(&|c| c.a_init_range = [0., 1.]), &["A_init_range is [0, 1]"]);
+    let kda = KimiDeltaAttentionConfig { hidden_size: HIDDEN, lower_bound: Some(0.), ..Default::default() };
+    assert_says(&message(KimiDeltaAttention::new(&kda, vb())), &["lower_bound is 0", "below 0"]);
+    let hgrn2 = Hgrn2AttentionConfig { hidden_size: HIDDEN, expand_ratio: 9, ..Default::default() };
+    assert_says(&message(Hgrn2Attention::new(&hgrn2, None, vb())), &["expand_ratio is 9", "hidden_size"]);
+    let rwkv7 = Rwkv7AttentionConfig { hidden_size: HIDDEN, head_dim: 3, ..Default::default() };
+    assert_says(&message(Rwkv7Attention::new(&rwkv7, vb())), &["head_dim is 3", "must divide hidden_size"]);
     let odd = MultiScaleRetentionConfig { hidden_size: 6, num_heads: 2, ..Default::default() };
     assert_says(&message(MultiScaleRetention::new(&odd, vb())), &["3 key channels", "even"]);
 }

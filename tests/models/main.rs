@@ -8,5 +8,6 @@ mod layers;
 mod misuse;
 mod reference;
 mod scalar;
+mod serving;
 mod support;
 mod variants;

@@ -99,6 +99,84 @@ fn a_short_convolution_takes_its_own_channels_and_past() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn a_short_convolution_as_a_function_names_what_is_wrong() -> Result<()> {
+    let (xs, weight) = (zeros(&[2, 5, 3]), zeros(&[3, 1, 4]));
+    let call = |xs: &Tensor, weight: &Tensor, bias: Option<&Tensor>, opts: ShortConvOptions| {
+        short_conv(xs, weight, bias, &opts)
+    };
+    let none = ShortConvOptions::default();
+    assert_says(&message(call(&xs, &zeros(&[4, 1, 4]), None, none)), &["3 channels", "[4, 1, 4]"]);
+    assert_says(&message(call(&xs, &zeros(&[3, 2, 4]), None, none)), &["[3, 2, 4]"]);
+    assert_says(&message(call(&xs, &zeros(&[3, 1, 0]), None, none)), &["conv_size is 0"]);
+    assert!(call(&xs, &zeros(&[3, 4]), None, none).is_err());
+    assert_says(&message(call(&xs, &weight, Some(&zeros(&[4])), none)), &["bias", "[3]"]);
+    let packed = ShortConvOptions { cu_seqlens: Some(&[0, 5]), ..none };
+    assert_says(&message(call(&xs, &weight, None, packed)), &["B = 2", "B = 1"]);
+    let packed = ShortConvOptions { cu_seqlens: Some(&[0, 4]), ..none };
+    assert_says(&message(call(&zeros(&[1, 5, 3]), &weight, None, packed)), &["ends at 4", "T = 5"]);
+    let past = zeros(&[2, 2, 3]);
+    let past = ShortConvOptions { past: Some(&past), ..none };
+    assert_says(&message(call(&xs, &weight, None, past)), &["past", "[2, 2, 3]", "(2, 3, 3)"]);
+    assert_says(
+        &message(call(&zeros(&[2, 5, 0]), &zeros(&[0, 1, 4]), None, none)),
+        &["0 channels", "at least 1"],
+    );
+    for dims in [[0, 5, 3], [2, 0, 3]] {
+        let weight = zeros(&[dims[2], 1, 4]);
+        let (ys, last) = call(&zeros(&dims), &weight, None, none)?;
+        assert_eq!((ys.dims(), last.dims()), (&dims[..], &[dims[0], 3, dims[2]][..]));
+    }
+    Ok(())
+}
+
+/// The last inputs carry a gradient too: a long sequence can be trained in pieces.
+#[test]
+fn the_past_of_a_short_convolution_has_a_gradient() -> Result<()> {
+    let xs = candle_core::Var::from_tensor(&pseudo_random(&[2, 5, 3], 1)?)?;
+    let weight = candle_core::Var::from_tensor(&pseudo_random(&[3, 1, 4], 2)?)?;
+    let bias = candle_core::Var::from_tensor(&pseudo_random(&[3], 3)?)?;
+    let cotangent = pseudo_random(&[2, 5, 3], 4)?;
+    let run = |pieces: &[usize]| -> Result<Vec<Tensor>> {
+        let (mut past, mut start, mut ys) = (None, 0, Vec::new());
+        for len in pieces {
+            let opts = ShortConvOptions { silu: true, past: past.as_ref(), cu_seqlens: None };
+            let (y, last) = short_conv(&xs.narrow(1, start, *len)?, &weight, Some(&bias), &opts)?;
+            ys.push(y);
+            (past, start) = (Some(last), start + len);
+        }
+        let ys = Tensor::cat(&ys, 1)?;
+        let gradients = (&ys * &cotangent)?.sum_all()?.backward()?;
+        let of = |var: &candle_core::Var| gradients.get(var).expect("a gradient").clone();
+        Ok(vec![ys, of(&xs), of(&weight), of(&bias)])
+    };
+    let whole = run(&[5])?;
+    for pieces in [&[1, 4][..], &[2, 3], &[1, 1, 1, 1, 1]] {
+        for (found, expected) in run(pieces)?.iter().zip(&whole) {
+            assert_close("pieces", found, expected, 1e-6)?;
+        }
+    }
+    for dtype in [DType::F16, DType::BF16] {
+        let [xs, weight] = [&xs, &weight].map(|x| x.to_dtype(dtype));
+        let opts = ShortConvOptions { silu: true, ..Default::default() };
+        let (ys, last) = short_conv(&xs?, &weight?, None, &opts)?;
+        assert_eq!((ys.dtype(), last.dtype()), (dtype, dtype));
+    }
+    Ok(())
+}
+
+#[test]
+fn a_layer_norm_takes_rows_of_its_own_size() -> Result<()> {
+    let norm = LayerNorm::new(4, 1e-5, true, fresh())?;
+    for dims in [&[2, 2][..], &[4, 1], &[3], &[], &[2, 0]] {
+        assert!(norm.forward(&zeros(dims)).is_err(), "{dims:?}");
+    }
+    assert!(norm.forward(&zeros(&[3, 8])).is_err());
+    assert_eq!(norm.forward(&zeros(&[0, 4]))?.dims(), [0, 4]);
+    assert!(LayerNorm::new(0, 1e-5, true, fresh())?.forward(&zeros(&[3, 0])).is_err());
+    Ok(())
+}
+
 /// A cache of a layer of the same sizes has states of the right shapes.
 #[test]
 fn a_cache_of_a_layer_without_convolutions_is_refused_by_one_with() -> Result<()> {

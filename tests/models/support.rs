@@ -8,7 +8,21 @@ use std::path::PathBuf;
 pub const CPU: Device = Device::Cpu;
 
 /// The checkpoints of the original implementation, with the logits it computed.
-pub const GOLDEN: [&str; 5] = ["linear_attn", "linear_attn-elu", "gla", "gla-tied", "retnet"];
+pub const GOLDEN: [&str; 13] = [
+    "linear_attn",
+    "linear_attn-elu",
+    "gla",
+    "gla-tied",
+    "retnet",
+    "hgrn2",
+    "mamba2",
+    "mamba2-hf",
+    "delta_net",
+    "gated_deltanet",
+    "gated_deltanet-gva",
+    "kda",
+    "rwkv7",
+];
 
 pub fn golden_folder(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/models").join(name)
@@ -41,6 +55,18 @@ pub fn small_model(fields: &str) -> Result<(Model, VarMap)> {
     }
     let model = Model::new(&config, VarBuilder::from_varmap(&varmap, DType::F32, &CPU))?;
     Ok((model, varmap))
+}
+
+/// The fields that give a model of this type two heads, or as many as it takes, of a few channels.
+pub fn small_heads(model_type: &str) -> String {
+    let more = match model_type {
+        "hgrn2" => r#", "expand_ratio": 8"#,
+        "mamba2" => r#", "head_dim": 16, "state_size": 4"#,
+        "gated_deltanet" | "kda" => r#", "head_dim": 6"#,
+        "rwkv7" => r#", "head_dim": 8"#,
+        _ => "",
+    };
+    format!(r#""model_type": "{model_type}"{more}"#)
 }
 
 pub fn small_config(fields: &str) -> Result<Config> {

@@ -3,7 +3,8 @@
 use crate::case::Op;
 use crate::run::MODES;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_linear_attn::{Options, Output, State, gla, linear_attn, retention, simple_gla};
+use candle_linear_attn::{Options, Output, State};
+use candle_linear_attn::{delta_rule, gated_delta_rule, gla, kda, linear_attn, retention, rwkv7, simple_gla};
 
 const B: usize = 2;
 const T: usize = 6;
@@ -17,41 +18,51 @@ fn zeros(shape: &[usize], dtype: DType) -> Tensor {
 
 /// Well-formed arguments, to be spoiled one at a time.
 #[derive(Clone)]
-struct Args {
+struct Given {
     op: Op,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     gate: Tensor,
+    beta: Tensor,
+    a: Tensor,
+    b: Tensor,
     opts: Options,
 }
 
-fn args(op: Op) -> Args {
+fn args(op: Op) -> Given {
     with_batch(op, B)
 }
 
-fn with_batch(op: Op, b: usize) -> Args {
+fn with_batch(op: Op, b: usize) -> Given {
     let gate = match op {
-        Op::Gla => zeros(&[b, T, H, K], DType::F32),
+        Op::Gla | Op::Kda | Op::Rwkv7 => zeros(&[b, T, H, K], DType::F32),
         Op::Retention => zeros(&[H], DType::F32),
         _ => zeros(&[b, T, H], DType::F32),
     };
-    Args {
+    Given {
         op,
         q: zeros(&[b, T, H, K], DType::F32),
         k: zeros(&[b, T, H, K], DType::F32),
         v: zeros(&[b, T, H, V], DType::F32),
         gate,
+        beta: zeros(&[b, T, H], DType::F32),
+        a: zeros(&[b, T, H, K], DType::F32),
+        b: zeros(&[b, T, H, K], DType::F32),
         opts: Options::default(),
     }
 }
 
-fn call(a: &Args, opts: &Options) -> Result<Output> {
+fn call(a: &Given, opts: &Options) -> Result<Output> {
     match a.op {
         Op::LinearAttn => linear_attn(&a.q, &a.k, &a.v, opts),
         Op::Retention => retention(&a.q, &a.k, &a.v, &a.gate, opts),
         Op::SimpleGla => simple_gla(&a.q, &a.k, &a.v, &a.gate, opts),
         Op::Gla => gla(&a.q, &a.k, &a.v, &a.gate, opts),
+        Op::DeltaRule => delta_rule(&a.q, &a.k, &a.v, &a.beta, opts),
+        Op::GatedDeltaRule => gated_delta_rule(&a.q, &a.k, &a.v, &a.gate, &a.beta, opts),
+        Op::Kda => kda(&a.q, &a.k, &a.v, &a.gate, &a.beta, opts),
+        Op::Rwkv7 => rwkv7(&a.q, &a.k, &a.v, &a.a, &a.b, &a.gate, opts),
     }
 }
 
@@ -66,11 +77,11 @@ fn has_word(message: &str, word: &str) -> bool {
 }
 
 /// Spoils the arguments of `op` and expects, in every mode, an error that has all of `words` in it.
-fn refused(op: Op, words: &[&str], spoil: impl Fn(&mut Args)) {
+fn refused(op: Op, words: &[&str], spoil: impl Fn(&mut Given)) {
     refused_of(args(op), words, spoil);
 }
 
-fn refused_of(mut a: Args, words: &[&str], spoil: impl Fn(&mut Args)) {
+fn refused_of(mut a: Given, words: &[&str], spoil: impl Fn(&mut Given)) {
     call(&a, &a.opts).expect("well-formed before it is spoiled");
     spoil(&mut a);
     for mode in MODES {
@@ -102,8 +113,18 @@ fn wrong_rank() {
     }
     refused(Op::Retention, &["log_decay", "[1, 2]"], |a| a.gate = zeros(&[1, H], DType::F32));
     refused(Op::SimpleGla, &["g", "[2, 6, 2, 4]"], |a| a.gate = zeros(&[B, T, H, K], DType::F32));
-    refused(Op::Gla, &["g", "[2, 6, 2]"], |a| a.gate = zeros(&[B, T, H], DType::F32));
+    for op in [Op::Gla, Op::Kda, Op::Rwkv7] {
+        refused(op, &["g", "[2, 6, 2]"], |a| a.gate = zeros(&[B, T, H], DType::F32));
+    }
+    refused(Op::GatedDeltaRule, &["g", "[2, 6, 2, 4]"], |a| a.gate = zeros(&[B, T, H, K], DType::F32));
+    for op in WITH_BETA {
+        refused(op, &["beta", "[2, 6, 2, 4]"], |a| a.beta = zeros(&[B, T, H, K], DType::F32));
+    }
+    refused(Op::Rwkv7, &["a", "[2, 6, 2]"], |a| a.a = zeros(&[B, T, H], DType::F32));
+    refused(Op::Rwkv7, &["b", "[2, 6, 2]"], |a| a.b = zeros(&[B, T, H], DType::F32));
 }
+
+const WITH_BETA: [Op; 3] = [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda];
 
 #[test]
 fn shapes_that_disagree() {
@@ -123,6 +144,23 @@ fn shapes_that_disagree() {
     refused(Op::SimpleGla, &["g", "[2, 2, 6]"], |a| a.gate = zeros(&[B, H, T], DType::F32));
     refused(Op::Gla, &["g", "[2, 6, 2, 5]"], |a| a.gate = zeros(&[B, T, H, V], DType::F32));
     refused(Op::Gla, &["g", "[2, 6, 2, 1]"], |a| a.gate = zeros(&[B, T, H, 1], DType::F32));
+    for op in WITH_BETA {
+        refused(op, &["beta", "[2, 6, 1]"], |a| a.beta = zeros(&[B, T, 1], DType::F32));
+        refused(op, &["beta", "[2, 6, 2]"], |a| {
+            a.v = zeros(&[B, T, 2 * H, V], DType::F32);
+            if op != Op::DeltaRule {
+                let gate = if op == Op::Kda { vec![B, T, 2 * H, K] } else { vec![B, T, 2 * H] };
+                a.gate = zeros(&gate, DType::F32);
+            }
+        });
+    }
+    refused(Op::Rwkv7, &["a", "[2, 6, 2, 5]"], |a| a.a = zeros(&[B, T, H, V], DType::F32));
+    refused(Op::Rwkv7, &["b", "[2, 5, 2, 4]"], |a| a.b = zeros(&[B, 5, H, K], DType::F32));
+    // a, b and g of RWKV-7 are those of key heads.
+    refused(Op::Rwkv7, &["g", "[2, 6, 4, 4]", "H, K]"], |a| {
+        a.v = zeros(&[B, T, 2 * H, V], DType::F32);
+        a.gate = zeros(&[B, T, 2 * H, K], DType::F32);
+    });
     // With grouped values, a gate for each key head is one for too few heads.
     refused(Op::SimpleGla, &["g", "[2, 6, 2]"], |a| a.v = zeros(&[B, T, 2 * H, V], DType::F32));
 }
@@ -142,7 +180,7 @@ fn mixed_dtypes() {
         refused(op, &["v", "F16", "F32"], |a| a.v = a.v.to_dtype(DType::F16).unwrap());
     }
     // Gates may be f32 or what q is, nothing else.
-    for (op, name) in [(Op::Retention, "log_decay"), (Op::SimpleGla, "g"), (Op::Gla, "g")] {
+    for (op, name) in Op::GATED.map(|op| (op, if op == Op::Retention { "log_decay" } else { "g" })) {
         refused(op, &[name, "BF16", "F32"], |a| a.gate = a.gate.to_dtype(DType::BF16).unwrap());
         refused(op, &[name, "F16"], |a| {
             for x in [&mut a.q, &mut a.k, &mut a.v] {
@@ -151,6 +189,11 @@ fn mixed_dtypes() {
             a.gate = a.gate.to_dtype(DType::F16).unwrap()
         });
     }
+    for op in WITH_BETA {
+        refused(op, &["beta", "F16", "F32"], |a| a.beta = a.beta.to_dtype(DType::F16).unwrap());
+    }
+    refused(Op::Rwkv7, &["a", "BF16", "F32"], |a| a.a = a.a.to_dtype(DType::BF16).unwrap());
+    refused(Op::Rwkv7, &["b", "BF16", "F32"], |a| a.b = a.b.to_dtype(DType::BF16).unwrap());
 }
 
 #[test]
@@ -269,7 +312,7 @@ fn z_where_it_does_not_belong_or_is_missing() {
 
 #[test]
 fn normalize_where_it_does_not_exist() {
-    for op in Op::GATED {
+    for op in Op::GATED.into_iter().chain([Op::DeltaRule]) {
         refused(op, &["normalize", "linear_attn"], |a| a.opts = Options::default().with_normalize(true));
     }
 }
@@ -279,7 +322,15 @@ fn normalize_where_it_does_not_exist() {
 fn empty_problems_are_checked_too() {
     for op in Op::ALL {
         let mut empty = with_batch(op, 1);
-        for x in [&mut empty.q, &mut empty.k, &mut empty.v, &mut empty.gate] {
+        for x in [
+            &mut empty.q,
+            &mut empty.k,
+            &mut empty.v,
+            &mut empty.gate,
+            &mut empty.beta,
+            &mut empty.a,
+            &mut empty.b,
+        ] {
             if x.rank() > 1 {
                 *x = x.narrow(1, 0, 0).unwrap();
             }

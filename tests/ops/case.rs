@@ -1,8 +1,8 @@
 //! A problem in a few numbers, and the tensors it stands for.
 
 use crate::compare::{Expected, values};
-use crate::reference::{Decay, Outputs, Problem, Sizes};
-use candle_core::{DType, Device, Result, Tensor};
+use crate::reference::{Decay, Outputs, Problem, Sizes, Update};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 pub const SCALES: [Option<f64>; 6] = [None, Some(-1.0), Some(-0.37), Some(0.0), Some(1.0), Some(3.0)];
@@ -17,11 +17,31 @@ pub enum Op {
     Retention,
     SimpleGla,
     Gla,
+    DeltaRule,
+    GatedDeltaRule,
+    Kda,
+    Rwkv7,
 }
 
 impl Op {
-    pub const ALL: [Op; 4] = [Op::LinearAttn, Op::Retention, Op::SimpleGla, Op::Gla];
-    pub const GATED: [Op; 3] = [Op::Retention, Op::SimpleGla, Op::Gla];
+    pub const ALL: [Op; 8] = [
+        Op::LinearAttn,
+        Op::Retention,
+        Op::SimpleGla,
+        Op::Gla,
+        Op::DeltaRule,
+        Op::GatedDeltaRule,
+        Op::Kda,
+        Op::Rwkv7,
+    ];
+    pub const GATED: [Op; 6] =
+        [Op::Retention, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
+    /// What a token writes does not depend on the state.
+    pub const ADDITIVE: [Op; 4] = [Op::LinearAttn, Op::Retention, Op::SimpleGla, Op::Gla];
+
+    pub fn is_additive(self) -> bool {
+        Self::ADDITIVE.contains(&self)
+    }
 }
 
 /// What the log decays look like.
@@ -43,8 +63,12 @@ pub enum Gates {
 }
 
 /// The tensors an operator can take, in the order of [`Inputs::args`].
-pub const ARGS: [&str; 6] = ["q", "k", "v", "gate", "initial kv", "initial z"];
+pub const ARGS: [&str; 9] = ["q", "k", "v", "gate", "initial kv", "initial z", "beta", "a", "b"];
 pub const GATE: usize = 3;
+pub const BETA: usize = 6;
+
+pub type Args = [Option<Tensor>; ARGS.len()];
+pub type Vars = [Option<Var>; ARGS.len()];
 
 #[derive(Debug, Clone)]
 pub struct Case {
@@ -91,7 +115,7 @@ impl Default for Case {
 /// The tensors of one problem: arguments, and the cotangents of o, kv and z.
 #[derive(Debug, Clone)]
 pub struct Inputs {
-    pub args: [Option<Tensor>; 6],
+    pub args: Args,
     pub cotangents: [Option<Tensor>; 3],
 }
 
@@ -126,6 +150,14 @@ pub fn normal(rng: &mut StdRng, n: usize) -> Vec<f32> {
         ((-2.0 * (1.0 - u).ln()).sqrt() * (std::f64::consts::TAU * w).cos()) as f32
     };
     (0..n).map(|_| one(rng)).collect()
+}
+
+/// Gives each row of `width` numbers a norm.
+fn set_norms(x: &mut [f32], width: usize, mut norm: impl FnMut() -> f32) {
+    for row in x.chunks_exact_mut(width.max(1)) {
+        let by = norm() / row.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-6);
+        row.iter_mut().for_each(|x| *x *= by);
+    }
 }
 
 fn gate_value(rng: &mut StdRng, kind: Gates) -> f32 {
@@ -164,10 +196,11 @@ impl Case {
 
     fn gate_shape(&self) -> Option<Vec<usize>> {
         match self.op {
-            Op::LinearAttn => None,
+            Op::LinearAttn | Op::DeltaRule => None,
             Op::Retention => Some(vec![self.hv()]),
-            Op::SimpleGla => Some(vec![self.b, self.t, self.hv()]),
-            Op::Gla => Some(vec![self.b, self.t, self.hv(), self.k]),
+            Op::SimpleGla | Op::GatedDeltaRule => Some(vec![self.b, self.t, self.hv()]),
+            Op::Gla | Op::Kda => Some(vec![self.b, self.t, self.hv(), self.k]),
+            Op::Rwkv7 => Some(vec![self.b, self.t, self.h, self.k]),
         }
     }
 
@@ -186,7 +219,13 @@ impl Case {
             data
         };
         let q = tensor(positive(normal(rng, b * t * h * k)), &[b, t, h, k], self.dtype)?;
-        let keys = tensor(positive(normal(rng, b * t * h * k)), &[b, t, h, k], self.dtype)?;
+        let mut keys = positive(normal(rng, b * t * h * k));
+        if !self.op.is_additive() {
+            // Longer ones times a beta of 2 would make the state grow without bound.
+            let rows = &mut StdRng::seed_from_u64(!self.seed);
+            set_norms(&mut keys, k, || rows.random_range(0.4..1.0));
+        }
+        let keys = tensor(keys, &[b, t, h, k], self.dtype)?;
         let value = tensor(normal(rng, b * t * hv * v), &[b, t, hv, v], self.dtype)?;
         let gate = match self.gate_shape() {
             Some(shape) => {
@@ -209,8 +248,25 @@ impl Case {
         }
         let d_out = tensor(normal(rng, b * t * hv * v), &[b, t, hv, v], self.dtype)?;
         let d_kv = kv_of(normal(rng, n * hv * k * v))?;
+        let (mut beta, mut low, mut rank) = (None, None, None);
+        match self.op {
+            Op::DeltaRule | Op::GatedDeltaRule | Op::Kda => {
+                let data = (0..b * t * hv).map(|_| 2.0 * rng.random::<f32>()).collect();
+                beta = Some(tensor(data, &[b, t, hv], self.gate_dtype)?);
+            }
+            Op::Rwkv7 => {
+                let [mut a, mut other] = [(); 2].map(|()| normal(rng, b * t * h * k));
+                set_norms(&mut a, k, || 1.0);
+                set_norms(&mut other, k, || 0.1);
+                let of_a = a.iter().map(|a| -a * rng.random::<f32>());
+                let data = of_a.zip(other).map(|(x, y)| x + y).collect();
+                low = Some(tensor(a.clone(), &[b, t, h, k], self.gate_dtype)?);
+                rank = Some(tensor(data, &[b, t, h, k], self.gate_dtype)?);
+            }
+            _ => {}
+        }
         Ok(Inputs {
-            args: [Some(q), Some(keys), Some(value), gate, initial_kv, initial_z],
+            args: [Some(q), Some(keys), Some(value), gate, initial_kv, initial_z, beta, low, rank],
             cotangents: [Some(d_out), Some(d_kv), d_z],
         })
     }
@@ -232,10 +288,15 @@ impl Case {
             k: required(1)?,
             v: required(2)?,
             decay: match self.op {
-                Op::LinearAttn => Decay::None,
+                Op::LinearAttn | Op::DeltaRule => Decay::None,
                 Op::Retention => Decay::PerHead(required(GATE)?),
-                Op::SimpleGla => Decay::PerToken(required(GATE)?),
-                Op::Gla => Decay::PerChannel(required(GATE)?),
+                Op::SimpleGla | Op::GatedDeltaRule => Decay::PerToken(required(GATE)?),
+                Op::Gla | Op::Kda | Op::Rwkv7 => Decay::PerChannel(required(GATE)?),
+            },
+            update: match self.op {
+                Op::DeltaRule | Op::GatedDeltaRule | Op::Kda => Update::Delta { beta: required(BETA)? },
+                Op::Rwkv7 => Update::LowRank { a: required(BETA + 1)?, b: required(BETA + 2)? },
+                _ => Update::Additive,
             },
             kv: flat(4)?,
             z: flat(5)?,

@@ -36,7 +36,7 @@ pub fn values(t: &Tensor) -> Result<Vec<f64>> {
 #[derive(Debug, Clone)]
 pub struct Expected {
     pub outputs: [Vec<f64>; 3],
-    pub grads: [Vec<f64>; 6],
+    pub grads: [Vec<f64>; 9],
     /// The norm of the terms of the gate's gradient: a decay that tokens share adds up many that cancel.
     pub gate_terms: f64,
 }
@@ -45,7 +45,7 @@ impl Expected {
     pub fn new(o: Outputs, g: Gradients) -> Self {
         Self {
             outputs: [o.out, o.kv, o.z],
-            grads: [g.q, g.k, g.v, g.log_decay, g.kv, g.z],
+            grads: [g.q, g.k, g.v, g.log_decay, g.kv, g.z, g.beta, g.a, g.b],
             gate_terms: g.log_decay_terms,
         }
     }

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor};
 use std::collections::HashMap;
 use std::path::Path;
 
-pub const CASES: [&str; 9] = [
+pub const CASES: [&str; 13] = [
     "linear_attn-scale_none",
     "linear_attn-scale_half",
     "linear_attn-scale_minus1",
@@ -17,6 +17,10 @@ pub const CASES: [&str; 9] = [
     "simple_gla",
     "gla",
     "gla-strong_decay",
+    "delta_rule",
+    "gated_delta_rule-gva",
+    "kda",
+    "rwkv7",
 ];
 
 pub struct Golden {
@@ -41,6 +45,10 @@ pub fn load(name: &str) -> Golden {
         "retention" => Op::Retention,
         "simple_gla" => Op::SimpleGla,
         "gla" => Op::Gla,
+        "delta_rule" => Op::DeltaRule,
+        "gated_delta_rule" => Op::GatedDeltaRule,
+        "kda" => Op::Kda,
+        "rwkv7" => Op::Rwkv7,
         other => panic!("no operator {other}"),
     };
     let (b, t, h, k) = tensors["q"].dims4().unwrap();
@@ -67,8 +75,8 @@ pub fn load(name: &str) -> Golden {
         ..Case::default()
     };
     let get = |key: &str| tensors.get(key).cloned();
-    let inputs =
-        Inputs { args: ["q", "k", "v", "g", "h0", "z0"].map(get), cotangents: ["do", "dht", "dzt"].map(get) };
+    let args = ["q", "k", "v", "g", "h0", "z0", "beta", "a", "b"];
+    let inputs = Inputs { args: args.map(get), cotangents: ["do", "dht", "dzt"].map(get) };
     Golden { case, inputs, tensors }
 }
 
@@ -86,7 +94,7 @@ impl Golden {
         };
         Expected {
             outputs: ["o", "ht", "zt"].map(get),
-            grads: ["dq", "dk", "dv", "dg", "dh0", "dz0"].map(get),
+            grads: ["dq", "dk", "dv", "dg", "dh0", "dz0", "dbeta", "da", "db"].map(get),
             gate_terms: 0.0,
         }
     }

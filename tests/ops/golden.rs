@@ -68,3 +68,23 @@ fn gla() {
 fn gla_with_strong_decay() {
     check("gla-strong_decay");
 }
+
+#[test]
+fn delta_rule() {
+    check("delta_rule");
+}
+
+#[test]
+fn gated_delta_rule_with_grouped_values() {
+    check("gated_delta_rule-gva");
+}
+
+#[test]
+fn kda() {
+    check("kda");
+}
+
+#[test]
+fn rwkv7() {
+    check("rwkv7");
+}

@@ -1,6 +1,6 @@
 //! How the operators sit in Candle's graph: what is tracked, what a second backward sees, what threads may do.
 
-use crate::case::{ARGS, Case, Inputs, Op};
+use crate::case::{ARGS, Case, Inputs, Op, Vars};
 use crate::compare::{Expected, close, inner, loss, values};
 use crate::run::{Graph, MODES};
 use candle_core::backprop::GradStore;
@@ -16,7 +16,7 @@ fn cases() -> Vec<Case> {
 
 /// One forward with every input a variable.
 struct Forward {
-    vars: [Option<Var>; 6],
+    vars: Vars,
     outputs: [Option<Tensor>; 3],
 }
 
@@ -30,7 +30,7 @@ fn forward(case: &Case, inputs: &Inputs, mode: Mode) -> Result<Forward> {
     Ok(Forward { vars, outputs })
 }
 
-pub fn check_grads(vars: &[Option<Var>; 6], store: &GradStore, want: &Expected, label: &str) {
+pub fn check_grads(vars: &Vars, store: &GradStore, want: &Expected, label: &str) {
     for (i, var) in vars.iter().enumerate() {
         let Some(var) = var else { continue };
         let label = format!("{label}: gradient of {}", ARGS[i]);

@@ -4,7 +4,8 @@
 use crate::case::Op;
 use crate::run::MODES;
 use candle_core::{Device, Result, Tensor, Var};
-use candle_linear_attn::{Options, Output, gla, linear_attn, retention, simple_gla};
+use candle_linear_attn::{Options, Output};
+use candle_linear_attn::{delta_rule, gated_delta_rule, gla, kda, linear_attn, retention, rwkv7, simple_gla};
 
 /// `[B, T, H, HV, K, V]`
 type Sizes = [usize; 6];
@@ -22,6 +23,13 @@ fn call(op: Op, [b, t, h, hv, k, v]: Sizes, tracked: bool, opts: &Options) -> Re
         Op::Retention => retention(&q, &q, &v, &expanded(&[hv])?, opts),
         Op::SimpleGla => simple_gla(&q, &q, &v, &expanded(&[b, t, hv])?, opts),
         Op::Gla => gla(&q, &q, &v, &expanded(&[b, t, hv, k])?, opts),
+        Op::DeltaRule => delta_rule(&q, &q, &v, &expanded(&[b, t, hv])?, opts),
+        Op::GatedDeltaRule => {
+            let x = expanded(&[b, t, hv])?;
+            gated_delta_rule(&q, &q, &v, &x, &x, opts)
+        }
+        Op::Kda => kda(&q, &q, &v, &expanded(&[b, t, hv, k])?, &expanded(&[b, t, hv])?, opts),
+        Op::Rwkv7 => rwkv7(&q, &q, &v, &q, &q, &q, opts),
     }
 }
 

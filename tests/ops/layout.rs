@@ -1,6 +1,6 @@
 //! Ways for a tensor to lie in memory: strides, offsets, repeated elements.
 
-use crate::case::{ARGS, Case};
+use crate::case::{ARGS, Case, Vars};
 use crate::compare::{close, values};
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Result, Shape, Tensor, Var};
@@ -85,10 +85,10 @@ impl Layout {
 /// `layout`; the rest are contiguous.
 pub fn check_on(device: &Device, case: &Case, layout: Layout, chosen: &[usize], limits: [f64; 2]) {
     let mut inputs = case.inputs().unwrap().on(device).unwrap();
-    let mut vars: [Option<Var>; 6] = Default::default();
+    let mut vars: Vars = Default::default();
     let mut args = inputs.args.clone();
     let lies_so = |i: usize, x: &Tensor| chosen.contains(&i) && layout.fits(x.rank());
-    for i in 0..6 {
+    for i in 0..ARGS.len() {
         let Some(x) = &inputs.args[i] else { continue };
         let var = match lies_so(i, x) {
             true => Var::from_tensor(&layout.base(x).unwrap()).unwrap(),

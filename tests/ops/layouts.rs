@@ -18,7 +18,7 @@ fn case(op: Op) -> Case {
 fn every_input_in_every_layout() {
     for op in Op::ALL {
         for layout in ALL {
-            check(&case(op), layout, &[0, 1, 2, 3, 4, 5]);
+            check(&case(op), layout, &[0, 1, 2, 3, 4, 5, 6, 7, 8]);
         }
     }
 }
@@ -26,8 +26,13 @@ fn every_input_in_every_layout() {
 #[test]
 fn one_input_in_every_layout() {
     for layout in ALL {
-        for only in 0..6 {
-            let op = if only == 3 { Op::Gla } else { Op::LinearAttn };
+        for only in 0..ARGS.len() {
+            let op = match only {
+                3 => Op::Gla,
+                6 => Op::Kda,
+                7 | 8 => Op::Rwkv7,
+                _ => Op::LinearAttn,
+            };
             let normalize = op == Op::LinearAttn && only == 5;
             check(&Case { normalize, ..case(op) }, layout, &[only]);
         }
@@ -42,6 +47,9 @@ fn packed_sequences_in_every_layout() {
     for layout in ALL {
         let case = Case { b: 1, cu_seqlens: Some(vec![0, 0, 1, 50, 67]), ..case(Op::SimpleGla) };
         check(&case, layout, &[0, 1, 2, 3, 4]);
+        for op in [Op::GatedDeltaRule, Op::Rwkv7] {
+            check(&Case { op, ..case.clone() }, layout, &[0, 1, 2, 3, 4, 6, 7, 8]);
+        }
     }
 }
 

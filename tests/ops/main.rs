@@ -14,6 +14,7 @@ mod golden;
 mod reference_checks;
 
 mod bad_input;
+mod delta;
 mod dtypes;
 mod edges;
 mod graph;

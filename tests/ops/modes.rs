@@ -38,6 +38,26 @@ fn gla_agrees_for_every_scale_and_length() {
     every_scale_and_length(Op::Gla);
 }
 
+#[test]
+fn delta_rule_agrees_for_every_scale_and_length() {
+    every_scale_and_length(Op::DeltaRule);
+}
+
+#[test]
+fn gated_delta_rule_agrees_for_every_scale_and_length() {
+    every_scale_and_length(Op::GatedDeltaRule);
+}
+
+#[test]
+fn kda_agrees_for_every_scale_and_length() {
+    every_scale_and_length(Op::Kda);
+}
+
+#[test]
+fn rwkv7_agrees_for_every_scale_and_length() {
+    every_scale_and_length(Op::Rwkv7);
+}
+
 /// FLA issue 47: the fused chunk backward applied the scale to dk but not to the part of dv that comes from other
 /// chunks. dv was wrong as soon as the scale was not 1 and there was a second chunk; every forward test passed.
 #[test]

@@ -1,7 +1,7 @@
 //! Backward passes over one graph that run inside one another, on one thread: what a thread does that waits in one pass
 //! and is given a task with another.
 
-use crate::case::{Case, Inputs, Op};
+use crate::case::{Case, Inputs, Op, Vars};
 use crate::compare::{inner, loss};
 use crate::graph::check_grads;
 use crate::run::MODES;
@@ -36,7 +36,7 @@ impl CustomOp1 for Interrupt {
 
 /// An operator whose inputs and outputs all go through interrupts.
 struct Forward {
-    vars: [Option<Var>; 6],
+    vars: Vars,
     outputs: [Option<Tensor>; 3],
     /// Those of the inputs, then those of the outputs.
     interrupts: Vec<Interrupt>,

@@ -1,6 +1,6 @@
 //! Random problems: sizes, options, what is tracked and what the loss sees.
 
-use crate::case::{Case, Gates, HEAD_SIZES, LENGTHS, Op, SCALES};
+use crate::case::{ARGS, Case, Gates, HEAD_SIZES, LENGTHS, Op, SCALES};
 use crate::run::Graph;
 use candle_core::DType;
 use proptest::prelude::*;
@@ -81,7 +81,7 @@ prop_compose! {
 }
 
 prop_compose! {
-    fn graph()(loss: [bool; 3], tracked: [bool; 6], leaves: bool) -> Graph {
+    fn graph()(loss: [bool; 3], tracked: [bool; 9], leaves: bool) -> Graph {
         Graph { loss, tracked, leaves }
     }
 }
@@ -105,6 +105,10 @@ agrees_with_the_reference! {
     retention_on_random_problems: Op::Retention;
     simple_gla_on_random_problems: Op::SimpleGla;
     gla_on_random_problems: Op::Gla;
+    delta_rule_on_random_problems: Op::DeltaRule;
+    gated_delta_rule_on_random_problems: Op::GatedDeltaRule;
+    kda_on_random_problems: Op::Kda;
+    rwkv7_on_random_problems: Op::Rwkv7;
 }
 
 proptest! {
@@ -141,7 +145,7 @@ fn each_input_alone_for_each_loss() {
     for op in Op::ALL {
         for normalize in [false, op == Op::LinearAttn] {
             for loss in losses {
-                for only in 0..6 {
+                for only in 0..ARGS.len() {
                     for leaves in [true, false] {
                         let tracked = std::array::from_fn(|i| i == only);
                         Case { op, normalize, t: 70, k: 5, v: 9, group: 2, ..Case::default() }

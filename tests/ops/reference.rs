@@ -1,7 +1,10 @@
 //! The one reference implementation: the recurrence, token by token, in f64, with nothing rearranged.
 //!
 //! ```text
-//! S_t = diag(exp g_t) S_{t-1} + k_t v_t^T        z_t = z_{t-1} + k_t
+//! S~_t = diag(exp g_t) S_{t-1}
+//! S_t = S~_t + k_t v_t^T                          z_t = z_{t-1} + k_t
+//! S_t = S~_t + k_t (beta_t (v_t - S~_t^T k_t))^T  delta
+//! S_t = S~_t + k_t v_t^T + b_t (S_{t-1}^T a_t)^T  low rank
 //! o_t = scale * S_t^T q_t                        (/ (scale * q_t . z_t + eps) if normalised)
 //! ```
 //!
@@ -36,6 +39,21 @@ pub enum Decay {
     PerChannel(Vec<f64>),
 }
 
+/// What a token writes.
+#[derive(Debug, Clone)]
+pub enum Update {
+    Additive,
+    /// `[B, T, HV]`
+    Delta {
+        beta: Vec<f64>,
+    },
+    /// Both `[B, T, H, K]`; a decay per channel is that too.
+    LowRank {
+        a: Vec<f64>,
+        b: Vec<f64>,
+    },
+}
+
 /// Inputs, each flat in the layout of the operators: `q, k [B,T,H,K]`, `v [B,T,HV,V]`, `kv [N,HV,K,V]`, `z [N,HV,K]`.
 #[derive(Debug, Clone)]
 pub struct Problem {
@@ -47,6 +65,7 @@ pub struct Problem {
     pub k: Vec<f64>,
     pub v: Vec<f64>,
     pub decay: Decay,
+    pub update: Update,
     pub kv: Option<Vec<f64>>,
     pub z: Option<Vec<f64>>,
 }
@@ -70,6 +89,10 @@ pub struct Gradients {
     pub log_decay_terms: f64,
     pub kv: Vec<f64>,
     pub z: Vec<f64>,
+    /// Empty where there is no such input, as are `a` and `b`.
+    pub beta: Vec<f64>,
+    pub a: Vec<f64>,
+    pub b: Vec<f64>,
 }
 
 /// One value head of one sequence: where its tokens and its state are.
@@ -128,7 +151,10 @@ impl Problem {
             Decay::None => None,
             Decay::PerHead(_) => Some(lane.hv),
             Decay::PerToken(_) => Some(token),
-            Decay::PerChannel(_) => Some(token * self.sizes.k + c),
+            Decay::PerChannel(_) => match self.update {
+                Update::LowRank { .. } => Some(self.key_at(lane, t) + c),
+                _ => Some(token * self.sizes.k + c),
+            },
         }
     }
 
@@ -148,15 +174,38 @@ impl Problem {
         State { s: part(&self.kv, k * v), z: part(&self.z, k) }
     }
 
+    /// What token `t` writes with its key, and what it reads from the state before it writes, in order to.
+    fn written(&self, lane: &Lane, t: usize, before: &State) -> (Vec<f64>, Vec<f64>) {
+        let Sizes { k: kn, v: vn, hv, .. } = self.sizes;
+        let key_at = self.key_at(lane, t);
+        let value = self.v[self.value_at(lane, t)..][..vn].to_vec();
+        let read = |by: &dyn Fn(usize) -> f64| -> Vec<f64> {
+            (0..vn).map(|j| (0..kn).map(|c| by(c) * before.s[c * vn + j]).sum()).collect()
+        };
+        match &self.update {
+            Update::Additive => (value, vec![]),
+            Update::Delta { beta } => {
+                let beta = beta[(lane.batch * self.sizes.t + t) * hv + lane.hv];
+                let old = read(&|c| self.k[key_at + c] * self.decay(lane, t, c));
+                (value.iter().zip(&old).map(|(v, old)| beta * (v - old)).collect(), old)
+            }
+            Update::LowRank { a, .. } => (value, read(&|c| a[key_at + c])),
+        }
+    }
+
     /// The state after token `t`, from the state before it.
     fn step(&self, lane: &Lane, t: usize, state: &mut State) {
         let Sizes { k: kn, v: vn, .. } = self.sizes;
-        let key = &self.k[self.key_at(lane, t)..][..kn];
-        let value = &self.v[self.value_at(lane, t)..][..vn];
-        for (c, key) in key.iter().enumerate() {
+        let key_at = self.key_at(lane, t);
+        let (written, read) = self.written(lane, t, state);
+        for (c, key) in self.k[key_at..][..kn].iter().enumerate() {
             let decay = self.decay(lane, t, c);
-            for (s, v) in state.s[c * vn..][..vn].iter_mut().zip(value) {
-                *s = *s * decay + key * v;
+            let row = &mut state.s[c * vn..][..vn];
+            for (s, u) in row.iter_mut().zip(&written) {
+                *s = *s * decay + key * u;
+            }
+            if let Update::LowRank { b, .. } = &self.update {
+                row.iter_mut().zip(&read).for_each(|(s, w)| *s += b[key_at + c] * w);
             }
             state.z[c] += key;
         }
@@ -214,6 +263,9 @@ impl Problem {
             log_decay_terms: 0.0,
             kv: vec![0.0; self.n_states() * hv * k * v],
             z: vec![0.0; self.n_states() * hv * k],
+            beta: vec![0.0; if let Update::Delta { beta } = &self.update { beta.len() } else { 0 }],
+            a: vec![0.0; if let Update::LowRank { a, .. } = &self.update { a.len() } else { 0 }],
+            b: vec![0.0; if let Update::LowRank { b, .. } = &self.update { b.len() } else { 0 }],
         };
         for lane in self.lanes() {
             let mut states = vec![self.initial(&lane)];
@@ -275,21 +327,48 @@ impl Problem {
         d_state: &mut State,
         grads: &mut Gradients,
     ) {
-        let Sizes { k: kn, v: vn, .. } = self.sizes;
+        let Sizes { k: kn, v: vn, hv, .. } = self.sizes;
         let (key_at, value_at) = (self.key_at(lane, t), self.value_at(lane, t));
-        for c in 0..kn {
-            let row = &mut d_state.s[c * vn..][..vn];
-            grads.k[key_at + c] += dot(row, &self.v[value_at..][..vn]) + d_state.z[c];
-            for (dv, ds) in grads.v[value_at..][..vn].iter_mut().zip(&*row) {
-                *dv += self.k[key_at + c] * ds;
+        let (written, read) = self.written(lane, t, before);
+        let times_state = |d: &[f64], by: &[f64]| -> Vec<f64> {
+            (0..vn).map(|j| (0..kn).map(|c| by[c] * d[c * vn + j]).sum()).collect()
+        };
+        let d_written = times_state(&d_state.s, &self.k[key_at..][..kn]);
+        // The gradient of what was read, and of the value.
+        let (mut d_read, mut d_value) = (vec![], d_written.clone());
+        match &self.update {
+            Update::Additive => {}
+            Update::Delta { beta } => {
+                let at = (lane.batch * self.sizes.t + t) * hv + lane.hv;
+                let value = &self.v[value_at..][..vn];
+                grads.beta[at] += (0..vn).map(|j| d_written[j] * (value[j] - read[j])).sum::<f64>();
+                d_value.iter_mut().for_each(|d| *d *= beta[at]);
+                d_read = d_value.iter().map(|d| -d).collect();
             }
+            Update::LowRank { b, .. } => d_read = times_state(&d_state.s, &b[key_at..][..kn]),
+        }
+        grads.v[value_at..][..vn].iter_mut().zip(&d_value).for_each(|(dv, d)| *dv += d);
+        for c in 0..kn {
+            let (row, old) = (&mut d_state.s[c * vn..][..vn], &before.s[c * vn..][..vn]);
             let decay = self.decay(lane, t, c);
+            grads.k[key_at + c] += dot(row, &written) + d_state.z[c];
+            if let Update::Delta { .. } = self.update {
+                grads.k[key_at + c] += decay * dot(old, &d_read);
+                row.iter_mut().zip(&d_read).for_each(|(ds, d)| *ds += self.k[key_at + c] * d);
+            }
             if let Some(at) = self.decay_at(lane, t, c) {
-                let term = decay * dot(row, &before.s[c * vn..][..vn]);
+                let term = decay * dot(row, old);
                 grads.log_decay[at] += term;
                 grads.log_decay_terms += term * term;
             }
+            if let Update::LowRank { .. } = self.update {
+                grads.b[key_at + c] += dot(row, &read);
+                grads.a[key_at + c] += dot(old, &d_read);
+            }
             row.iter_mut().for_each(|ds| *ds *= decay);
+            if let Update::LowRank { a, .. } = &self.update {
+                row.iter_mut().zip(&d_read).for_each(|(ds, d)| *ds += a[key_at + c] * d);
+            }
         }
     }
 }

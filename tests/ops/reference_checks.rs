@@ -1,7 +1,7 @@
 //! The reference's backward against central differences of its forward.
 
 use crate::case::{Case, Gates, Op};
-use crate::reference::{Decay, Outputs, Problem};
+use crate::reference::{Decay, Outputs, Problem, Update};
 
 fn objective(problem: &Problem, d: &Outputs) -> f64 {
     let o = problem.forward();
@@ -16,6 +16,18 @@ fn log_decay(problem: &mut Problem) -> &mut [f64] {
     }
 }
 
+fn beta(problem: &mut Problem) -> &mut [f64] {
+    if let Update::Delta { beta } = &mut problem.update { beta } else { &mut [] }
+}
+
+fn low(problem: &mut Problem) -> &mut [f64] {
+    if let Update::LowRank { a, .. } = &mut problem.update { a } else { &mut [] }
+}
+
+fn rank(problem: &mut Problem) -> &mut [f64] {
+    if let Update::LowRank { b, .. } = &mut problem.update { b } else { &mut [] }
+}
+
 /// Every element of every input.
 fn check(case: &Case) {
     let inputs = case.inputs().unwrap();
@@ -27,13 +39,16 @@ fn check(case: &Case) {
     let d = Outputs { out: d(0), kv: d(1), z: d(2) };
     let grads = problem.backward(&d);
     type Pick = fn(&mut Problem) -> &mut [f64];
-    let inputs: [(&str, Pick, &[f64]); 6] = [
+    let inputs: [(&str, Pick, &[f64]); 9] = [
         ("q", |p| &mut p.q, &grads.q),
         ("k", |p| &mut p.k, &grads.k),
         ("v", |p| &mut p.v, &grads.v),
         ("log decay", log_decay, &grads.log_decay),
         ("kv", |p| p.kv.as_mut().unwrap(), &grads.kv),
         ("z", |p| p.z.as_mut().map_or(&mut [], |z| z), &grads.z),
+        ("beta", beta, &grads.beta),
+        ("a", low, &grads.a),
+        ("b", rank, &grads.b),
     ];
     let step = 1e-5;
     let at = |pick: Pick, i: usize, by: f64| {

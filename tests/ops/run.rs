@@ -1,9 +1,10 @@
 //! Running an operator on a case, and holding the outcome against the reference.
 
-use crate::case::{ARGS, Case, GATE, Inputs, Op};
+use crate::case::{ARGS, Args, BETA, Case, GATE, Inputs, Op, Vars};
 use crate::compare::{Expected, Limits, close, close_for_size, loss};
 use candle_core::{DType, Result, Tensor, Var, backprop::GradStore};
-use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
+use candle_linear_attn::{Mode, Options, Output, State};
+use candle_linear_attn::{delta_rule, gated_delta_rule, gla, kda, linear_attn, retention, rwkv7, simple_gla};
 
 pub const MODES: [Mode; 4] = [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::FusedChunk];
 
@@ -12,14 +13,14 @@ pub const MODES: [Mode; 4] = [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::Fu
 pub struct Graph {
     /// o, final kv, final z.
     pub loss: [bool; 3],
-    pub tracked: [bool; 6],
+    pub tracked: [bool; 9],
     /// Whether the operator sees the variables themselves or something computed from them.
     pub leaves: bool,
 }
 
 impl Graph {
-    pub const ALL: Graph = Graph { loss: [true; 3], tracked: [true; 6], leaves: true };
-    pub const NONE: Graph = Graph { loss: [false; 3], tracked: [false; 6], leaves: true };
+    pub const ALL: Graph = Graph { loss: [true; 3], tracked: [true; 9], leaves: true };
+    pub const NONE: Graph = Graph { loss: [false; 3], tracked: [false; 9], leaves: true };
 
     fn needs_state(&self) -> bool {
         self.loss[1] || self.loss[2]
@@ -30,12 +31,12 @@ impl Graph {
 #[derive(Debug, Clone)]
 pub struct Outcome {
     pub outputs: [Option<Tensor>; 3],
-    pub grads: [Option<Tensor>; 6],
+    pub grads: Args,
 }
 
 impl Case {
     /// The options of this case, initial state included.
-    pub fn options(&self, mode: Mode, args: &[Option<Tensor>; 6]) -> Options {
+    pub fn options(&self, mode: Mode, args: &Args) -> Options {
         let mut opts =
             Options::default().with_mode(mode).with_scale(self.scale).with_normalize(self.normalize);
         if let Some(kv) = &args[4] {
@@ -48,23 +49,27 @@ impl Case {
     }
 
     /// Runs the operator on `args` as they are.
-    pub fn call(&self, args: &[Option<Tensor>; 6], opts: &Options) -> Result<Output> {
-        let [q, k, v, gate, ..] = args;
-        let (Some(q), Some(k), Some(v)) = (q, k, v) else {
-            candle_core::bail!("a case always has q, k and v");
+    pub fn call(&self, args: &Args, opts: &Options) -> Result<Output> {
+        let given = |i: usize| match &args[i] {
+            Some(x) => Ok(x),
+            None => candle_core::bail!("{:?} needs {}", self.op, ARGS[i]),
         };
-        match (self.op, gate) {
-            (Op::LinearAttn, _) => linear_attn(q, k, v, opts),
-            (Op::Retention, Some(g)) => retention(q, k, v, g, opts),
-            (Op::SimpleGla, Some(g)) => simple_gla(q, k, v, g, opts),
-            (Op::Gla, Some(g)) => gla(q, k, v, g, opts),
-            (op, None) => candle_core::bail!("{op:?} needs a gate"),
+        let (q, k, v) = (given(0)?, given(1)?, given(2)?);
+        match self.op {
+            Op::LinearAttn => linear_attn(q, k, v, opts),
+            Op::Retention => retention(q, k, v, given(GATE)?, opts),
+            Op::SimpleGla => simple_gla(q, k, v, given(GATE)?, opts),
+            Op::Gla => gla(q, k, v, given(GATE)?, opts),
+            Op::DeltaRule => delta_rule(q, k, v, given(BETA)?, opts),
+            Op::GatedDeltaRule => gated_delta_rule(q, k, v, given(GATE)?, given(BETA)?, opts),
+            Op::Kda => kda(q, k, v, given(GATE)?, given(BETA)?, opts),
+            Op::Rwkv7 => rwkv7(q, k, v, given(BETA + 1)?, given(BETA + 2)?, given(GATE)?, opts),
         }
     }
 
     /// Forward, and backward if `graph` asks for it.
     pub fn run(&self, mode: Mode, inputs: &Inputs, graph: Graph) -> Result<Outcome> {
-        let mut vars: [Option<Var>; 6] = Default::default();
+        let mut vars: Vars = Default::default();
         let mut args = inputs.args.clone();
         for (i, arg) in args.iter_mut().enumerate() {
             if let (true, Some(tensor)) = (graph.tracked[i], &arg) {
@@ -89,7 +94,7 @@ impl Case {
     pub fn run_on(
         &self,
         mode: Mode,
-        args: &[Option<Tensor>; 6],
+        args: &Args,
         cotangents: &[Option<Tensor>; 3],
         wanted: [bool; 3],
     ) -> Result<([Option<Tensor>; 3], Option<GradStore>)> {
@@ -148,7 +153,7 @@ impl Case {
             }
             let dtype = match i {
                 0..GATE => self.dtype,
-                GATE => self.gate_dtype,
+                GATE | BETA.. => self.gate_dtype,
                 _ => DType::F32,
             };
             let limit = if dtype == DType::F32 { limits.f32_grad } else { limits.grad };

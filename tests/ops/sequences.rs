@@ -1,6 +1,6 @@
 //! What time means: splitting, decoding, packing, causality; and what it does not touch: heads, batch entries, v's scale.
 
-use crate::case::{Case, GATE, Inputs, Op};
+use crate::case::{ARGS, Args, BETA, Case, GATE, Inputs, Op};
 use crate::compare::{Expected, close, inner, relative_error, values};
 use crate::run::{Graph, MODES, Outcome};
 use candle_core::{DType, Result, Tensor, Var};
@@ -9,9 +9,9 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 /// The arguments for tokens `from..from + len`: everything with a time dimension is cut.
-fn cut(case: &Case, args: &[Option<Tensor>; 6], from: usize, len: usize) -> [Option<Tensor>; 6] {
+fn cut(case: &Case, args: &Args, from: usize, len: usize) -> Args {
     std::array::from_fn(|i| {
-        let timeless = i > GATE || (i == GATE && case.op == Op::Retention);
+        let timeless = matches!(i, 4 | 5) || (i == GATE && case.op == Op::Retention);
         let cut = |x: &Tensor| x.narrow(1, from, len).unwrap();
         match timeless {
             true => args[i].clone(),
@@ -45,7 +45,7 @@ fn run_in_pieces(case: &Case, inputs: &Inputs, pieces: &[(usize, Mode)]) -> Resu
 
 fn expected(case: &Case, inputs: &Inputs) -> Expected {
     let mut want = case.expected(inputs, [true; 3]).unwrap();
-    for i in 0..6 {
+    for i in 0..ARGS.len() {
         if inputs.args[i].is_none() {
             want.grads[i].clear();
         }
@@ -143,8 +143,10 @@ fn causal_cases() -> Vec<Case> {
 
 /// The arguments that have tokens.
 fn with_tokens(case: &Case) -> Vec<usize> {
-    let gate = matches!(case.op, Op::SimpleGla | Op::Gla);
-    (0..=2).chain(gate.then_some(GATE)).collect()
+    let gate = Op::GATED.contains(&case.op) && case.op != Op::Retention;
+    let beta = matches!(case.op, Op::DeltaRule | Op::GatedDeltaRule | Op::Kda);
+    let rest = if case.op == Op::Rwkv7 { BETA + 1..ARGS.len() } else { 0..0 };
+    (0..=2).chain(gate.then_some(GATE)).chain(beta.then_some(BETA)).chain(rest).collect()
 }
 
 const TOKENS: [usize; 9] = [1, 15, 16, 40, 63, 64, 100, 128, 139];
@@ -196,7 +198,7 @@ fn linear_in_v_and_the_initial_state() {
                 mixed[i] = Some((a.affine(2.0, 0.0).unwrap() - b.affine(0.5, 0.0).unwrap()).unwrap());
             }
             for mode in MODES {
-                let out = |args: &[Option<Tensor>; 6]| {
+                let out = |args: &Args| {
                     let result = case.call(args, &case.options(mode, args)).unwrap();
                     values(&result.out).unwrap()
                 };
@@ -217,7 +219,7 @@ fn heads_and_batch_entries_are_independent() {
         let inputs = case.inputs().unwrap();
         for (batch_dim, order) in [(false, [2u32, 0, 1]), (true, [1, 2, 0])] {
             let order = Tensor::new(&order, &candle_core::Device::Cpu).unwrap();
-            let permuted: [Option<Tensor>; 6] = std::array::from_fn(|i| {
+            let permuted: Args = std::array::from_fn(|i| {
                 let x = inputs.args[i].as_ref()?;
                 let retention_gate = i == GATE && op == Op::Retention;
                 let dim = match (batch_dim, i) {
@@ -230,8 +232,7 @@ fn heads_and_batch_entries_are_independent() {
                 Some(x.index_select(&order, dim).unwrap())
             });
             for mode in MODES {
-                let out =
-                    |args: &[Option<Tensor>; 6]| case.call(args, &case.options(mode, args)).unwrap().out;
+                let out = |args: &Args| case.call(args, &case.options(mode, args)).unwrap().out;
                 let dim = if batch_dim { 0 } else { 2 };
                 let want = out(&inputs.args).index_select(&order, dim).unwrap();
                 let label = format!("{op:?} {mode:?} batch: {batch_dim}");
@@ -269,7 +270,7 @@ fn packed_sequences_equal_one_by_one() {
                 for i in 0..3 {
                     compare("output", &packed.outputs[i], &single.outputs[i]);
                 }
-                for i in 0..6 {
+                for i in 0..ARGS.len() {
                     assert_eq!(packed.grads[i].is_some(), single.grads[i].is_some());
                     compare("gradient", &packed.grads[i], &single.grads[i]);
                 }
@@ -285,7 +286,7 @@ fn one_by_one(case: &Case, inputs: &Inputs, mode: Mode, lengths: &[usize]) -> Re
     let (mut outs, mut kvs, mut zs, mut from) = (Vec::new(), Vec::new(), Vec::new(), 0);
     for (n, &len) in lengths.iter().enumerate() {
         let mut piece = cut(case, &args, from, len);
-        for state in piece[4..].iter_mut().flatten() {
+        for state in piece[4..BETA].iter_mut().flatten() {
             *state = state.narrow(0, n, 1)?;
         }
         let opts = alone.options(mode, &piece).with_final_state(true);

@@ -1,6 +1,6 @@
 //! The matrix product of a projection.
 
-use super::product::{Matrix, product};
+use super::product::{Matrix, product, product_of};
 use super::{Held, fits, values};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
@@ -63,7 +63,11 @@ impl CustomOp2 for Linear {
         let ((outputs, inputs), rows) = (wl.shape().dims2()?, self.rows(xl.shape(), wl.shape())?);
         let xs = Matrix::new(values(x, xl)?, rows, inputs)?;
         let weight = Matrix::new(values(w, wl)?, outputs, inputs)?;
-        Ok((CpuStorage::F32(product(xs, weight.transposed())), self.dims.clone()))
+        let tokens = match xl.dims() {
+            [_, tokens, _, ..] => *tokens,
+            _ => rows,
+        };
+        Ok((CpuStorage::F32(product_of(tokens, xs, weight.transposed())), self.dims.clone()))
     }
 
     fn cuda_fwd(

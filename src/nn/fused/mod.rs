@@ -10,14 +10,20 @@ mod linear;
 mod log_sigmoid;
 mod product;
 mod rms_norm;
+mod short_conv;
+mod standardize;
 mod swiglu;
 
 pub(crate) use linear::linear;
 pub(crate) use log_sigmoid::log_sigmoid;
-pub(crate) use rms_norm::{rms_norm, rms_norm_silu};
+pub(crate) use rms_norm::{Gate, rms_norm, rms_norm_gated};
+pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
+pub(crate) use standardize::standardize;
 pub(crate) use swiglu::swiglu;
 
+use crate::cpu::exp::exp;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};
+use pulp::Arch;
 
 /// Elements that a thread takes at a time.
 const BLOCK: usize = 1 << 14;
@@ -52,8 +58,22 @@ impl<'a> Held<'a> {
     }
 }
 
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
-    1. / (1. + (-x).exp())
+    1. / (1. + exp(-x))
+}
+
+/// The derivative of `x * sigmoid(x)`.
+#[inline(always)]
+fn silu_slope(x: f32) -> f32 {
+    let s = sigmoid(x);
+    s * (1. + x * (1. - s))
+}
+
+/// Runs a loop that has been compiled for the vector units there are.
+#[inline(always)]
+fn vectorized<R>(body: impl FnOnce() -> R) -> R {
+    Arch::new().dispatch(body)
 }
 
 #[cfg(test)]

@@ -10,8 +10,10 @@ use gemm::{Parallelism, gemm};
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
-/// Rows up to which a product takes the time that its weights take to be read: once, each for all rows.
+/// Tokens of a sequence up to which a product takes the time that its weights take to be read.
 const FEW: usize = 8;
+/// Rows that weights are read for at once; all of them stay in the cache meanwhile.
+const GROUP: usize = 64;
 /// Weights from which on other threads are worth the time it takes to wake them.
 const LEAST_PARALLEL: usize = 1 << 20;
 /// Outputs that a thread takes at a time.
@@ -43,11 +45,22 @@ impl<'a> Matrix<'a> {
 
 /// `a b`, row-major.
 pub(super) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
+    product_of(a.rows, a, b)
+}
+
+/// The same for the rows of sequences of so many tokens each. That alone decides the order of the sums, so that sequences
+/// decoded together get what each would get alone.
+pub(super) fn product_of(tokens: usize, a: Matrix, b: Matrix) -> Vec<f32> {
     let (m, k, n) = (a.rows, a.cols, b.cols);
     assert_eq!(k, b.rows, "matrices that do not fit");
     // A product with columns of weights that lie as they are read, as a projection's do.
-    if m <= FEW && a.strides[1] == 1 && b.strides[0] == 1 {
-        return few_rows(a, b);
+    if a.strides[1] == 1 && b.strides[0] == 1 {
+        if tokens <= FEW {
+            return groups(a, b);
+        }
+        if is_narrow(k, n) {
+            return narrow(a, b);
+        }
     }
     let mut c = vec![0.; m * n];
     let threads = rayon::current_num_threads();
@@ -79,6 +92,37 @@ pub(super) fn product(a: Matrix, b: Matrix) -> Vec<f32> {
         );
     }
     c
+}
+
+/// Whether `gemm` would choose the order of a sum by the number of rows, so that a sequence would get another result in
+/// another company: it has a kernel of its own for results of up to 256 elements, and cuts long sums elsewhere if neither
+/// rows nor columns are more than 64.
+fn is_narrow(k: usize, n: usize) -> bool {
+    n <= 256 / FEW || (n <= 64 && k > 512)
+}
+
+/// A few rows after the other, each as if it were alone.
+fn narrow(a: Matrix, b: Matrix) -> Vec<f32> {
+    let (n, stride) = (b.cols, a.strides[0]);
+    let mut c = vec![0.; a.rows * n];
+    c.par_chunks_mut((FEW * n).max(1)).enumerate().for_each(|(block, c)| {
+        let rows = c.len() / n;
+        let some = Matrix { data: &a.data[block * FEW * stride..], rows, ..a };
+        let mut columns = vec![0.; n * rows];
+        Arch::new().dispatch(Dots { a: some, b, outputs: 0..n, y: &mut columns });
+        for (i, row) in c.chunks_exact_mut(n).enumerate() {
+            row.iter_mut().zip(columns[i..].iter().step_by(rows)).for_each(|(y, x)| *y = *x);
+        }
+    });
+    c
+}
+
+fn groups(a: Matrix, b: Matrix) -> Vec<f32> {
+    if a.rows <= GROUP {
+        return few_rows(a, b);
+    }
+    let group = |from| Matrix { data: &a.data[from * a.strides[0]..], rows: GROUP.min(a.rows - from), ..a };
+    (0..a.rows).step_by(GROUP).flat_map(|from| few_rows(group(from), b)).collect()
 }
 
 /// Every element is a sum in the same order however many rows and threads there are: sequences that are decoded together
@@ -208,6 +252,32 @@ mod tests {
             assert_is_product(&together, Matrix::new(&x, FEW, k).unwrap(), w);
             for (i, row) in together.chunks_exact(n).enumerate() {
                 assert!(row == of(i..i + 1), "{threads} threads, row {i}");
+            }
+            // As many sequences of one token each.
+            let many = random(150 * k, rng);
+            let all = pool.install(|| product_of(1, Matrix::new(&many, 150, k).unwrap(), w));
+            for (i, row) in all.chunks_exact(n).enumerate() {
+                let one = Matrix::new(&many[i * k..(i + 1) * k], 1, k).unwrap();
+                assert!(row == pool.install(|| product(one, w)), "{threads} threads, row {i} of many");
+            }
+        }
+    }
+
+    /// On both sides of every size at which `gemm` changes its ways.
+    #[test]
+    fn many_rows_are_fewer_rows_to_the_bit() {
+        let rng = &mut StdRng::seed_from_u64(3);
+        for k in [3, 64, 700, 1500] {
+            for n in [1, 16, 28, 29, 32, 33, 64, 65, 200] {
+                let (x, w) = (random(150 * k, rng), random(n * k, rng));
+                let w = Matrix::new(&w, n, k).unwrap().transposed();
+                let of = |rows: Range<usize>| {
+                    product(Matrix::new(&x[rows.start * k..rows.end * k], rows.len(), k).unwrap(), w)
+                };
+                let all = of(0..150);
+                for rows in [0..9, 9..20, 20..53, 53..118, 118..150, 3..140] {
+                    assert!(all[rows.start * n..rows.end * n] == of(rows.clone()), "{rows:?}, {k}, {n}");
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Root-mean-square norms, alone and with a SiLU gate.
 
-use super::{BLOCK, Held, fits, sigmoid, values};
+use super::{BLOCK, Held, fits, sigmoid, silu_slope, values, vectorized};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -13,19 +13,56 @@ pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor>
     }
 }
 
-/// [`rms_norm`] times `silu(gate)`, f32. `gate` has the elements of `xs` in the same order, in any shape, and gives the
-/// result its shape.
-pub(crate) fn rms_norm_silu(xs: &Tensor, weight: &Tensor, gate: &Tensor, eps: f64) -> Result<Tensor> {
+/// The function on the gate of a [`rms_norm_gated`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gate {
+    Silu,
+    Sigmoid,
+}
+
+impl Gate {
+    #[inline(always)]
+    fn value(self, x: f32) -> f32 {
+        match self {
+            Self::Silu => x * sigmoid(x),
+            Self::Sigmoid => sigmoid(x),
+        }
+    }
+
+    #[inline(always)]
+    fn slope(self, x: f32) -> f32 {
+        match self {
+            Self::Silu => silu_slope(x),
+            Self::Sigmoid => sigmoid(x) * (1. - sigmoid(x)),
+        }
+    }
+
+    fn composed(self, xs: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Silu => xs.silu(),
+            Self::Sigmoid => candle_nn::ops::sigmoid(xs),
+        }
+    }
+}
+
+/// [`rms_norm`] times a function of `gate`, f32. `gate` has the elements of `xs` in the same order, in any shape, and
+/// gives the result its shape.
+pub(crate) fn rms_norm_gated(
+    xs: &Tensor,
+    weight: &Tensor,
+    (gate, kind): (&Tensor, Gate),
+    eps: f64,
+) -> Result<Tensor> {
     check_shapes(xs, weight)?;
     if gate.elem_count() != xs.elem_count() {
         bail!("rms_norm: gate is {:?}, it must have as many elements as xs, {:?}", gate.dims(), xs.dims());
     }
     match fits(&[xs, weight, gate]) {
         true => {
-            let op = RmsNormSilu(RmsNorm { eps: eps as f32 });
+            let op = RmsNormGated(RmsNorm { eps: eps as f32 }, kind);
             xs.contiguous()?.apply_op3(&weight.contiguous()?, &gate.contiguous()?, op)
         }
-        false => composed(xs, weight, eps)?.reshape(gate.shape())? * gate.silu()?,
+        false => composed(xs, weight, eps)?.reshape(gate.shape())? * kind.composed(gate)?,
     }
 }
 
@@ -50,10 +87,12 @@ struct RmsNorm {
 
 impl RmsNorm {
     /// `1 / sqrt(mean(x^2) + eps)`
+    #[inline(always)]
     fn inverse(&self, row: &[f32]) -> f32 {
         1. / (dot(row, row) / row.len() as f32 + self.eps).sqrt()
     }
 
+    #[inline(always)]
     fn forward_row(&self, x: &[f32], weight: &[f32], y: &mut [f32]) {
         let inverse = self.inverse(x);
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
@@ -62,6 +101,7 @@ impl RmsNorm {
     }
 
     /// From `dx` = the gradient of y to that of x, in place, with `dweight` added to.
+    #[inline(always)]
     fn backward_row(&self, x: &[f32], weight: &[f32], dx: &mut [f32], dweight: &mut [f32]) {
         let inverse = self.inverse(x);
         for i in 0..x.len() {
@@ -91,9 +131,11 @@ impl CustomOp2 for RmsNorm {
         let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let mut ys = vec![0.; xs.len()];
         ys.par_chunks_mut(block).zip(xs.par_chunks(block)).for_each(|(ys, xs)| {
-            for (y, x) in ys.chunks_mut(n).zip(xs.chunks(n)) {
-                self.forward_row(x, weight, y);
-            }
+            vectorized(|| {
+                for (y, x) in ys.chunks_mut(n).zip(xs.chunks(n)) {
+                    self.forward_row(x, weight, y);
+                }
+            });
         });
         Ok((CpuStorage::F32(ys), layout.shape().clone()))
     }
@@ -114,9 +156,11 @@ impl CustomOp2 for RmsNorm {
         let blocks = dx.par_chunks_mut(block).zip(xs.par_chunks(block));
         let dweights = blocks.map(|(dx, xs)| {
             let mut dweight = vec![0.; n];
-            for (dx, x) in dx.chunks_mut(n).zip(xs.chunks(n)) {
-                self.backward_row(x, weight, dx, &mut dweight);
-            }
+            vectorized(|| {
+                for (dx, x) in dx.chunks_mut(n).zip(xs.chunks(n)) {
+                    self.backward_row(x, weight, dx, &mut dweight);
+                }
+            });
             dweight
         });
         let dweight = total(dweights.collect(), n);
@@ -125,11 +169,11 @@ impl CustomOp2 for RmsNorm {
     }
 }
 
-struct RmsNormSilu(RmsNorm);
+struct RmsNormGated(RmsNorm, Gate);
 
-impl CustomOp3 for RmsNormSilu {
+impl CustomOp3 for RmsNormGated {
     fn name(&self) -> &'static str {
-        "rms_norm_silu"
+        "rms_norm_gated"
     }
 
     fn cpu_fwd(
@@ -147,12 +191,15 @@ impl CustomOp3 for RmsNormSilu {
         let mut ys = vec![0.; xs.len()];
         let blocks = ys.par_chunks_mut(block).zip(xs.par_chunks(block)).zip(gate.par_chunks(block));
         blocks.for_each(|((ys, xs), gate)| {
-            for ((y, x), gate) in ys.chunks_mut(n).zip(xs.chunks(n)).zip(gate.chunks(n)) {
-                self.0.forward_row(x, weight, y);
-                for (y, g) in y.iter_mut().zip(gate) {
-                    *y *= g * sigmoid(*g);
+            vectorized(|| {
+                for ((y, x), gate) in ys.chunks_mut(n).zip(xs.chunks(n)).zip(gate.chunks(n)) {
+                    self.0.forward_row(x, weight, y);
+                    match self.1 {
+                        Gate::Silu => multiply_gate(Gate::Silu, y, gate),
+                        Gate::Sigmoid => multiply_gate(Gate::Sigmoid, y, gate),
+                    }
                 }
-            }
+            });
         });
         Ok((CpuStorage::F32(ys), gate_layout.shape().clone()))
     }
@@ -175,22 +222,31 @@ impl CustomOp3 for RmsNormSilu {
         let outputs = dx.par_chunks_mut(block).zip(dgate.par_chunks_mut(block));
         let dweights = outputs.zip(inputs).map(|((dx, dgate), ((xs, gate), dy))| {
             let mut dweight = vec![0.; n];
-            for from in (0..xs.len()).step_by(n) {
-                let (row, x) = (from..from + n, &xs[from..from + n]);
-                let (dx, dgate) = (&mut dx[row.clone()], &mut dgate[row.clone()]);
-                self.0.forward_row(x, weight, dgate);
-                for (((dx, dgate), g), dy) in dx.iter_mut().zip(dgate).zip(&gate[row.clone()]).zip(&dy[row]) {
-                    let s = sigmoid(*g);
-                    *dx = dy * g * s;
-                    *dgate *= dy * s * (1. + g * (1. - s));
+            vectorized(|| {
+                for from in (0..xs.len()).step_by(n) {
+                    let row = from..from + n;
+                    let (x, gate, dy) = (&xs[row.clone()], &gate[row.clone()], &dy[row.clone()]);
+                    let (dx, dgate) = (&mut dx[row.clone()], &mut dgate[row]);
+                    self.0.forward_row(x, weight, dgate);
+                    for (((dx, dgate), g), dy) in dx.iter_mut().zip(dgate).zip(gate).zip(dy) {
+                        *dx = dy * self.1.value(*g);
+                        *dgate *= dy * self.1.slope(*g);
+                    }
+                    self.0.backward_row(x, weight, dx, &mut dweight);
                 }
-                self.0.backward_row(x, weight, dx, &mut dweight);
-            }
+            });
             dweight
         });
         let dweight = total(dweights.collect(), n);
         let tensor = |values, shape: &Shape| Tensor::from_vec(values, shape, &Device::Cpu).map(Some);
         Ok((tensor(dx, shapes[0])?, tensor(dweight, shapes[1])?, tensor(dgate, shapes[2])?))
+    }
+}
+
+#[inline(always)]
+fn multiply_gate(kind: Gate, y: &mut [f32], gate: &[f32]) {
+    for (y, g) in y.iter_mut().zip(gate) {
+        *y *= kind.value(*g);
     }
 }
 
@@ -210,6 +266,7 @@ fn total(parts: Vec<Vec<f32>>, n: usize) -> Vec<f32> {
 }
 
 /// In eight running sums: one alone would wait for every addition, and round more.
+#[inline(always)]
 fn dot(x: &[f32], y: &[f32]) -> f32 {
     let mut sums = [0f32; 8];
     let (xs, ys) = (x.chunks_exact(8), y.chunks_exact(8));
@@ -241,10 +298,10 @@ mod tests {
             let wrong = zeros(wrong)?;
             assert!(rms_norm(&wrong, &weight, EPS).is_err(), "{wrong:?}");
             assert!(rms_norm(&xs, &wrong, EPS).is_err(), "{wrong:?}");
-            assert!(rms_norm_silu(&wrong, &weight, &wrong, EPS).is_err(), "{wrong:?}");
+            assert!(rms_norm_gated(&wrong, &weight, (&wrong, Gate::Silu), EPS).is_err(), "{wrong:?}");
         }
         for gate in [&[2, 4][..], &[4], &[13], &[]] {
-            assert!(rms_norm_silu(&xs, &weight, &zeros(gate)?, EPS).is_err(), "{gate:?}");
+            assert!(rms_norm_gated(&xs, &weight, (&zeros(gate)?, Gate::Silu), EPS).is_err(), "{gate:?}");
         }
         assert!(rms_norm(&zeros(&[3, 0])?, &zeros(&[0])?, EPS).is_err());
         Ok(())
@@ -260,12 +317,12 @@ mod tests {
 
     #[test]
     fn gated_agrees_with_its_composition() -> Result<()> {
-        for (shape, n) in SHAPES {
+        for ((shape, n), kind) in SHAPES.into_iter().flat_map(|s| [(s, Gate::Silu), (s, Gate::Sigmoid)]) {
             let gate = &[shape[0], shape[1..].iter().product()];
             agree(
                 &[shape, &[n], gate],
-                |x| rms_norm_silu(&x[0], &x[1], &x[2], EPS),
-                |x| composed(&x[0], &x[1], EPS)?.reshape(x[2].shape())? * x[2].silu()?,
+                |x| rms_norm_gated(&x[0], &x[1], (&x[2], kind), EPS),
+                |x| composed(&x[0], &x[1], EPS)?.reshape(x[2].shape())? * kind.composed(&x[2])?,
             )?;
         }
         Ok(())

@@ -1,53 +1,7 @@
-//! The three models once more, from their definition: one sequence, scalar loops, f64. Slow, and nothing in common with
-//! the crate but the names of fields and parameters.
+//! The layers that only add to their state.
 
-use crate::scalar::{fla_activation, sigmoid, silu, transformers_activation};
-use candle_core::{DType, Result, Tensor};
-use serde_json::Value;
-use std::collections::BTreeMap;
-
-/// `[T][channels]`
-pub type Sequence = Vec<Vec<f64>>;
-
-/// Parameters by name: shape and values.
-pub type Params = BTreeMap<String, (Vec<usize>, Vec<f64>)>;
-
-pub fn params<'a>(tensors: impl IntoIterator<Item = (String, &'a Tensor)>) -> Result<Params> {
-    let values = |tensor: &Tensor| tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1::<f64>();
-    tensors.into_iter().map(|(name, tensor)| Ok((name, (tensor.dims().to_vec(), values(tensor)?)))).collect()
-}
-
-/// Logits of a whole model, `[T][vocab_size]`.
-pub fn model(config: &Value, params: &Params, ids: &[u32]) -> Sequence {
-    let mut config = config.clone();
-    let mixer = match config["model_type"].as_str() {
-        Some("linear_attn") => linear_attention,
-        Some("gla") => gated_linear_attention,
-        // Its configuration has short convolutions, its layers do not.
-        Some("retnet") => {
-            config["use_short_conv"] = false.into();
-            multi_scale_retention
-        }
-        other => panic!("model type {other:?}"),
-    };
-    config["gate_fn"] = config["hidden_act"].clone();
-    let config = &config;
-    let tied = flag(config, "tie_word_embeddings", false);
-    let norm = |xs: &Sequence, name: &str| {
-        let weight = params[&format!("{name}.weight")].1.as_slice();
-        xs.iter().map(|x| rms_norm(x, Some(weight), number(config, "norm_eps", 1e-6))).collect::<Sequence>()
-    };
-    let mut xs: Sequence = ids.iter().map(|id| row(params, "model.embeddings", *id as usize)).collect();
-    for layer in 0..number(config, "num_hidden_layers", 24.) as usize {
-        let prefix = format!("model.layers.{layer}");
-        let mixed =
-            mixer(config, params, &format!("{prefix}.attn"), &norm(&xs, &format!("{prefix}.attn_norm")));
-        xs = add(&xs, &mixed);
-        let ys = norm(&xs, &format!("{prefix}.mlp_norm"));
-        xs = add(&xs, &mlp(config, params, &format!("{prefix}.mlp"), &ys));
-    }
-    linear(params, if tied { "model.embeddings" } else { "lm_head" }, &norm(&xs, "model.norm"))
-}
+use super::*;
+use crate::scalar::{fla_activation, transformers_activation};
 
 pub fn linear_attention(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
     let sizes = Sizes::new(config, [1., 1.]);
@@ -170,22 +124,10 @@ fn projections(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> 
     ["q", "k", "v"].map(|name| {
         let ys = linear(params, &format!("{prefix}.{name}_proj"), xs);
         match flag(config, "use_short_conv", false) {
-            true => short_conv(params, &format!("{prefix}.{name}_conv1d"), &ys),
+            true => short_conv(params, &format!("{prefix}.{name}_conv1d"), &ys, silu),
             false => ys,
         }
     })
-}
-
-fn short_conv(params: &Params, name: &str, xs: &Sequence) -> Sequence {
-    let (shape, weight) = &params[&format!("{name}.weight")];
-    let bias = params.get(&format!("{name}.bias"));
-    let width = shape[2];
-    let at = |t: usize, c: usize| {
-        let taps = (0..width).filter(|i| t + i + 1 >= width);
-        let sum: f64 = taps.map(|i| weight[c * width + i] * xs[t + i + 1 - width][c]).sum();
-        silu(sum + bias.map_or(0., |(_, bias)| bias[c]))
-    };
-    (0..xs.len()).map(|t| (0..shape[0]).map(|c| at(t, c)).collect()).collect()
 }
 
 fn gated_output(
@@ -216,27 +158,6 @@ fn head_norm(config: &Value, params: &Params, name: &str, width: usize, xs: &Seq
     let weight = affine.then(|| params[&format!("{name}.weight")].1.as_slice());
     let eps = number(config, "norm_eps", 1e-5);
     xs.iter().map(|x| x.chunks(width).flat_map(|head| rms_norm(head, weight, eps)).collect()).collect()
-}
-
-fn rms_norm(x: &[f64], weight: Option<&[f64]>, eps: f64) -> Vec<f64> {
-    let mean_square = x.iter().map(|x| x * x).sum::<f64>() / x.len() as f64;
-    let scaled = x.iter().map(|x| x / (mean_square + eps).sqrt());
-    match weight {
-        Some(weight) => scaled.zip(weight).map(|(x, w)| x * w).collect(),
-        None => scaled.collect(),
-    }
-}
-
-fn mlp(config: &Value, params: &Params, prefix: &str, xs: &Sequence) -> Sequence {
-    let gate = linear(params, &format!("{prefix}.gate_proj"), xs);
-    let mut ys = linear(params, &format!("{prefix}.up_proj"), xs);
-    for (y, g) in ys.iter_mut().flatten().zip(gate.iter().flatten()) {
-        *y *= match config["hidden_act"].as_str() {
-            Some("powlu") if *g > 0. => g.powf(3. / (g.sqrt() + 1.)) * sigmoid(*g),
-            _ => silu(*g),
-        };
-    }
-    linear(params, &format!("{prefix}.down_proj"), &ys)
 }
 
 fn feature_map(params: &Params, kind: &str, name: &str, x: &[f64]) -> Vec<f64> {
@@ -270,33 +191,4 @@ fn pointwise(name: &Value, activation: fn(&str, f64) -> f64, xs: Sequence) -> Se
         Some(name) => xs.into_iter().map(|x| x.into_iter().map(|x| activation(name, x)).collect()).collect(),
         None => xs,
     }
-}
-
-fn row(params: &Params, name: &str, index: usize) -> Vec<f64> {
-    let (shape, values) = &params[&format!("{name}.weight")];
-    values[index * shape[1]..][..shape[1]].to_vec()
-}
-
-fn linear(params: &Params, name: &str, xs: &Sequence) -> Sequence {
-    let (shape, weight) = &params[&format!("{name}.weight")];
-    let bias = params.get(&format!("{name}.bias"));
-    let at = |x: &[f64], o: usize| {
-        let products = weight[o * shape[1]..][..shape[1]].iter().zip(x).map(|(w, x)| w * x);
-        products.sum::<f64>() + bias.map_or(0., |(_, bias)| bias[o])
-    };
-    xs.iter().map(|x| (0..shape[0]).map(|o| at(x, o)).collect()).collect()
-}
-
-fn add(xs: &Sequence, ys: &Sequence) -> Sequence {
-    let sum = |(x, y): (&Vec<f64>, &Vec<f64>)| x.iter().zip(y).map(|(x, y)| x + y).collect();
-    xs.iter().zip(ys).map(sum).collect()
-}
-
-fn number(config: &Value, name: &str, default: f64) -> f64 {
-    config[name].as_f64().unwrap_or(default)
-}
-
-/// A null that is there is false, as it is to Python.
-fn flag(config: &Value, name: &str, default: bool) -> bool {
-    config.get(name).map_or(default, |value| value == true)
 }

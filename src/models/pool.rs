@@ -1,0 +1,140 @@
+//! The states of many sequences that come and go, for a server that decodes them together.
+
+use crate::models::cache::Cache;
+use crate::nn::LayerCache;
+use candle_core::{Result, Tensor, bail};
+
+/// A fixed number of slots, each with the states of one sequence or empty.
+///
+/// A server prefills new prompts in a cache of their own, packed or not, [`store`](Self::store)s them in free slots, and
+/// decodes any selection of slots as one batch: [`load`](Self::load) makes the cache of the batch, and `store` puts it
+/// back. A sequence gets what it would get alone.
+///
+/// Made by [`Model::new_pool`](crate::models::Model::new_pool), good for that model alone. Its memory is taken when the
+/// first sequence is stored, and does not grow with tokens.
+///
+/// ```no_run
+/// use candle_core::{Device, Tensor};
+/// use candle_linear_attn::models::Model;
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let model = Model::load("path/to/checkpoint", None, &Device::Cpu)?;
+/// let mut pool = model.new_pool(64);
+/// // Two prompts, of three and of two tokens.
+/// let prompts = Tensor::new(&[[5u32, 17, 3, 8, 1]], &Device::Cpu)?;
+/// let mut cache = model.new_cache();
+/// let hidden = model.hidden_states_packed(&prompts, &[0, 3, 5], Some(&mut cache))?;
+/// let last = model.logits(&hidden.index_select(&Tensor::new(&[2u32, 4], &Device::Cpu)?, 1)?)?; // [1, 2, vocab_size]
+/// pool.store(&[7, 0], &cache)?;
+/// // A token for each, in whatever order and company.
+/// let mut cache = pool.load(&[0, 7])?;
+/// let logits = model.forward(&Tensor::new(&[[4u32], [2]], &Device::Cpu)?, Some(&mut cache))?; // [2, 1, vocab_size]
+/// pool.store(&[0, 7], &cache)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Pool {
+    /// Of all slots together; empty until the first sequence is stored. Nobody else has these tensors: they change in
+    /// place.
+    layers: Vec<LayerCache>,
+    /// Whether each slot holds a sequence.
+    held: Vec<bool>,
+}
+
+impl Pool {
+    pub(super) fn new(layers: usize, slots: usize) -> Self {
+        Self { layers: vec![LayerCache::new(); layers], held: vec![false; slots] }
+    }
+
+    /// How many slots there are.
+    pub fn slots(&self) -> usize {
+        self.held.len()
+    }
+
+    /// An empty slot, if there is one.
+    pub fn free(&self) -> Option<usize> {
+        self.held.iter().position(|held| !held)
+    }
+
+    /// How many tokens the sequence in a slot has seen; `None` if it is empty or there is no such slot.
+    pub fn tokens(&self, slot: usize) -> Option<usize> {
+        let held = self.held.get(slot).copied().unwrap_or(false);
+        held.then(|| self.layers.first()?.positions().get(slot).copied()).flatten()
+    }
+
+    /// The size of the states of all slots, in bytes.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::bytes).sum()
+    }
+
+    /// Empties a slot.
+    ///
+    /// # Errors
+    /// There is no such slot.
+    pub fn release(&mut self, slot: usize) -> Result<()> {
+        self.check(&[slot])?;
+        self.held[slot] = false;
+        Ok(())
+    }
+
+    /// Puts the sequences of a cache in slots, the first in `slots[0]` and so on, over what they held.
+    ///
+    /// # Errors
+    /// A slot that there is not or that comes twice, or as many slots as the cache has not sequences; the cache of another
+    /// model.
+    pub fn store(&mut self, slots: &[usize], cache: &Cache) -> Result<()> {
+        self.check(slots)?;
+        let sequences = cache.positions().len();
+        if slots.len() != sequences {
+            bail!("slots: there are {}, but the cache holds {sequences} sequences", slots.len());
+        }
+        let from = cache.layers(self.layers.len())?;
+        let count = self.held.len();
+        for (own, from) in self.layers.iter_mut().zip(&from) {
+            if own.positions().is_empty() {
+                *own = from.zeros(count)?;
+            }
+            own.check_alike(from)?;
+        }
+        for (own, from) in self.layers.iter_mut().zip(&from) {
+            own.store(slots, from)?;
+        }
+        slots.iter().for_each(|slot| self.held[*slot] = true);
+        Ok(())
+    }
+
+    /// A cache of the sequences in these slots, in this order. The slots keep them until others are stored there.
+    ///
+    /// # Errors
+    /// A slot that there is not, is empty or comes twice.
+    pub fn load(&self, slots: &[usize]) -> Result<Cache> {
+        self.check(slots)?;
+        if let Some(slot) = slots.iter().find(|slot| !self.held[**slot]) {
+            bail!("slots: slot {slot} is empty");
+        }
+        let indices: Vec<u32> = slots.iter().map(|slot| *slot as u32).collect();
+        let select = |layer: &LayerCache| {
+            let positions = slots.iter().filter_map(|slot| layer.positions().get(*slot).copied()).collect();
+            layer.map(positions, |tensor| {
+                tensor.index_select(&Tensor::new(indices.as_slice(), tensor.device())?, 0)
+            })
+        };
+        let mut cache = Cache::new(self.layers.len());
+        cache.commit(self.layers.iter().map(select).collect::<Result<_>>()?);
+        Ok(cache)
+    }
+
+    fn check(&self, slots: &[usize]) -> Result<()> {
+        let count = self.held.len();
+        let mut seen = vec![false; count];
+        for slot in slots {
+            match seen.get_mut(*slot) {
+                None => bail!("slots: slot {slot} does not exist, there are {count}"),
+                Some(true) => bail!("slots: slot {slot} comes twice"),
+                Some(seen) => *seen = true,
+            }
+        }
+        Ok(())
+    }
+}

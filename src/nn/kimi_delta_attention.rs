@@ -1,0 +1,156 @@
+//! Kimi delta attention ([Kimi Team, 2025](https://arxiv.org/abs/2510.26692)).
+
+use crate::nn::call::{Call, Mixer, public_methods};
+use crate::nn::decay::{Decay, DecayRange, softplus};
+use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
+use crate::nn::output_norm::{OutputNorm, Projection};
+use crate::nn::qkv::{ConvShape, Projected, Qkv};
+use crate::nn::rms_norm::l2_norm;
+use crate::nn::short_conv::check_conv_size;
+use crate::nn::{Activation, LayerCache, Linear, RmsNorm};
+use crate::{Mode, Output, kda};
+use candle_core::{D, Result, Tensor, bail};
+use candle_nn::VarBuilder;
+
+/// What a [`KimiDeltaAttention`] layer is made from. The defaults are flash-linear-attention's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KimiDeltaAttentionConfig {
+    /// Width of input and output. Default: 2048.
+    pub hidden_size: usize,
+    /// Key channels of a head. Default: 128.
+    pub head_dim: usize,
+    /// Value channels of a head, as a multiple of `head_dim`. Default: 1.
+    pub expand_v: f64,
+    /// Heads. Default: 16.
+    pub num_heads: usize,
+    /// Value heads, a multiple of `num_heads`; `None` means as many. Default: `None`.
+    pub num_v_heads: Option<usize>,
+    /// A short convolution behind each of q, k and v. Default: yes.
+    pub use_short_conv: bool,
+    /// Its width. Default: 4.
+    pub conv_size: usize,
+    /// Whether it has a bias. Default: no.
+    pub conv_bias: bool,
+    /// Beta up to 2 instead of 1. Default: no.
+    pub allow_neg_eigval: bool,
+    /// What the gates' logarithms stay above; below 0. `None` means that they may go anywhere. Default: `None`.
+    pub lower_bound: Option<f64>,
+    /// Epsilon of the output norm. Default: 1e-5.
+    pub norm_eps: f64,
+    /// Deviation of fresh weights. Default: 0.02.
+    pub initializer_range: f64,
+}
+
+impl Default for KimiDeltaAttentionConfig {
+    fn default() -> Self {
+        Self {
+            hidden_size: 2048,
+            head_dim: 128,
+            expand_v: 1.,
+            num_heads: 16,
+            num_v_heads: None,
+            use_short_conv: true,
+            conv_size: 4,
+            conv_bias: false,
+            allow_neg_eigval: false,
+            lower_bound: None,
+            norm_eps: 1e-5,
+            initializer_range: 0.02,
+        }
+    }
+}
+
+impl KimiDeltaAttentionConfig {
+    /// The sizes, or an error that names the field that is wrong.
+    pub(crate) fn check(&self) -> Result<DeltaHeads> {
+        check_conv_size(self.conv_size)?;
+        if let Some(bound) = self.lower_bound.filter(|bound| !(bound.is_finite() && *bound < 0.)) {
+            bail!("lower_bound is {bound}, it must be a finite number below 0");
+        }
+        let heads = (self.num_heads, self.num_v_heads);
+        DeltaHeads::new(self.hidden_size, heads, (self.head_dim, self.expand_v))
+    }
+}
+
+/// [`kda`] on normalised queries and keys, then a norm and a sigmoid gate on each head.
+///
+/// `g = -exp(A_log) * softplus(f_proj(x) + dt_bias)` for each channel of each value head or, with a lower bound,
+/// `g = lower_bound * sigmoid(exp(A_log) * (f_proj(x) + dt_bias))`. Parameters: `q_proj`, `k_proj`, `v_proj`, `f_proj.0`,
+/// `f_proj.1`, `b_proj`, `g_proj.0`, `g_proj.1`, `A_log`, `dt_bias`, `o_norm`, `o_proj`, and `q_conv1d`, `k_conv1d`,
+/// `v_conv1d` with short convolutions.
+#[derive(Debug, Clone)]
+pub struct KimiDeltaAttention {
+    heads: DeltaHeads,
+    qkv: Qkv,
+    f_proj: Projection,
+    decay: Decay,
+    lower_bound: Option<f64>,
+    beta: Beta,
+    output_norm: OutputNorm,
+    o_proj: Linear,
+    mode: Mode,
+}
+
+impl KimiDeltaAttention {
+    /// # Errors
+    /// Sizes that do not divide, by the field's name; whatever `vb` has to say of a tensor.
+    pub fn new(cfg: &KimiDeltaAttentionConfig, vb: VarBuilder) -> Result<Self> {
+        let heads = cfg.check()?;
+        let DeltaHeads { hidden_size: hidden, num_v_heads, head_k_dim, head_v_dim, .. } = heads;
+        let stdev = cfg.initializer_range;
+        let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
+        let low_rank = |name: &str, outputs, bias| -> Result<Projection> {
+            Ok(Projection::LowRank([
+                Linear::new(hidden, head_v_dim, false, stdev, vb.pp(name).pp("0"))?,
+                Linear::new(head_v_dim, outputs, bias, stdev, vb.pp(name).pp("1"))?,
+            ]))
+        };
+        let range = match cfg.lower_bound {
+            Some(_) => DecayRange { a: [1., 1.], ..Default::default() },
+            None => DecayRange::default(),
+        };
+        let norm = RmsNorm::new(head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
+        let gate = (low_rank("g_proj", heads.value_dim(), true)?, Activation::Sigmoid);
+        Ok(Self {
+            qkv: heads.qkv(conv, stdev, &vb)?,
+            f_proj: low_rank("f_proj", num_v_heads * head_k_dim, false)?,
+            decay: Decay::new(num_v_heads, num_v_heads * head_k_dim, range, &vb)?,
+            lower_bound: cfg.lower_bound,
+            beta: Beta::new(hidden, num_v_heads, cfg.allow_neg_eigval, stdev, &vb)?,
+            output_norm: OutputNorm::from_parts(norm, Some(gate)),
+            o_proj: Linear::new(heads.value_dim(), hidden, false, stdev, vb.pp("o_proj"))?,
+            heads,
+            mode: Mode::Auto,
+        })
+    }
+
+    /// The logarithms of the decays, `[B, T, HV, K]`, f32.
+    fn gates(&self, xs: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, _) = xs.dims3()?;
+        let f = self.decay.biased(&self.f_proj.forward(xs)?)?;
+        let f = f.reshape((batch, tokens, self.heads.num_v_heads, self.heads.head_k_dim))?;
+        let rate = self.decay.rate()?.unsqueeze(D::Minus1)?;
+        match self.lower_bound {
+            Some(bound) => Activation::Sigmoid.forward_f32(&f.broadcast_mul(&rate)?)? * bound,
+            None => softplus(&f)?.broadcast_mul(&rate.neg()?),
+        }
+    }
+}
+
+public_methods!(KimiDeltaAttention);
+
+impl Mixer for KimiDeltaAttention {
+    fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
+        let size = call.check(xs, self.heads.hidden_size)?;
+        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
+        let (q, k) = (l2_norm(&q, L2_EPS)?, l2_norm(&k, L2_EPS)?);
+        let (g, beta) = (self.gates(xs)?, self.beta.forward(xs)?);
+        let Output { out, state } = kda(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
+        call.finish(state, conv, size);
+        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+    }
+
+    fn set_mode(&mut self, mode: Mode) {
+        self.mode = mode;
+    }
+}

@@ -1,0 +1,62 @@
+//! Layer normalisation ([Ba et al., 2016](https://arxiv.org/abs/1607.06450)), of a whole row or of parts of it.
+
+use crate::nn::fused;
+use candle_core::{DType, Module, Result, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+/// `y = (x - mean) / sqrt(variance + eps) * weight + bias` over groups of the last dimension, computed in f32.
+///
+/// candle-nn's fused `layer_norm` has no backward: a layer that used it would train without gradients below the norm.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    groups: usize,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// A norm over `size` channels. Reads `weight` of shape `[size]`, 1 when fresh, and, if asked for, `bias`, 0 when fresh.
+    pub fn new(size: usize, eps: f64, bias: bool, vb: VarBuilder) -> Result<Self> {
+        Self::grouped(size, 1, eps, bias, 1., vb)
+    }
+
+    /// A norm over each of `groups` parts of the channels, with `weight` where it begins when fresh.
+    pub(crate) fn grouped(
+        size: usize,
+        groups: usize,
+        eps: f64,
+        bias: bool,
+        weight: f64,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let bias = match bias {
+            true => Some(vb.get_with_hints(size, "bias", Init::Const(0.))?),
+            false => None,
+        };
+        let weight = vb.get_with_hints(size, "weight", Init::Const(weight))?;
+        Ok(Self { weight, bias, groups, eps })
+    }
+
+    /// `[.., size]` to the same shape and dtype.
+    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.forward_f32(xs)?.to_dtype(xs.dtype())
+    }
+
+    /// [`forward`](Self::forward), left in f32 for whatever comes next.
+    pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
+        let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+        let width = self.weight.dim(0)? / self.groups;
+        let ys = fused::standardize(&f32(xs)?, width, self.eps)?.broadcast_mul(&f32(&self.weight)?)?;
+        match &self.bias {
+            Some(bias) => ys.broadcast_add(&f32(bias)?),
+            None => Ok(ys),
+        }
+    }
+}
+
+impl Module for LayerNorm {
+    fn forward(&self, xs: &Tensor) -> Result<Tensor> {
+        self.forward(xs)
+    }
+}
