@@ -39,6 +39,9 @@ pub fn check_against(case: &Case, inputs: &Inputs, want: &Expected, modes: &[Mod
     for &mode in modes {
         let label = format!("{mode:?} of {case:?} with {graph:?}");
         on_kernels(|device| {
+            // Candle makes no gradient for an empty tensor on a GPU: it cannot allocate one.
+            let empty = case.b * case.t == 0 && device.is_cuda();
+            let graph = if empty { Graph { loss: [false; 3], ..Graph::NONE } } else { graph };
             let got = case.run(mode, &inputs.on(device)?, graph)?;
             case.check_within(limits(case.dtype), &got, &want, graph, &label)
         })
