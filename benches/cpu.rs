@@ -3,6 +3,8 @@
 //! `RAYON_NUM_THREADS=1 cargo bench --bench cpu` is for one thread. Throughput is in tokens x heads a second; its
 //! inverse is the time a token and head that `docs/performance.md` has.
 
+mod delta;
+
 use std::hint::black_box;
 use std::time::Duration;
 
@@ -162,6 +164,6 @@ fn peers(c: &mut Criterion) {
 criterion_group! {
     name = benches;
     config = Criterion::default().warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3)).sample_size(10);
-    targets = operators, gradients, peers
+    targets = operators, gradients, delta::forward, delta::gradients, peers
 }
 criterion_main!(benches);

@@ -1,6 +1,6 @@
 //! What tests of the kernels have in common, wherever these run.
 
-use crate::case::{Case, Inputs, Op};
+use crate::case::{ARGS, Case, GATE, Inputs, Op};
 use crate::compare::{Expected, Limits, norm, values};
 use crate::on_kernels;
 use crate::run::Graph;
@@ -82,7 +82,7 @@ fn gate_terms(case: &Case, inputs: &Inputs, graph: Graph) -> Result<f64> {
     };
     let mut inputs = inputs.clone();
     inputs.args[3] = Some(gate.contiguous()?);
-    let only_gate = Graph { tracked: [false, false, false, true, false, false], ..graph };
+    let only_gate = Graph { tracked: std::array::from_fn(|i| i == GATE), ..graph };
     let got = Case { op: Op::Gla, ..case.clone() }.run(Mode::Auto, &inputs, only_gate)?;
     got.grads[3].as_ref().map_or(Ok(0.), |grad| Ok(norm(&values(grad)?)))
 }
