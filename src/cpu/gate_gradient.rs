@@ -4,21 +4,29 @@
 //! read at token s has the factor `exp(g_{r+1} + ... + g_s)`, so that within a segment of tokens that ends with e
 //!
 //! ```text
-//! dg_e = q_e * dq_e + sum_v (decay_e S_{e-1}) * (decay_{e+1} dS_{e+1})
+//! dg_{e+1} = sum_v S_e * (decay_{e+1} dS_{e+1})
 //! dg_t = dg_{t+1} + q_t * dq_t - k_t * dk_t
 //! ```
 //!
 //! (after appendix C of <https://arxiv.org/abs/2312.06635>, which has one segment). A token's term with itself is in q dq
 //! and in k dk and cancels. Under strong decay it is all there is and what remained of the difference would be rounding,
-//! so the sweeps leave it out, and it is added to dq and dk here.
+//! so the sweeps leave it out, and it is added to dq and dk here. The same goes for what the last token writes to the final
+//! state, which no decay has made small: the last segment starts from the state without it.
+
+use std::iter::Sum;
+use std::ops::AddAssign;
 
 use candle_core::DType;
+use pulp::Arch;
 
 use super::Grads;
 use super::backward::row_offset;
 use super::plan::{Segments, Task, for_each, tasks};
 use super::view::{Buffer, Rows, View};
 use crate::problem::{Decay, Inputs, Problem, Role};
+
+/// How many tokens ahead rows are fetched.
+const AHEAD: usize = 3;
 
 /// `dq` and `dk`, f32 and `[B, T, HV, K]`, come without each token's term with itself and leave with it. `at_ends` has
 /// the sum over v for the end of each segment.
@@ -36,39 +44,47 @@ pub(super) fn gate_gradient(
     let mut dg = Buffer::zeros(gate.dtype(), problem.shape(Role::G).iter().product());
     // One sum a sequence and head, for a decay that all tokens of a head share.
     let mut of_head = Buffer::zeros(DType::F32, tasks.len());
-    let (dq, dk, at_ends) = (dq.writer(), dk.writer(), at_ends.writer());
+    let (dq_writer, dk_writer, at_ends) = (dq.writer(), dk.writer(), at_ends.writer());
     let (dg_writer, of_head_writer) = (dg.writer(), of_head.writer());
-    for_each(problem, &tasks, |task| {
+    let of_task = |task: &Task| {
         let (b, h) = (task.sequence.batch, task.head);
         let mut token = Token::new(problem, x, grads, &gate, task);
-        let (mut row, mut total) = (vec![0.; k_dim], 0.);
-        for (i, segment) in segments.of(task.sequence).enumerate().collect::<Vec<_>>().into_iter().rev() {
+        let (mut row, mut of_all) = (vec![0.; k_dim], 0.);
+        for (i, segment) in segments.of(task.sequence).enumerate().rev() {
             // SAFETY: every task has its own sequence and head, so no two touch the same elements, here and below.
             let at_end = unsafe { at_ends.row(segments.row(problem, task, i), k_dim) };
             let mut sum: Vec<f64> = at_end.iter().map(|&x| x.into()).collect();
-            for t in segment.clone().rev() {
+            for t in segment.rev() {
                 let at = row_offset(problem, b, t, h, k_dim);
                 // SAFETY: as above.
-                let (dq, dk) = unsafe { (dq.row(at, k_dim), dk.row(at, k_dim)) };
+                let (dq, dk) = unsafe { (dq_writer.row(at, k_dim), dk_writer.row(at, k_dim)) };
                 token.load(t);
-                token.add_products(dq, dk, t + 1 == segment.end, &mut sum);
+                if let Some(t) = t.checked_sub(AHEAD) {
+                    let at = row_offset(problem, b, t, h, k_dim);
+                    token.prefetch(t);
+                    dq_writer.prefetch(at, k_dim);
+                    dk_writer.prefetch(at, k_dim);
+                }
+                token.add_products(dq, dk, t + 1 == task.sequence.tokens.end, &mut sum);
                 token.add_own(dq, dk);
-                let of_token: f64 = sum.iter().sum();
-                total += of_token;
-                row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
-                // SAFETY: as above.
-                unsafe {
-                    match problem.decay {
-                        Decay::Channel => dg_writer.store(at, &row),
-                        Decay::Scalar => dg_writer.store(row_offset(problem, b, t, h, 1), &[of_token as f32]),
-                        Decay::None | Decay::Head => {}
+                if problem.decay == Decay::Channel {
+                    row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
+                    // SAFETY: as above.
+                    unsafe { dg_writer.store(at, &row) };
+                } else {
+                    let of_token = total_of(sum.iter().copied());
+                    of_all += of_token;
+                    if problem.decay == Decay::Scalar {
+                        // SAFETY: as above.
+                        unsafe { dg_writer.store(row_offset(problem, b, t, h, 1), &[of_token as f32]) };
                     }
                 }
             }
         }
         // SAFETY: as above.
-        unsafe { of_head_writer.store(task.n * heads + h, &[total as f32]) };
-    });
+        unsafe { of_head_writer.store(task.n * heads + h, &[of_all as f32]) };
+    };
+    for_each(problem, &tasks, |task| Arch::new().dispatch(|| of_task(task)));
     if let (Decay::Head, Buffer::F32(of_head)) = (problem.decay, of_head) {
         let mut sums = vec![0.; heads];
         for of_sequence in of_head.chunks_exact(heads) {
@@ -113,29 +129,53 @@ impl<'a> Token<'a> {
         }
     }
 
+    #[inline(always)]
     fn load(&mut self, t: usize) {
         let into = [&mut self.q, &mut self.k, &mut self.v, &mut self.grad_out, &mut self.g];
         self.rows.iter().zip(into).for_each(|(rows, row)| rows.load(t, row));
     }
 
+    #[inline(always)]
+    fn prefetch(&self, t: usize) {
+        let of = [&self.q, &self.k, &self.v, &self.grad_out, &self.g];
+        self.rows.iter().zip(of).for_each(|(rows, row)| rows.prefetch(t, row.len()));
+    }
+
     /// Takes the sum from the token behind to this one. Where the token forgets everything the sum is 0, and rounding
     /// must not say otherwise.
-    fn add_products(&self, dq: &[f32], dk: &[f32], at_end: bool, sum: &mut [f64]) {
-        for (i, sum) in sum.iter_mut().enumerate() {
-            *sum += f64::from(self.q[i] * dq[i]);
-            if !at_end {
-                *sum -= f64::from(self.k[i] * dk[i]);
-            }
-            if self.g[i % self.g.len()] == f32::NEG_INFINITY {
-                *sum = 0.;
-            }
+    #[inline(always)]
+    fn add_products(&self, dq: &[f32], dk: &[f32], is_last: bool, sum: &mut [f64]) {
+        let products = self.q.iter().zip(dq).zip(self.k.iter().zip(dk));
+        let of_write = if is_last { 0. } else { 1. };
+        for (sum, ((q, dq), (k, dk))) in sum.iter_mut().zip(products) {
+            *sum += f64::from(q * dq) - of_write * f64::from(k * dk);
+        }
+        match self.g[..] {
+            [f32::NEG_INFINITY] => sum.fill(0.),
+            [_] => {}
+            _ => sum
+                .iter_mut()
+                .zip(&self.g)
+                .filter(|(_, g)| **g == f32::NEG_INFINITY)
+                .for_each(|(x, _)| *x = 0.),
         }
     }
 
+    #[inline(always)]
     fn add_own(&self, dq: &mut [f32], dk: &mut [f32]) {
-        let dot: f32 = self.v.iter().zip(&self.grad_out).map(|(v, d)| v * d).sum();
+        let dot = total_of(self.v.iter().zip(&self.grad_out).map(|(v, d)| v * d));
         let own = self.scale * dot;
         dq.iter_mut().zip(&self.k).for_each(|(d, k)| *d += own * k);
         dk.iter_mut().zip(&self.q).for_each(|(d, q)| *d += own * q);
     }
+}
+
+/// The sum of all terms, in several sums at a time: additions that wait for one another take longer than all the rest.
+#[inline(always)]
+fn total_of<T: Default + Copy + AddAssign + Sum>(terms: impl Iterator<Item = T>) -> T {
+    let mut sums = [T::default(); 32];
+    for (i, x) in terms.enumerate() {
+        sums[i % 32] += x;
+    }
+    sums.into_iter().sum()
 }

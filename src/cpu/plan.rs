@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::sweep::Algorithm;
+use super::sweep::{Algorithm, SEGMENT};
 use crate::options::Mode;
 use crate::problem::{Problem, Sequence};
 
@@ -28,15 +28,7 @@ pub(super) struct Task<'a> {
 /// All tasks of a sweep over states with `cols` columns, in as many slices as keep `threads` busy.
 pub(super) fn tasks(problem: &Problem, cols: usize, threads: usize) -> Vec<Task<'_>> {
     let wanted = threads.div_ceil((problem.sequences.len() * problem.v_heads).max(1));
-    slices(problem, cols, cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS))
-}
-
-/// All tasks of a sweep, in slices as narrow as they may be: for sweeps that keep states of each task.
-pub(super) fn narrow_tasks(problem: &Problem, cols: usize) -> Vec<Task<'_>> {
-    slices(problem, cols, LEAST_COLUMNS)
-}
-
-fn slices(problem: &Problem, cols: usize, width: usize) -> Vec<Task<'_>> {
+    let width = cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS);
     let whole = problem.sequences.len() * problem.v_heads;
     let mut tasks = Vec::with_capacity(whole * cols.div_ceil(width));
     for (n, sequence) in problem.sequences.iter().enumerate() {
@@ -48,9 +40,6 @@ fn slices(problem: &Problem, cols: usize, width: usize) -> Vec<Task<'_>> {
     }
     tasks
 }
-
-/// Tokens in a segment.
-const SEGMENT: usize = 32;
 
 /// The sequences cut in segments of tokens, at whose ends the gradient of the decay is computed from the states: sums
 /// over more tokens would lose digits, and every end costs a product of two states.
@@ -73,7 +62,10 @@ impl Segments {
     }
 
     /// The segments of a sequence, in order.
-    pub fn of(&self, sequence: &Sequence) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+    pub fn of(
+        &self,
+        sequence: &Sequence,
+    ) -> impl DoubleEndedIterator<Item = Range<usize>> + ExactSizeIterator + use<> {
         let Range { start, end } = sequence.tokens;
         (0..(end - start).div_ceil(SEGMENT))
             .map(move |i| start + i * SEGMENT..end.min(start + (i + 1) * SEGMENT))

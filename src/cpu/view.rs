@@ -99,6 +99,18 @@ fn prefetch<T>(first: *const T, len: usize) {
 }
 
 impl Rows<'_> {
+    /// The elements of token `t`: where they lie if they are f32 side by side, otherwise in `scratch`, as many as fit.
+    #[inline(always)]
+    pub fn read<'r>(&'r self, t: usize, scratch: &'r mut [f32]) -> &'r [f32] {
+        match self.data {
+            Data::F32(x) if self.element == 1 => &x[self.offset + t * self.token..][..scratch.len()],
+            _ => {
+                self.load(t, scratch);
+                scratch
+            }
+        }
+    }
+
     /// Says that the first `len` elements of token `t` will be loaded soon.
     #[inline(always)]
     pub fn prefetch(&self, t: usize, len: usize) {
@@ -220,6 +232,10 @@ unsafe impl Send for Writer<'_> {}
 unsafe impl Sync for Writer<'_> {}
 
 impl<'a> Writer<'a> {
+    pub fn is_f32(&self) -> bool {
+        matches!(self.data, Pointer::F32(_))
+    }
+
     /// Says that the `len` elements from `at` on will be stored soon.
     #[inline(always)]
     pub fn prefetch(&self, at: usize, len: usize) {
