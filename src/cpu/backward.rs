@@ -11,19 +11,19 @@
 //!
 //! [`super::gate_gradient`] has the gradient of the log decay, which follows from dq and dk.
 
+use std::ops::Range;
+
 use candle_core::DType;
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::Grads;
 use super::forward::{StateRows, gate, load_state};
-use super::gate_gradient::{Pair, gate_gradient};
-use super::plan::{Segments, Task, algorithm, for_each, narrow_tasks, tasks};
-use super::sweep::{Algorithm, Out, Sweep, run};
+use super::gate_gradient::{Ends, Pair, gate_gradient};
+use super::plan::{Segments, Task, algorithm, for_each, tasks};
+use super::sweep::{Algorithm, Out, SEGMENT, Sweep, run, run_with_stops};
 use super::view::{Buffer, View, Writer};
 use crate::problem::{Inputs, Problem, Role};
-
-/// Tokens in a segment, see [`Segments`].
-const SEGMENT: usize = 32;
 
 pub(super) fn backward(
     problem: &Problem,
@@ -59,8 +59,7 @@ pub(super) fn backward(
         at_ends: at_ends.writer(),
     };
     let threads = rayon::current_num_threads();
-    let key_tasks =
-        if gate { narrow_tasks(problem, problem.k_dim) } else { tasks(problem, problem.k_dim, threads) };
+    let key_tasks = tasks(problem, problem.k_dim, threads);
     let value_tasks = tasks(problem, problem.v_dim, threads);
     let all = [
         (Job::Query, want_q && !gate, &key_tasks),
@@ -80,7 +79,7 @@ pub(super) fn backward(
         let grad_out = grads.out.unwrap_or(View::constant(&[0.]));
         let read = Pair { scale: problem.scale, ..Pair::new(x.q, grad_out, dq.writer()) };
         let write = Pair::new(x.k, x.v, dk.writer());
-        let dg = gate_gradient(problem, &g, &segments, (&[read], &[write]), &mut at_ends);
+        let dg = gate_gradient(problem, &g, &segments, (&[read], &[write]), &mut at_ends, Ends::OfSequence);
         found.push((Role::G, dg));
     }
     found.push((Role::Q, sum_groups(problem, dq, problem.dtype)));
@@ -127,36 +126,36 @@ impl<'a> Sweeps<'a> {
     }
 
     /// dq and dk, and at the end of each segment of tokens what [`gate_gradient`] starts from: the product, summed over
-    /// values, of the state before the last token's write and the gradient that comes from behind the segment.
+    /// values, of the state there and the gradient that comes from behind. At the end of the sequence that is the state
+    /// before the last token's write.
     fn run_query_and_key(&self, algorithm: Algorithm, task: &Task) {
-        let (mut query, mut key) = (self.query(task), self.key(task));
-        let mut state = self.query_state(task);
-        let mut at_ends = Vec::new();
-        for segment in self.segments.of(task.sequence) {
-            let last = segment.end - 1;
-            query.tokens = segment.start..last;
-            run(algorithm, &query, &mut state);
-            query.tokens = last..segment.end;
-            at_ends.extend_from_slice(&state);
-            let len = at_ends.len();
-            query.fade(&mut at_ends[len - state.len()..], 0);
-            run(algorithm, &query, &mut state);
+        let Range { start, end } = task.sequence.tokens;
+        if start == end {
+            return;
         }
+        let mut state = self.query_state(task);
+        let before_last = (self.segments.of(task.sequence).len() - 1) * state.len();
+        let mut at_ends = Vec::with_capacity(before_last + state.len());
+        let query = Sweep { tokens: start..end - 1, ..self.query(task) };
+        run_with_stops(algorithm, &query, &mut state, &mut |state| at_ends.extend_from_slice(state));
+        at_ends.truncate(before_last);
+        at_ends.extend_from_slice(&state);
+        let query = Sweep { tokens: end - 1..end, ..query };
+        query.fade(&mut at_ends[before_last..], 0);
+        run(algorithm, &query, &mut state);
+
         let mut grad = self.key_state(task);
-        let segments: Vec<_> = self.segments.of(task.sequence).collect();
-        for (i, (segment, state)) in
-            segments.into_iter().zip(at_ends.chunks_exact(grad.len())).enumerate().rev()
-        {
-            let mut sum = vec![0.; task.cols.len()];
-            for (s, d) in state.chunks_exact(sum.len()).zip(grad.chunks_exact(sum.len())) {
-                sum.iter_mut().zip(s).zip(d).for_each(|((sum, s), d)| *sum += s * d);
-            }
+        let mut at_ends = at_ends.chunks_exact(grad.len()).enumerate();
+        let mut store = |grad: &[f32]| {
+            let Some((i, state)) = at_ends.next_back() else { return };
+            let sum = sum_of_products(state, grad, task.cols.len());
             let at = self.segments.row(self.problem, task, i) + task.cols.start;
             // SAFETY: tasks differ in sequence, head or columns, so no two cover the same elements.
             unsafe { self.at_ends.store(at, &sum) };
-            key.tokens = segment;
-            run(algorithm, &key, &mut grad);
-        }
+        };
+        // What comes from behind the last segment is the gradient that the sweep begins with.
+        store(&grad);
+        run_with_stops(algorithm, &self.key(task), &mut grad, &mut store);
     }
 
     fn query_state(&self, task: &Task) -> Vec<f32> {
@@ -241,6 +240,17 @@ impl<'a> Sweeps<'a> {
             unsafe { dkv.store(at, row) };
         }
     }
+}
+
+/// `a * b` summed over rows.
+fn sum_of_products(a: &[f32], b: &[f32], cols: usize) -> Vec<f32> {
+    let mut sum = vec![0.; cols];
+    Arch::new().dispatch(|| {
+        for (a, b) in a.chunks_exact(cols).zip(b.chunks_exact(cols)) {
+            sum.iter_mut().zip(a).zip(b).for_each(|((sum, a), b)| *sum += a * b);
+        }
+    });
+    sum
 }
 
 /// Where the row of a token and value head begins in `[B, T, HV, dim]`.

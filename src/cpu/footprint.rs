@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, bail};
 
 use super::plan::{Task, algorithm};
-use super::sweep::Algorithm;
+use super::sweep::{Algorithm, SEGMENT};
 use crate::memory;
 use crate::problem::{Problem, Role, Update};
 
@@ -61,9 +61,10 @@ pub(super) fn backward(problem: &Problem, wants: &dyn Fn(Role) -> bool) -> f64 {
     // Candle adds each gradient to zeros.
     let mut all = 2. * gradients + if widened { keys as f64 * per_head } else { 0. };
     if gate {
-        // A row of K at the end of each segment, and for each thread the states there.
-        let segments = longest(problem) / 32. + 1.;
-        all += per_head / 32. + threads() * segments * 4. * 32. * v as f64;
+        // A row of K at the end of each segment, and for each head in work the states there.
+        let segments = longest(problem) / SEGMENT as f64 + 1.;
+        all +=
+            per_head / SEGMENT as f64 + threads().min(lanes(problem)) * segments * 4. * k as f64 * v as f64;
     }
     all + delta(problem)
         + normalizer(problem)

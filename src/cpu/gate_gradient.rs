@@ -4,21 +4,36 @@
 //! read at token s has the factor `exp(g_{r+1} + ... + g_s)`, so that within a segment of tokens that ends with e
 //!
 //! ```text
-//! dg_e = q_e * dq_e + sum_v (decay_e S_{e-1}) * (decay_{e+1} dS_{e+1})
+//! dg_{e+1} = sum_v S_e * (decay_{e+1} dS_{e+1})
 //! dg_t = dg_{t+1} + q_t * dq_t - k_t * dk_t
 //! ```
 //!
 //! (after appendix C of <https://arxiv.org/abs/2312.06635>, which has one segment). Where a token reads or writes with more
 //! keys than one, each [`Pair`] has its term. A token's term with itself is in q dq and in k dk and cancels. Under strong
 //! decay it is all there is and what remained of the difference would be rounding, so the sweeps leave it out, and it is
-//! added to dq and dk here.
+//! added to dq and dk here. The same goes for what the last token writes to the final state, which no decay has made small:
+//! the last segment starts from the state without it ([`Ends`]).
+
+use std::iter::Sum;
+use std::ops::AddAssign;
 
 use candle_core::DType;
+use pulp::Arch;
 
 use super::backward::{row_offset, sum_groups};
 use super::plan::{Segments, Task, for_each, tasks};
 use super::view::{Buffer, Rows, View, Writer};
 use crate::problem::{Decay, Problem, Role, Update};
+
+/// How many tokens ahead rows are fetched.
+const AHEAD: usize = 3;
+
+/// Which segments' sums start without what their last token writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Ends {
+    OfSequence,
+    OfEverySegment,
+}
 
 /// A key, and the value that the state has for it: what a token reads (the value is then the gradient of what was read), or
 /// what it writes.
@@ -51,6 +66,7 @@ pub(super) fn gate_gradient(
     segments: &Segments,
     (reads, writes): (&[Pair], &[Pair]),
     at_ends: &mut Buffer,
+    ends: Ends,
 ) -> Buffer {
     let (k_dim, heads) = (problem.k_dim, problem.v_heads);
     let tasks = tasks(problem, k_dim, 1);
@@ -62,35 +78,41 @@ pub(super) fn gate_gradient(
     // One sum a sequence and head, for a decay that all tokens of a head share.
     let mut of_head = Buffer::zeros(DType::F32, tasks.len());
     let (dg_writer, of_head_writer, at_ends) = (dg.writer(), of_head.writer(), at_ends.writer());
-    for_each(problem, &tasks, |task| {
+    let of_task = |task: &Task| {
         let (b, h) = (task.sequence.batch, task.head);
         let mut token = Token::new(problem, gate, reads, writes, task);
-        let (mut row, mut total) = (vec![0.; k_dim], 0.);
-        for (i, segment) in segments.of(task.sequence).enumerate().collect::<Vec<_>>().into_iter().rev() {
+        let (mut row, mut of_all) = (vec![0.; k_dim], 0.);
+        for (i, segment) in segments.of(task.sequence).enumerate().rev() {
             // SAFETY: every task has its own sequence and head, so no two touch the same elements, here and below.
             let at_end = unsafe { at_ends.row(segments.row(problem, task, i), k_dim) };
             let mut sum: Vec<f64> = at_end.iter().map(|&x| x.into()).collect();
-            for t in segment.clone().rev() {
+            let end = if ends == Ends::OfSequence { task.sequence.tokens.end } else { segment.end };
+            for t in segment.rev() {
                 token.load(t);
+                if let Some(t) = t.checked_sub(AHEAD) {
+                    token.prefetch(t);
+                }
                 // SAFETY: as above.
-                unsafe { token.add_products(t, t + 1 == segment.end, &mut sum) };
-                let of_token: f64 = sum.iter().sum();
-                total += of_token;
-                row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
+                unsafe { token.add_products(t, t + 1 == end, &mut sum) };
                 let at = row_offset(problem, b, t, h, 1);
-                // SAFETY: as above.
-                unsafe {
-                    match problem.decay {
-                        Decay::Channel => dg_writer.store(at * k_dim, &row),
-                        Decay::Scalar => dg_writer.store(at, &[of_token as f32]),
-                        Decay::None | Decay::Head => {}
+                if problem.decay == Decay::Channel {
+                    row.iter_mut().zip(&sum).for_each(|(y, x)| *y = *x as f32);
+                    // SAFETY: as above.
+                    unsafe { dg_writer.store(at * k_dim, &row) };
+                } else {
+                    let of_token = total_of(sum.iter().copied());
+                    of_all += of_token;
+                    if problem.decay == Decay::Scalar {
+                        // SAFETY: as above.
+                        unsafe { dg_writer.store(at, &[of_token as f32]) };
                     }
                 }
             }
         }
         // SAFETY: as above.
-        unsafe { of_head_writer.store(task.n * heads + h, &[total as f32]) };
-    });
+        unsafe { of_head_writer.store(task.n * heads + h, &[of_all as f32]) };
+    };
+    for_each(problem, &tasks, |task| Arch::new().dispatch(|| of_task(task)));
     match (problem.decay, of_head) {
         (Decay::Head, Buffer::F32(of_head)) => {
             let mut sums = vec![0.; heads];
@@ -155,6 +177,7 @@ impl<'a> Token<'a> {
         }
     }
 
+    #[inline(always)]
     fn load(&mut self, t: usize) {
         self.gate.load(t, &mut self.g);
         for Loaded { pair, rows, key, value, is_there } in self.reads.iter_mut().chain(&mut self.writes) {
@@ -167,12 +190,24 @@ impl<'a> Token<'a> {
         }
     }
 
+    #[inline(always)]
+    fn prefetch(&self, t: usize) {
+        self.gate.prefetch(t, self.g.len());
+        for Loaded { pair, rows, key, value, .. } in self.reads.iter().chain(&self.writes) {
+            let t = t + pair.shift;
+            rows[0].prefetch(t, key.len());
+            rows[1].prefetch(t, value.len());
+            pair.grad.prefetch(row_offset(self.problem, self.batch, t, self.head, key.len()), key.len());
+        }
+    }
+
     /// Takes the sum from the token behind to token `t`, which is loaded, and adds the terms with itself to the gradients.
     /// Where the token forgets everything the sum is 0, and rounding must not say otherwise.
     ///
     /// # Safety
     ///
     /// No other thread touches the gradients of this head meanwhile.
+    #[inline(always)]
     unsafe fn add_products(&self, t: usize, at_end: bool, sum: &mut [f64]) {
         let k = self.problem.k_dim;
         // SAFETY: the caller's promise; each pair has a buffer of its own, and no two rows are used at a time but of
@@ -191,18 +226,32 @@ impl<'a> Token<'a> {
                 *sum -= f64::from(x * d);
             }
         }
-        for (i, sum) in sum.iter_mut().enumerate() {
-            if self.g[i % self.g.len()] == f32::NEG_INFINITY {
-                *sum = 0.;
-            }
+        match self.g[..] {
+            [f32::NEG_INFINITY] => sum.fill(0.),
+            [_] => {}
+            _ => sum
+                .iter_mut()
+                .zip(&self.g)
+                .filter(|(_, g)| **g == f32::NEG_INFINITY)
+                .for_each(|(x, _)| *x = 0.),
         }
         for read in self.reads.iter().filter(|read| read.is_there && read.pair.sees_own) {
             for write in &self.writes {
-                let dot: f32 = write.value.iter().zip(&read.value).map(|(v, d)| v * d).sum();
+                let dot = total_of(write.value.iter().zip(&read.value).map(|(v, d)| v * d));
                 let own = read.pair.scale * dot;
                 grad(read).iter_mut().zip(&write.key).for_each(|(d, k)| *d += own * k);
                 grad(write).iter_mut().zip(&read.key).for_each(|(d, q)| *d += own * q);
             }
         }
     }
+}
+
+/// The sum of all terms, in several sums at a time: additions that wait for one another take longer than all the rest.
+#[inline(always)]
+fn total_of<T: Default + Copy + AddAssign + Sum>(terms: impl Iterator<Item = T>) -> T {
+    let mut sums = [T::default(); 32];
+    for (i, x) in terms.enumerate() {
+        sums[i % 32] += x;
+    }
+    sums.into_iter().sum()
 }

@@ -28,15 +28,7 @@ pub(super) struct Task<'a> {
 /// All tasks of a sweep over states with `cols` columns, in as many slices as keep `threads` busy.
 pub(super) fn tasks(problem: &Problem, cols: usize, threads: usize) -> Vec<Task<'_>> {
     let wanted = threads.div_ceil((problem.sequences.len() * problem.v_heads).max(1));
-    slices(problem, cols, cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS))
-}
-
-/// All tasks of a sweep, in slices as narrow as they may be: for sweeps that keep states of each task.
-pub(super) fn narrow_tasks(problem: &Problem, cols: usize) -> Vec<Task<'_>> {
-    slices(problem, cols, LEAST_COLUMNS)
-}
-
-fn slices(problem: &Problem, cols: usize, width: usize) -> Vec<Task<'_>> {
+    let width = cols.div_ceil(wanted).next_multiple_of(LEAST_COLUMNS);
     let whole = problem.sequences.len() * problem.v_heads;
     let mut tasks = Vec::with_capacity(whole * cols.div_ceil(width));
     for (n, sequence) in problem.sequences.iter().enumerate() {
@@ -72,7 +64,10 @@ impl Segments {
     }
 
     /// The segments of a sequence, in order.
-    pub fn of(&self, sequence: &Sequence) -> impl DoubleEndedIterator<Item = Range<usize>> + use<> {
+    pub fn of(
+        &self,
+        sequence: &Sequence,
+    ) -> impl DoubleEndedIterator<Item = Range<usize>> + ExactSizeIterator + use<> {
         let Range { start, end } = sequence.tokens;
         let length = self.length;
         (0..(end - start).div_ceil(length))

@@ -93,6 +93,28 @@ impl<'a> Out<'a> {
             }
         }
     }
+
+    /// The first `len` elements of token `t` themselves, if they are f32 and to be replaced.
+    ///
+    /// # Safety
+    ///
+    /// One row of a token at a time, and nothing is stored there meanwhile.
+    #[inline(always)]
+    pub unsafe fn row(&self, t: usize, len: usize) -> Option<&'a mut [f32]> {
+        // SAFETY: what `new` was promised, and what is promised here.
+        (self.writer.is_f32() && !self.adds)
+            .then(|| unsafe { self.writer.row(self.offset + t * self.stride, len) })
+    }
+}
+
+/// What a sweep reads or writes a row of for each token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lane {
+    Read,
+    Write,
+    Value,
+    Gate,
+    Out,
 }
 
 #[derive(Debug)]
@@ -131,6 +153,23 @@ impl<'a> Sweep<'a> {
         }
     }
 
+    /// How many steps there are from `i` to where a segment of tokens ends, or the sweep.
+    #[inline(always)]
+    pub fn steps_to_stop(&self, i: usize) -> usize {
+        let left = self.tokens.len() - i;
+        match self.reverse {
+            false => left.min(SEGMENT - i % SEGMENT),
+            true => left.min((left + SEGMENT - 1) % SEGMENT + 1),
+        }
+    }
+
+    /// Whether a segment ends before step `i`.
+    #[inline(always)]
+    pub fn stops_at(&self, i: usize) -> bool {
+        let left = self.tokens.len() - i;
+        left == 0 || if self.reverse { left } else { i }.is_multiple_of(SEGMENT)
+    }
+
     /// The decay due before step `i`, if there is one.
     pub fn load_decay(&self, i: usize) -> Option<Vec<f32>> {
         let ((g, width), t) = (self.gate_rows()?, self.decay_before(i)?);
@@ -147,16 +186,21 @@ impl<'a> Sweep<'a> {
         }
     }
 
-    /// Asks for what step `i`, if there is such a one, reads.
+    /// Asks for a row of step `i`, if there is such a one.
     #[inline(always)]
-    pub fn prefetch(&self, i: usize) {
+    pub fn prefetch(&self, lane: Lane, i: usize) {
         if i < self.tokens.len() {
             let t = self.token(i);
-            self.read.prefetch(t, self.rows);
-            self.write.prefetch(t, self.rows);
-            self.value.prefetch(t, self.cols);
-            if let Some((g, width)) = self.gate_rows() {
-                g.prefetch(t, width);
+            match lane {
+                Lane::Read => self.read.prefetch(t, self.rows),
+                Lane::Write => self.write.prefetch(t, self.rows),
+                Lane::Value => self.value.prefetch(t, self.cols),
+                Lane::Out => self.out.prefetch(t, self.cols),
+                Lane::Gate => {
+                    if let Some((g, width)) = self.gate_rows() {
+                        g.prefetch(t, width);
+                    }
+                }
             }
         }
     }
@@ -186,6 +230,30 @@ pub(super) fn run(algorithm: Algorithm, sweep: &Sweep, state: &mut [f32]) {
     match algorithm {
         Algorithm::Recurrent => recurrent::run(sweep, state),
         Algorithm::Chunk => chunk::run(sweep, state),
-        Algorithm::FusedChunk => fused::run(sweep, state),
+        Algorithm::FusedChunk => fused::run(sweep, state, None),
+    }
+}
+
+/// Tokens between two stops of [`run_with_stops`], counted from the first token of the sweep.
+pub(super) const SEGMENT: usize = 32;
+
+/// What is shown the state at a stop.
+pub(super) type AtStop<'f> = dyn FnMut(&[f32]) + 'f;
+
+/// As [`run`], and shows `at_stop` the state at the end of every segment of tokens that the sweep comes through.
+pub(super) fn run_with_stops(algorithm: Algorithm, sweep: &Sweep, state: &mut [f32], at_stop: &mut AtStop) {
+    if algorithm == Algorithm::FusedChunk {
+        return fused::run(sweep, state, Some(at_stop));
+    }
+    let mut done = 0;
+    while done < sweep.tokens.len() {
+        let n = sweep.steps_to_stop(done);
+        let tokens = match sweep.reverse {
+            false => sweep.token(done)..sweep.token(done) + n,
+            true => sweep.token(done) + 1 - n..sweep.token(done) + 1,
+        };
+        run(algorithm, &Sweep { tokens, ..*sweep }, state);
+        at_stop(state);
+        done += n;
     }
 }

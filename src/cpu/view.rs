@@ -104,6 +104,18 @@ fn prefetch<T>(first: *const T, len: usize) {
 }
 
 impl Rows<'_> {
+    /// The elements of token `t`: where they lie if they are f32 side by side, otherwise in `scratch`, as many as fit.
+    #[inline(always)]
+    pub fn read<'r>(&'r self, t: usize, scratch: &'r mut [f32]) -> &'r [f32] {
+        match self.data {
+            Data::F32(x) if self.element == 1 => &x[self.offset + t * self.token..][..scratch.len()],
+            _ => {
+                self.load(t, scratch);
+                scratch
+            }
+        }
+    }
+
     /// Says that the first `len` elements of token `t` will be loaded soon.
     #[inline(always)]
     pub fn prefetch(&self, t: usize, len: usize) {
@@ -154,6 +166,28 @@ fn widen_bf16(x: &[bf16], row: &mut [f32]) {
     }
 }
 
+/// Asks for large pages, if the system has them: otherwise it hands out a large buffer 4 KiB at a time as it is written,
+/// which takes as long as computing what is written.
+fn in_large_pages<T>(data: Vec<T>) -> Vec<T> {
+    #[cfg(target_os = "linux")]
+    {
+        const LARGE: usize = 2 << 20;
+        let range = data.as_ptr_range();
+        let (start, end) = (range.start.addr().next_multiple_of(LARGE), range.end.addr() / LARGE * LARGE);
+        if start < end {
+            // SAFETY: the range lies within the buffer, and the advice changes nothing that a program can see.
+            unsafe {
+                libc::madvise(
+                    range.start.wrapping_byte_add(start - range.start.addr()).cast_mut().cast(),
+                    end - start,
+                    libc::MADV_HUGEPAGE,
+                );
+            }
+        }
+    }
+    data
+}
+
 /// Elements of one of the dtypes that operators take.
 #[derive(Debug)]
 pub(super) enum Buffer {
@@ -165,9 +199,9 @@ pub(super) enum Buffer {
 impl Buffer {
     pub fn zeros(dtype: DType, len: usize) -> Self {
         match dtype {
-            DType::F16 => Self::F16(vec![f16::ZERO; len]),
-            DType::BF16 => Self::BF16(vec![bf16::ZERO; len]),
-            _ => Self::F32(vec![0.; len]),
+            DType::F16 => Self::F16(in_large_pages(vec![f16::ZERO; len])),
+            DType::BF16 => Self::BF16(in_large_pages(vec![bf16::ZERO; len])),
+            _ => Self::F32(in_large_pages(vec![0.; len])),
         }
     }
 
@@ -234,6 +268,10 @@ unsafe impl Send for Writer<'_> {}
 unsafe impl Sync for Writer<'_> {}
 
 impl<'a> Writer<'a> {
+    pub fn is_f32(&self) -> bool {
+        matches!(self.data, Pointer::F32(_))
+    }
+
     /// Says that the `len` elements from `at` on will be stored soon.
     #[inline(always)]
     pub fn prefetch(&self, at: usize, len: usize) {

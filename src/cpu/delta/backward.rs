@@ -25,7 +25,7 @@ use super::{Sweeps, store_state};
 use crate::cpu::Grads;
 use crate::cpu::backward::sum_groups;
 use crate::cpu::forward::load_state;
-use crate::cpu::gate_gradient::{Pair, gate_gradient};
+use crate::cpu::gate_gradient::{Ends, Pair, gate_gradient};
 use crate::cpu::plan::{Segments, Task, algorithm, for_each, tasks};
 use crate::cpu::view::{Buffer, View, Writer};
 use crate::problem::{Inputs, Problem, Role, Update};
@@ -234,7 +234,10 @@ fn key_gradients(
     for_each(problem, &tasks, |task| products.run(task));
     let mut found = vec![];
     if let Some(g) = gate {
-        found.push((Role::G, gate_gradient(problem, &g, segments, (&reads, &writes), &mut at_ends)));
+        found.push((
+            Role::G,
+            gate_gradient(problem, &g, segments, (&reads, &writes), &mut at_ends, Ends::OfEverySegment),
+        ));
     }
     let sum = |grad, x: View| sum_groups(problem, grad, x.dtype());
     found.push((Role::Q, sum(dq, x.q)));
