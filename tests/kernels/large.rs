@@ -91,7 +91,7 @@ fn prompt_and_single_tokens() {
     let want = by_cpu(&case, &inputs, Graph { loss: [true; 3], ..Graph::NONE }).unwrap();
     let out = on_kernels(|device| {
         let inputs = inputs.on(device)?;
-        let [Some(q), Some(k), Some(v), _, Some(kv), _] = &inputs.args else {
+        let [Some(q), Some(k), Some(v), _, Some(kv), ..] = &inputs.args else {
             candle_core::bail!("a case has q, k, v and here a state")
         };
         let mut state = State { kv: kv.clone(), z: None };
