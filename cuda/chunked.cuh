@@ -10,82 +10,30 @@
 // columns of the state: W warpgroups with 64 columns each. They hold X^T, so that what they accumulate is already the A
 // operand of X^T read^T and nothing is transposed anywhere.
 #pragma once
-#include "elements.cuh"
-#include "chunked_layout.cuh"
+#include "chunked_gates.cuh"
 
 namespace cla {
 
-// How far the decay along rows or columns may go, in natural logarithms, within the steps that are solved at once: each
-// factor is taken relative to a step in the middle and must stay far from the ends of f32 and bf16.
-constexpr float DECAY_RANGE = 40.f;
-// exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
-constexpr float STRONGEST_DECAY = -110.f;
-
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked {
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked : ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE> {
   using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base = ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base::s, Base::shared, Base::place, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::out;
+  using Base::tid, Base::warp, Base::group, Base::row0, Base::pair, Base::first_column, Base::begin, Base::end;
+  using Base::out_in_pieces, Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
+  using Base::value_tile, Base::scores, Base::out_tile, Base::wide_out, Base::decays, Base::count_at;
+  using Base::fetch_chunk, Base::sums, Base::sums_rest, Base::from_start, Base::to_end, Base::whole, Base::total;
+  using Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor, Base::anchor, Base::total_of;
+  using Base::limit, Base::sum_vector_gates, Base::decay_chunk, Base::count_decay, Base::fill_chunk;
+  template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
+  using Fetched = typename Base::Fetched;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
   static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
 
-  const cla_sweep &s;
-  unsigned char *shared;
-  Place place;
-  Steps steps;
-  Rows read, write, value, gate, out;
-  int tid, lane, warp, group, row0, pair, first_column;
-  int64_t begin, end;
-  bool in_pieces[3], gate_in_pieces, out_in_pieces;
-  bool out_waits;  // a chunk of it, in shared memory
   float state[R / 8][4];
+  bool out_waits = false;  // a chunk of it, in shared memory
 
-  CLA_DEVICE Chunked(const cla_sweep &s)
-      : s(s), shared(shared_memory()), place(block_x(), s.heads, s.segments),
-        steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse), read(s.read, steps.batch, place.head),
-        write(s.write, steps.batch, place.head), value(s.value, steps.batch, place.head),
-        gate(s.gate, steps.batch, place.head), out(s.out, steps.batch, place.head) {
-    tid = thread_index();
-    lane = tid & 31;
-    warp = (tid >> 5) & 3;
-    group = tid >> 7;
-    row0 = lane >> 2;
-    pair = (lane & 3) * 2;
-    first_column = block_y() * COLUMNS;
-    begin = s.segment ? place.segment * s.segment : 0;
-    end = steps.count;
-    if (s.segment && begin + s.segment < end) end = begin + s.segment;
-    if (!s.writes) write.data = nullptr;
-    value.data += value.data ? first_column * value.element * value.size() : 0;
-    out.data += out.data ? first_column * out.element * out.size() : 0;
-    if (BY_COLUMN) gate.data += first_column * gate.element * gate.size();
-    in_pieces[0] = read.in_pieces(s.rows);
-    in_pieces[1] = write.in_pieces(s.rows);
-    in_pieces[2] = value.in_pieces(columns());
-    gate_in_pieces = VECTOR && gate.in_pieces(gates());
-    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : BF16_OUT && out.dtype == CLA_BF16) && out.in_pieces(columns());
-    out_waits = false;
-  }
-
-  // Of this block's columns, those that the state has.
-  CLA_DEVICE int columns() const { return s.cols - first_column < COLUMNS ? s.cols - first_column : COLUMNS; }
-  CLA_DEVICE int gates() const { return BY_ROW ? s.rows : columns(); }
-  CLA_DEVICE bool last_segment() const { return end == steps.count; }
-  CLA_DEVICE Tile key_tile(int stage, int which, int part) const {
-    return {shared + ((stage % L::KEY_STAGES * L::KEY_PARTS + part) * 2 + which) * L::KEY};
-  }
-  CLA_DEVICE Tile read_tile(int stage, int part) const { return key_tile(stage, 0, part); }
-  CLA_DEVICE Tile write_tile(int stage, int part) const { return key_tile(stage, 1, part); }
-  CLA_DEVICE Tile value_tile(int stage, int part) const {
-    return {shared + L::VALUES + (stage % L::VALUE_STAGES * L::VALUE_PARTS + part) * L::VALUE};
-  }
-  // Of what is still to be decayed: read and write, or the value.
-  CLA_DEVICE Tile raw_tile(int which) const { return {shared + L::RAW + which * L::KEY}; }
-  CLA_DEVICE Tile raw_gates() const { return {shared + L::RAW_GATES}; }
-  CLA_DEVICE Tile scores(int part) const { return {shared + L::SCORES + part * SUBTILE}; }
-  CLA_DEVICE Tile out_tile() const { return {shared + L::OUT}; }
-  CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
-  CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
-  CLA_DEVICE float *decays() const { return (float *)(shared + L::DECAYS); }
-  CLA_DEVICE float *totals() const { return (float *)(shared + L::TOTALS); }
+  CLA_DEVICE Chunked(const cla_sweep &s) : Base(s) {}
 
   // ---- the state ----
 
@@ -148,391 +96,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       float *totals = s.totals + place.index(s.heads, s.segments) * width + (BY_COLUMN ? first_column : 0);
       for (int c = tid; c < gates(); c += THREADS) totals[c] = total_of()[c];
     }
-  }
-
-  // ---- loading ----
-
-  // 2 N elements in bf16 to `high`, and what that leaves out to `low`.
-  template <int N> CLA_DEVICE static void split(uint32_t (&high)[N], uint32_t (&low)[N], const float (&x)[2 * N]) {
-    CLA_UNROLL
-    for (int i = 0; i < N; i++) {
-      high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-      low[i] = pack_rest(high[i], x[2 * i], x[2 * i + 1]);
-    }
-  }
-  // One or two parts.
-  CLA_DEVICE static void store8(Tile high, Tile low, bool both, int row, int c, const float (&x)[8]) {
-    uint32_t h[4], l[4];
-    split(h, l, x);
-    store16(high.piece(row, c / 8), {h[0], h[1], h[2], h[3]});
-    if (both) store16(low.piece(row, c / 8), {l[0], l[1], l[2], l[3]});
-  }
-
-  // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
-  // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).
-  template <int WIDTH> struct Pieces {
-    static constexpr int PART = WIDTH < THREADS ? WIDTH : THREADS, PARTS = WIDTH / PART;  // columns at a time
-    static constexpr int EACH = CHUNK * PART / 8 / THREADS, EVERY = THREADS * 8 / PART;
-    static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK && PARTS * PART == WIDTH, "pieces cover the chunk");
-    unsigned char *data;  // of the step at hand
-    int64_t stride;       // bytes between EVERY steps
-    int row, column;
-
-    CLA_DEVICE Pieces(const Chunked &sweep, const Rows &rows)
-        : row(sweep.tid / (PART / 8)), column(sweep.tid % (PART / 8) * 8) {
-      const int64_t step = sweep.s.reverse ? -2 * rows.token : 2 * rows.token;
-      stride = EVERY * step;
-      data = rows.data + 2 * column + sweep.steps.token(0) * rows.token * 2 + (sweep.begin + row) * step;
-    }
-    CLA_DEVICE void next_chunk() { data += EACH * stride; }
-  };
-
-  template <int WIDTH>
-  CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, const Rows &rows, int64_t step, int count, int width, bool pieces) {
-    CLA_UNROLL
-    for (int part = 0; part < at.PARTS; part++) {
-      const int column = at.column + part * at.PART;
-      if (pieces) {
-        unsigned char *into = to.piece(at.row, column / 8);
-        CLA_UNROLL
-        for (int i = 0; i < at.EACH; i++) {
-          const bool valid = column < width && at.row + i * at.EVERY < count;
-          copy16_async(into + i * at.EVERY * 128, at.data + part * at.PART * 2 + i * at.stride, valid);
-        }
-      } else {
-        for (int i = 0; i < at.EACH; i++) {
-          const int row = at.row + i * at.EVERY;
-          const bool valid = row < count;
-          float x[8];
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = valid && column + k < width ? rows.load(steps.token(step + row), column + k) : 0.f;
-          store8(to, to, false, row, column, x);
-        }
-      }
-    }
-    at.next_chunk();
-  }
-  CLA_DEVICE int count_at(int64_t step) const { return end - step < CHUNK ? (int)(end - step) : CHUNK; }
-  // Of the chunk's steps up to `to`, those that write.
-  CLA_DEVICE int writing(int64_t step, int to) const { return to > 0 && !steps.writes(s, step + to - 1) ? to - 1 : to; }
-  struct Fetched {
-    Pieces<R> read, write;
-    Pieces<COLUMNS> value, out;
-  };
-  CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
-    if (step < end) {
-      const int count = count_at(step);
-      const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
-      fetch(r, f.read, read, step, count, s.rows, in_pieces[0]);
-      fetch(w, f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
-      fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, value, step, count, columns(), in_pieces[2]);
-      if constexpr (L::STAGED_DECAY) fetch_gates(step, count);
-    }
-    copies_commit();
-  }
-
-  // Whether gates are staged in bf16, in a tile, or as rows of f32.
-  CLA_DEVICE bool gates_in_tile() const { return gate_in_pieces && gate.dtype == CLA_BF16; }
-  CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
-  CLA_DEVICE void fetch_gates(int64_t step, int count) {
-    // The decay before a step of a reverse sweep is that of the step before.
-    const int shift = s.reverse ? 1 : 0, first = step == 0 ? shift : 0;
-    const int tid = opaque(this->tid);
-    const bool copied = gate_in_pieces && gate.dtype != CLA_F16, tile = gates_in_tile();
-    const int each = tile ? 8 : 4, pieces = GATES / each;
-    CLA_NO_UNROLL
-    for (int at = tid; at < CHUNK * pieces; at += THREADS) {
-      const int row = at / pieces, c = at % pieces * each;
-      const bool valid = row >= first && row < count && c < gates();
-      const int64_t token = valid ? steps.token(step + row - shift) : 0;
-      if (copied) {
-        void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
-        copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
-      } else {
-        CLA_UNROLL
-        for (int k = 0; k < 4; k++) raw_gate_row(row)[c + k] = valid && c + k < gates() ? gate.load(token, c + k) : 0.f;
-      }
-    }
-  }
-
-  // Pieces of 8 elements that a thread loads before it looks at the first, so that the loads are under way together.
-  static constexpr int BATCH = 4;
-
-  // The rows of a chunk, 8 elements at a time, to `use(row, column, elements)`; zeros for rows outside from..to. `token_of`
-  // is where a row comes from.
-  template <int WIDTH, class Token, class Use>
-  CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, bool pieces, Token token_of, Use use) {
-    const int tid = opaque(this->tid);
-    constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
-    static_assert(EACH % N == 0, "whole batches");
-    const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;
-    CLA_NO_UNROLL
-    for (int first = 0; first < EACH; first += N) {
-      Vec4 low[N], high[N];
-      CLA_UNROLL
-      for (int i = 0; i < N; i++) {
-        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-        const bool valid = pieces && row >= from && row < to && c < width;
-        const unsigned char *p = rows.data + (valid ? (token_of(row) * rows.token + c) * rows.size() : 0);
-        low[i] = high[i] = Vec4{0, 0, 0, 0};
-        if (valid) low[i] = load16(p);
-        if (valid && wide && c + 4 < width) high[i] = load16(p + 16);
-      }
-      CLA_UNROLL
-      for (int i = 0; i < N; i++) {
-        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-        const bool valid = row >= from && row < to && c < width;
-        float x[8];
-        if (!pieces) {
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = valid && c + k < width ? rows.load(token_of(row), c + k) : 0.f;
-        } else if (wide) {
-          const uint32_t bits[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
-        } else {
-          const uint32_t bits[4] = {low[i].x, low[i].y, low[i].z, low[i].w};
-          CLA_UNROLL
-          for (int k = 0; k < 4; k++) {
-            x[2 * k] = bf16 ? low_bf16(bits[k]) : from_f16((uint16_t)bits[k]);
-            x[2 * k + 1] = bf16 ? high_bf16(bits[k]) : from_f16((uint16_t)(bits[k] >> 16));
-          }
-        }
-        use(row, c, x);
-      }
-    }
-  }
-
-  // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
-  // multiplied (1) or divided (-1) into the elements.
-  template <int WIDTH, int SIGN>
-  CLA_DEVICE void fill(Tile high, Tile low, const Rows &rows, int64_t step, int from, int to, int width, bool pieces) {
-    each8<WIDTH>(rows, from, to, width, pieces, [&](int row) { return steps.token(step + row); },
-                 [&](int row, int c, float(&x)[8]) {
-                   if (SIGN != 0 && row >= from && row < to && c < width) {
-                     CLA_UNROLL
-                     for (int k = 0; k < 8; k++) {
-                       x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
-                     }
-                   }
-                   store8(high, low, true, row, c, x);
-                 });
-  }
-  // What is copied is there already, all of it: it multiplies zeros outside of from..to.
-  CLA_DEVICE void fill_chunk(int64_t step, int from, int to) {
-    if constexpr (L::KEY_PARTS == 2) {
-      fill<R, BY_ROW ? 1 : 0>(read_tile(0, 0), read_tile(0, 1), read, step, from, to, s.rows, in_pieces[0]);
-      fill<R, BY_ROW ? -1 : 0>(write_tile(0, 0), write_tile(0, 1), write, step, from, writing(step, to), s.rows, in_pieces[1]);
-    }
-    if constexpr (L::VALUE_PARTS == 2) {
-      fill<COLUMNS, BY_COLUMN ? -1 : 0>(value_tile(0, 0), value_tile(0, 1), value, step, from, to, columns(), in_pieces[2]);
-    }
-  }
-
-  // ---- one decay for the whole state ----
-  // Two sets of factors, for even and odd chunks, so that one can be written while the other is still read.
-
-  CLA_DEVICE float *sums(int set) const { return factors() + set * (4 * CHUNK + 4); }         // G_t
-  CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
-  CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
-  CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
-  CLA_DEVICE float &whole(int set) const { return sums(set)[4 * CHUNK]; }                      // exp(G_C)
-  CLA_DEVICE float &total() const { return sums(0)[4 * CHUNK + 1]; }                           // exp of all of them
-
-  struct Pair {
-    float x, y;
-  };
-  CLA_DEVICE Pair gate_pair(int64_t step) const {
-    Pair g = {0.f, 0.f};
-    if (step + 2 * lane < end) g.x = steps.decay_before(gate, step + 2 * lane, 0);
-    if (step + 2 * lane + 1 < end) g.y = steps.decay_before(gate, step + 2 * lane + 1, 0);
-    return g;
-  }
-  CLA_DEVICE static double shuffle_up_double(double x, int delta) {
-    union {
-      double d;
-      uint32_t u[2];
-    } b = {x};
-    b.u[0] = shuffle_up(b.u[0], delta);
-    b.u[1] = shuffle_up(b.u[1], delta);
-    return b.d;
-  }
-  CLA_DEVICE static double shuffle_double(double x, int from) {
-    union {
-      double d;
-      uint32_t u[2];
-    } b = {x};
-    b.u[0] = shuffle(b.u[0], from);
-    b.u[1] = shuffle(b.u[1], from);
-    return b.d;
-  }
-  // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
-  CLA_DEVICE void sum_gates(int set, Pair g) {
-    double x = g.x < STRONGEST_DECAY ? STRONGEST_DECAY : g.x, y = g.y < STRONGEST_DECAY ? STRONGEST_DECAY : g.y;
-    double sum = x + y;
-    CLA_UNROLL
-    for (int d = 1; d < 32; d *= 2) {
-      double before = shuffle_up_double(sum, d);
-      if (lane >= d) sum += before;
-    }
-    double all = shuffle_double(sum, 31);
-    double at[2] = {sum - y, sum};
-    CLA_UNROLL
-    for (int i = 0; i < 2; i++) {
-      int t = 2 * lane + i;
-      sums(set)[t] = (float)at[i];
-      sums_rest(set)[t] = (float)(at[i] - (float)at[i]);
-      from_start(set)[t] = exp_fast((float)at[i]);
-      to_end(set)[t] = exp_fast((float)(all - at[i]));
-    }
-    if (lane == 0) {
-      whole(set) = exp_fast((float)all);
-      total() *= whole(set);
-    }
-  }
-
-  // ---- a decay for each row or column ----
-
-  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to the anchor
-  CLA_DEVICE float *end_factor() const { return factors() + GATES; }       // exp of what follows it
-  CLA_DEVICE float *anchor() const { return factors() + 2 * GATES; }       // G at the step in the middle
-  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all since the segment's start
-  CLA_DEVICE int &limit() const { return *(int *)(factors() + 4 * GATES); }
-
-  // Sums the decays of the chunk's steps from `from` on, until they leave the range. Returns where that is.
-  CLA_DEVICE int sum_vector_gates(int64_t step, int from, int count) {
-    // The decay before a step of a reverse sweep is that of the step before.
-    const int tid = opaque(this->tid);
-    const int shift = s.reverse ? 1 : 0, first = step == 0 && from < shift ? shift : from;
-    each8<GATES>(gate, first, count, gates(), gate_in_pieces, [&](int row) { return steps.token(step + row - shift); },
-                 [&](int row, int c, float(&x)[8]) {
-                   CLA_UNROLL
-                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
-                 });
-    barrier();
-    for (int c = tid; c < GATES; c += THREADS) {
-      float *decay = decays() + c;
-      start_factor()[c] = decay[from * PITCH];
-      decay[from * PITCH] = 0.f;
-      float sum = 0.f, least = 0.f, most = 0.f;
-      int t = from + 1;
-      while (t < count) {
-        float next[8];
-        CLA_UNROLL
-        for (int i = 0; i < 8; i++) next[i] = t + i < count ? decay[(t + i) * PITCH] : 0.f;
-        bool stop = false;
-        CLA_UNROLL
-        for (int i = 0; i < 8; i++) {
-          if (stop || t + i >= count) continue;
-          sum += next[i];
-          least = sum < least ? sum : least;
-          most = sum > most ? sum : most;
-          if (!(most - least <= DECAY_RANGE)) {
-            stop = true;
-            atomic_min(&limit(), t + i);
-          } else {
-            decay[(t + i) * PITCH] = sum;
-          }
-        }
-        if (stop) break;
-        t += 8;
-      }
-    }
-    if (tid == 0) atomic_min(&limit(), count);
-    barrier();
-    const int to = limit(), middle = (from + to) / 2;
-    for (int c = tid; c < GATES; c += THREADS) {
-      float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
-      anchor()[c] = at;
-      start_factor()[c] = exp_fast(start_factor()[c] + at);
-      end_factor()[c] = exp_fast(last - at);
-      total_of()[c] *= start_factor()[c] * end_factor()[c];
-    }
-    barrier();
-    if (tid == 0) limit() = CHUNK;
-    return to;
-  }
-
-  // ---- the same from what is staged ----
-  // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
-
-  static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
-  struct Four {
-    float x[4];
-  };
-  struct Two {
-    uint32_t x[2];
-  };
-  CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
-  CLA_DEVICE Four staged_gates(int row, int c) const {
-    if (!gates_in_tile()) return *(const Four *)(raw_gate_row(row) + c);
-    const Two two = four_of(raw_gates(), row, c);
-    return {{low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])}};
-  }
-  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
-    const Two two = four_of(from, row, c);
-    float x[4] = {low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])};
-    CLA_UNROLL
-    for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
-    Two h, l;
-    split(h.x, l.x, x);
-    four_of(high, row, c) = h;
-    four_of(low, row, c) = l;
-  }
-
-  CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
-    const Four g = staged_gates(row, c);
-    CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += g.x[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g.x[k];
-  }
-
-  // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
-  CLA_DEVICE void decay_chunk() {
-    const int tid = opaque(this->tid);
-    const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
-    float own[4] = {0.f, 0.f, 0.f, 0.f};
-    CLA_UNROLL_TWICE
-    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
-    *(Four *)(totals() + of * GATES + c) = {{own[0], own[1], own[2], own[3]}};
-    barrier();
-    float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
-    CLA_UNROLL_TWICE
-    for (int i = 0; i < STEP_GROUPS; i++) {
-      const Four t = *(const Four *)(totals() + i * GATES + c);
-      CLA_UNROLL
-      for (int k = 0; k < 4; k++) {
-        all[k] += t.x[k];
-        if (i < STEP_GROUPS / 2) middle[k] += t.x[k];
-        if (i < of) sum[k] += t.x[k];
-      }
-    }
-    CLA_UNROLL
-    for (int k = 0; k < 4; k++) {
-      sum[k] -= middle[k];
-      if (of != 0) continue;
-      start_factor()[c + k] = exp_fast(middle[k]);
-      end_factor()[c + k] = exp_fast(all[k] - middle[k]);
-      anchor()[c + k] = 0.f;  // the sums below are relative to it already
-    }
-    bool inside = true;
-    CLA_UNROLL_TWICE
-    for (int i = 0; i < STEPS_EACH; i++) {
-      const int row = first + i;
-      add_gates(sum, row, c);
-      CLA_UNROLL
-      for (int k = 0; k < 4; k++) inside = inside && sum[k] <= DECAY_RANGE && sum[k] >= -DECAY_RANGE;
-      if constexpr (BY_ROW) {
-        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
-        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
-      } else {
-        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
-        *(Four *)(decays() + row * PITCH + c) = {{sum[0], sum[1], sum[2], sum[3]}};
-      }
-    }
-    if (!inside) limit() = 0;
-  }
-  CLA_DEVICE void count_decay() {
-    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
   }
 
   CLA_DEVICE void scale_state(const float *factor) {
@@ -801,7 +364,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         barrier();
         whole = limit() != 0;
         if (whole && only_state) count_decay();
-        if (!whole) begin_parts();
+        if (!whole) {
+          barrier();
+          if (tid == 0) limit() = CHUNK;
+        }
       }
       if (whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
       int from = 0;
@@ -826,7 +392,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     int set = 0;
     for (int64_t step = begin; step < end; step += CHUNK, set ^= 1) {
       const int count = count_at(step);
-      if (VECTOR) begin_parts();
       int from = 0;
       do {
         if (SCALAR && tid < 32) sum_gates(set, gate_pair(step));
@@ -837,11 +402,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     }
   }
 
-  // Parts of a chunk: each goes on as long as the decay stays in its range.
-  CLA_DEVICE void begin_parts() {
-    barrier();
-    if (tid == 0) limit() = CHUNK;
-  }
+  // The operands of a part of a chunk, which goes on as long as the decay stays in its range. Returns where it ends.
   CLA_DEVICE int fill_part(int64_t step, int from, int count) {
     barrier();
     const int to = VECTOR ? sum_vector_gates(step, from, count) : count;

@@ -1,5 +1,7 @@
 // Which chunked kernel a sweep takes: the first of a list that the machine has the shared memory for.
 #pragma once
+#include <type_traits>
+
 #include "chunked.cuh"
 
 namespace cla {
@@ -50,6 +52,16 @@ template <int GATE> int32_t choose_wide(const Call &call) {
   if (call.sweep.rows <= 64) return run_chunked<64, 1, false, false, GATE>(call);
   if (call.sweep.rows <= 128) return run_chunked<128, 1, false, false, GATE>(call);
   return run_chunked<256, 1, false, false, GATE>(call);
+}
+
+// Calls `choose` with the kind of the call's gate as a type.
+template <class Choose> int32_t by_gate(const Call &call, Choose choose) {
+  switch (call.sweep.gate_kind) {
+    case CLA_NO_GATE: return choose(std::integral_constant<int, CLA_NO_GATE>());
+    case CLA_GATE_SCALAR: return choose(std::integral_constant<int, CLA_GATE_SCALAR>());
+    case CLA_GATE_ROWS: return choose(std::integral_constant<int, CLA_GATE_ROWS>());
+    default: return choose(std::integral_constant<int, CLA_GATE_COLS>());
+  }
 }
 
 // bf16 inputs, and results in bf16 or f32.

@@ -1,0 +1,258 @@
+// Decays within a chunk: their sums, and operands that have them multiplied in.
+#pragma once
+#include "chunked_inputs.cuh"
+
+namespace cla {
+
+// How far the decay along rows or columns may go, in natural logarithms, within the steps that are solved at once: each
+// factor is taken relative to a step in the middle and must stay far from the ends of f32 and bf16.
+constexpr float DECAY_RANGE = 40.f;
+// exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
+constexpr float STRONGEST_DECAY = -110.f;
+
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGates : ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE> {
+  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base = ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base::s, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::tid, Base::lane, Base::warp;
+  using Base::end, Base::in_pieces, Base::gate_in_pieces, Base::columns, Base::gates, Base::read_tile;
+  using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_gates, Base::raw_gate_row, Base::gates_in_tile;
+  using Base::factors, Base::decays, Base::totals, Base::split, Base::store8, Base::writing;
+  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+  static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
+
+  CLA_DEVICE ChunkGates(const cla_sweep &s) : Base(s) {}
+
+  // ---- one decay for the whole state ----
+  // Two sets of factors, for even and odd chunks, so that one can be written while the other is still read.
+
+  CLA_DEVICE float *sums(int set) const { return factors() + set * (4 * CHUNK + 4); }         // G_t
+  CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
+  CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
+  CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
+  CLA_DEVICE float &whole(int set) const { return sums(set)[4 * CHUNK]; }                      // exp(G_C)
+  CLA_DEVICE float &total() const { return sums(0)[4 * CHUNK + 1]; }                           // exp of all of them
+
+  struct Pair {
+    float x, y;
+  };
+  CLA_DEVICE Pair gate_pair(int64_t step) const {
+    Pair g = {0.f, 0.f};
+    if (step + 2 * lane < end) g.x = steps.decay_before(gate, step + 2 * lane, 0);
+    if (step + 2 * lane + 1 < end) g.y = steps.decay_before(gate, step + 2 * lane + 1, 0);
+    return g;
+  }
+  CLA_DEVICE static double shuffle_up_double(double x, int delta) {
+    union {
+      double d;
+      uint32_t u[2];
+    } b = {x};
+    b.u[0] = shuffle_up(b.u[0], delta);
+    b.u[1] = shuffle_up(b.u[1], delta);
+    return b.d;
+  }
+  CLA_DEVICE static double shuffle_double(double x, int from) {
+    union {
+      double d;
+      uint32_t u[2];
+    } b = {x};
+    b.u[0] = shuffle(b.u[0], from);
+    b.u[1] = shuffle(b.u[1], from);
+    return b.d;
+  }
+  // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
+  CLA_DEVICE void sum_gates(int set, Pair g) {
+    double x = g.x < STRONGEST_DECAY ? STRONGEST_DECAY : g.x, y = g.y < STRONGEST_DECAY ? STRONGEST_DECAY : g.y;
+    double sum = x + y;
+    CLA_UNROLL
+    for (int d = 1; d < 32; d *= 2) {
+      double before = shuffle_up_double(sum, d);
+      if (lane >= d) sum += before;
+    }
+    double all = shuffle_double(sum, 31);
+    double at[2] = {sum - y, sum};
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      int t = 2 * lane + i;
+      sums(set)[t] = (float)at[i];
+      sums_rest(set)[t] = (float)(at[i] - (float)at[i]);
+      from_start(set)[t] = exp_fast((float)at[i]);
+      to_end(set)[t] = exp_fast((float)(all - at[i]));
+    }
+    if (lane == 0) {
+      whole(set) = exp_fast((float)all);
+      total() *= whole(set);
+    }
+  }
+
+  // ---- a decay for each row or column ----
+
+  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to the anchor
+  CLA_DEVICE float *end_factor() const { return factors() + GATES; }       // exp of what follows it
+  CLA_DEVICE float *anchor() const { return factors() + 2 * GATES; }       // G at the step in the middle
+  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all since the segment's start
+  CLA_DEVICE int &limit() const { return *(int *)(factors() + 4 * GATES); }
+
+  // Sums the decays of the chunk's steps from `from` on, until they leave the range. Returns where that is.
+  CLA_DEVICE int sum_vector_gates(int64_t step, int from, int count) {
+    // The decay before a step of a reverse sweep is that of the step before.
+    const int tid = opaque(this->tid);
+    const int shift = s.reverse ? 1 : 0, first = step == 0 && from < shift ? shift : from;
+    this->template each8<GATES>(gate, first, count, gates(), gate_in_pieces, [&](int row) { return steps.token(step + row - shift); },
+                 [&](int row, int c, float(&x)[8]) {
+                   CLA_UNROLL
+                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
+                 });
+    barrier();
+    for (int c = tid; c < GATES; c += THREADS) {
+      float *decay = decays() + c;
+      start_factor()[c] = decay[from * PITCH];
+      decay[from * PITCH] = 0.f;
+      float sum = 0.f, least = 0.f, most = 0.f;
+      int t = from + 1;
+      while (t < count) {
+        float next[8];
+        CLA_UNROLL
+        for (int i = 0; i < 8; i++) next[i] = t + i < count ? decay[(t + i) * PITCH] : 0.f;
+        bool stop = false;
+        CLA_UNROLL
+        for (int i = 0; i < 8; i++) {
+          if (stop || t + i >= count) continue;
+          sum += next[i];
+          least = sum < least ? sum : least;
+          most = sum > most ? sum : most;
+          if (!(most - least <= DECAY_RANGE)) {
+            stop = true;
+            atomic_min(&limit(), t + i);
+          } else {
+            decay[(t + i) * PITCH] = sum;
+          }
+        }
+        if (stop) break;
+        t += 8;
+      }
+    }
+    if (tid == 0) atomic_min(&limit(), count);
+    barrier();
+    const int to = limit(), middle = (from + to) / 2;
+    for (int c = tid; c < GATES; c += THREADS) {
+      float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
+      anchor()[c] = at;
+      start_factor()[c] = exp_fast(start_factor()[c] + at);
+      end_factor()[c] = exp_fast(last - at);
+      total_of()[c] *= start_factor()[c] * end_factor()[c];
+    }
+    barrier();
+    if (tid == 0) limit() = CHUNK;
+    return to;
+  }
+
+  // ---- the same from what is staged ----
+  // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
+
+  static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
+  struct Four {
+    float x[4];
+  };
+  struct Two {
+    uint32_t x[2];
+  };
+  CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
+  CLA_DEVICE Four staged_gates(int row, int c) const {
+    if (!gates_in_tile()) return *(const Four *)(raw_gate_row(row) + c);
+    const Two two = four_of(raw_gates(), row, c);
+    return {{low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])}};
+  }
+  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
+    const Two two = four_of(from, row, c);
+    float x[4] = {low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])};
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
+    Two h, l;
+    split(h.x, l.x, x);
+    four_of(high, row, c) = h;
+    four_of(low, row, c) = l;
+  }
+
+  CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
+    const Four g = staged_gates(row, c);
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) sum[k] += g.x[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g.x[k];
+  }
+
+  // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
+  CLA_DEVICE void decay_chunk() {
+    const int tid = opaque(this->tid);
+    const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
+    float own[4] = {0.f, 0.f, 0.f, 0.f};
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
+    *(Four *)(totals() + of * GATES + c) = {{own[0], own[1], own[2], own[3]}};
+    barrier();
+    float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEP_GROUPS; i++) {
+      const Four t = *(const Four *)(totals() + i * GATES + c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) {
+        all[k] += t.x[k];
+        if (i < STEP_GROUPS / 2) middle[k] += t.x[k];
+        if (i < of) sum[k] += t.x[k];
+      }
+    }
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) {
+      sum[k] -= middle[k];
+      if (of != 0) continue;
+      start_factor()[c + k] = exp_fast(middle[k]);
+      end_factor()[c + k] = exp_fast(all[k] - middle[k]);
+      anchor()[c + k] = 0.f;  // the sums below are relative to it already
+    }
+    bool inside = true;
+    CLA_UNROLL_TWICE
+    for (int i = 0; i < STEPS_EACH; i++) {
+      const int row = first + i;
+      add_gates(sum, row, c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) inside = inside && sum[k] <= DECAY_RANGE && sum[k] >= -DECAY_RANGE;
+      if constexpr (BY_ROW) {
+        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
+        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
+      } else {
+        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
+        *(Four *)(decays() + row * PITCH + c) = {{sum[0], sum[1], sum[2], sum[3]}};
+      }
+    }
+    if (!inside) limit() = 0;
+  }
+  CLA_DEVICE void count_decay() {
+    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
+  }
+
+  // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
+  // multiplied (1) or divided (-1) into the elements.
+  template <int WIDTH, int SIGN>
+  CLA_DEVICE void fill(Tile high, Tile low, const Rows &rows, int64_t step, int from, int to, int width, bool pieces) {
+    this->template each8<WIDTH>(rows, from, to, width, pieces, [&](int row) { return steps.token(step + row); },
+                 [&](int row, int c, float(&x)[8]) {
+                   if (SIGN != 0 && row >= from && row < to && c < width) {
+                     CLA_UNROLL
+                     for (int k = 0; k < 8; k++) {
+                       x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
+                     }
+                   }
+                   store8(high, low, true, row, c, x);
+                 });
+  }
+  // What is copied is there already, all of it: it multiplies zeros outside of from..to.
+  CLA_DEVICE void fill_chunk(int64_t step, int from, int to) {
+    if constexpr (L::KEY_PARTS == 2) {
+      fill<R, BY_ROW ? 1 : 0>(read_tile(0, 0), read_tile(0, 1), read, step, from, to, s.rows, in_pieces[0]);
+      fill<R, BY_ROW ? -1 : 0>(write_tile(0, 0), write_tile(0, 1), write, step, from, writing(step, to), s.rows, in_pieces[1]);
+    }
+    if constexpr (L::VALUE_PARTS == 2) {
+      fill<COLUMNS, BY_COLUMN ? -1 : 0>(value_tile(0, 0), value_tile(0, 1), value, step, from, to, columns(), in_pieces[2]);
+    }
+  }
+};
+
+}  // namespace cla

@@ -1,0 +1,224 @@
+// The rows that a chunked sweep reads, and their way into shared memory.
+#pragma once
+#include "chunked_layout.cuh"
+#include "elements.cuh"
+
+namespace cla {
+
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInputs {
+  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
+  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+  static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
+
+  const cla_sweep &s;
+  unsigned char *shared;
+  Place place;
+  Steps steps;
+  Rows read, write, value, gate, out;
+  int tid, lane, warp, group, row0, pair, first_column;
+  int64_t begin, end;
+  bool in_pieces[3], gate_in_pieces, out_in_pieces;
+
+  CLA_DEVICE ChunkInputs(const cla_sweep &s)
+      : s(s), shared(shared_memory()), place(block_x(), s.heads, s.segments),
+        steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse), read(s.read, steps.batch, place.head),
+        write(s.write, steps.batch, place.head), value(s.value, steps.batch, place.head),
+        gate(s.gate, steps.batch, place.head), out(s.out, steps.batch, place.head) {
+    tid = thread_index();
+    lane = tid & 31;
+    warp = (tid >> 5) & 3;
+    group = tid >> 7;
+    row0 = lane >> 2;
+    pair = (lane & 3) * 2;
+    first_column = block_y() * COLUMNS;
+    begin = s.segment ? place.segment * s.segment : 0;
+    end = steps.count;
+    if (s.segment && begin + s.segment < end) end = begin + s.segment;
+    if (!s.writes) write.data = nullptr;
+    value.data += value.data ? first_column * value.element * value.size() : 0;
+    out.data += out.data ? first_column * out.element * out.size() : 0;
+    if (BY_COLUMN) gate.data += first_column * gate.element * gate.size();
+    in_pieces[0] = read.in_pieces(s.rows);
+    in_pieces[1] = write.in_pieces(s.rows);
+    in_pieces[2] = value.in_pieces(columns());
+    gate_in_pieces = VECTOR && gate.in_pieces(gates());
+    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : BF16_OUT && out.dtype == CLA_BF16) && out.in_pieces(columns());
+  }
+
+  // Of this block's columns, those that the state has.
+  CLA_DEVICE int columns() const { return s.cols - first_column < COLUMNS ? s.cols - first_column : COLUMNS; }
+  CLA_DEVICE int gates() const { return BY_ROW ? s.rows : columns(); }
+  CLA_DEVICE bool last_segment() const { return end == steps.count; }
+  CLA_DEVICE Tile key_tile(int stage, int which, int part) const {
+    return {shared + ((stage % L::KEY_STAGES * L::KEY_PARTS + part) * 2 + which) * L::KEY};
+  }
+  CLA_DEVICE Tile read_tile(int stage, int part) const { return key_tile(stage, 0, part); }
+  CLA_DEVICE Tile write_tile(int stage, int part) const { return key_tile(stage, 1, part); }
+  CLA_DEVICE Tile value_tile(int stage, int part) const {
+    return {shared + L::VALUES + (stage % L::VALUE_STAGES * L::VALUE_PARTS + part) * L::VALUE};
+  }
+  // Of what is still to be decayed: read and write, or the value.
+  CLA_DEVICE Tile raw_tile(int which) const { return {shared + L::RAW + which * L::KEY}; }
+  CLA_DEVICE Tile raw_gates() const { return {shared + L::RAW_GATES}; }
+  CLA_DEVICE Tile scores(int part) const { return {shared + L::SCORES + part * SUBTILE}; }
+  CLA_DEVICE Tile out_tile() const { return {shared + L::OUT}; }
+  CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
+  CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
+  CLA_DEVICE float *decays() const { return (float *)(shared + L::DECAYS); }
+  CLA_DEVICE float *totals() const { return (float *)(shared + L::TOTALS); }
+
+  // ---- loading ----
+
+  // 2 N elements in bf16 to `high`, and what that leaves out to `low`.
+  template <int N> CLA_DEVICE static void split(uint32_t (&high)[N], uint32_t (&low)[N], const float (&x)[2 * N]) {
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) {
+      high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+      low[i] = pack_rest(high[i], x[2 * i], x[2 * i + 1]);
+    }
+  }
+  // One or two parts.
+  CLA_DEVICE static void store8(Tile high, Tile low, bool both, int row, int c, const float (&x)[8]) {
+    uint32_t h[4], l[4];
+    split(h, l, x);
+    store16(high.piece(row, c / 8), {h[0], h[1], h[2], h[3]});
+    if (both) store16(low.piece(row, c / 8), {l[0], l[1], l[2], l[3]});
+  }
+
+  // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
+  // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).
+  template <int WIDTH> struct Pieces {
+    static constexpr int PART = WIDTH < THREADS ? WIDTH : THREADS, PARTS = WIDTH / PART;  // columns at a time
+    static constexpr int EACH = CHUNK * PART / 8 / THREADS, EVERY = THREADS * 8 / PART;
+    static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK && PARTS * PART == WIDTH, "pieces cover the chunk");
+    unsigned char *data;  // of the step at hand
+    int64_t stride;       // bytes between EVERY steps
+    int row, column;
+
+    CLA_DEVICE Pieces(const ChunkInputs &sweep, const Rows &rows)
+        : row(sweep.tid / (PART / 8)), column(sweep.tid % (PART / 8) * 8) {
+      const int64_t step = sweep.s.reverse ? -2 * rows.token : 2 * rows.token;
+      stride = EVERY * step;
+      data = rows.data + 2 * column + sweep.steps.token(0) * rows.token * 2 + (sweep.begin + row) * step;
+    }
+    CLA_DEVICE void next_chunk() { data += EACH * stride; }
+  };
+
+  template <int WIDTH>
+  CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, const Rows &rows, int64_t step, int count, int width, bool pieces) {
+    CLA_UNROLL
+    for (int part = 0; part < at.PARTS; part++) {
+      const int column = at.column + part * at.PART;
+      if (pieces) {
+        unsigned char *into = to.piece(at.row, column / 8);
+        CLA_UNROLL
+        for (int i = 0; i < at.EACH; i++) {
+          const bool valid = column < width && at.row + i * at.EVERY < count;
+          copy16_async(into + i * at.EVERY * 128, at.data + part * at.PART * 2 + i * at.stride, valid);
+        }
+      } else {
+        for (int i = 0; i < at.EACH; i++) {
+          const int row = at.row + i * at.EVERY;
+          const bool valid = row < count;
+          float x[8];
+          CLA_UNROLL
+          for (int k = 0; k < 8; k++) x[k] = valid && column + k < width ? rows.load(steps.token(step + row), column + k) : 0.f;
+          store8(to, to, false, row, column, x);
+        }
+      }
+    }
+    at.next_chunk();
+  }
+  CLA_DEVICE int count_at(int64_t step) const { return end - step < CHUNK ? (int)(end - step) : CHUNK; }
+  // Of the chunk's steps up to `to`, those that write.
+  CLA_DEVICE int writing(int64_t step, int to) const { return to > 0 && !steps.writes(s, step + to - 1) ? to - 1 : to; }
+  struct Fetched {
+    Pieces<R> read, write;
+    Pieces<COLUMNS> value, out;
+  };
+  CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
+    if (step < end) {
+      const int count = count_at(step);
+      const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
+      fetch(r, f.read, read, step, count, s.rows, in_pieces[0]);
+      fetch(w, f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
+      fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, value, step, count, columns(), in_pieces[2]);
+      if constexpr (L::STAGED_DECAY) fetch_gates(step, count);
+    }
+    copies_commit();
+  }
+
+  // Whether gates are staged in bf16, in a tile, or as rows of f32.
+  CLA_DEVICE bool gates_in_tile() const { return gate_in_pieces && gate.dtype == CLA_BF16; }
+  CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
+  CLA_DEVICE void fetch_gates(int64_t step, int count) {
+    // The decay before a step of a reverse sweep is that of the step before.
+    const int shift = s.reverse ? 1 : 0, first = step == 0 ? shift : 0;
+    const int tid = opaque(this->tid);
+    const bool copied = gate_in_pieces && gate.dtype != CLA_F16, tile = gates_in_tile();
+    const int each = tile ? 8 : 4, pieces = GATES / each;
+    CLA_NO_UNROLL
+    for (int at = tid; at < CHUNK * pieces; at += THREADS) {
+      const int row = at / pieces, c = at % pieces * each;
+      const bool valid = row >= first && row < count && c < gates();
+      const int64_t token = valid ? steps.token(step + row - shift) : 0;
+      if (copied) {
+        void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
+        copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
+      } else {
+        CLA_UNROLL
+        for (int k = 0; k < 4; k++) raw_gate_row(row)[c + k] = valid && c + k < gates() ? gate.load(token, c + k) : 0.f;
+      }
+    }
+  }
+
+  // Pieces of 8 elements that a thread loads before it looks at the first, so that the loads are under way together.
+  static constexpr int BATCH = 4;
+
+  // The rows of a chunk, 8 elements at a time, to `use(row, column, elements)`; zeros for rows outside from..to. `token_of`
+  // is where a row comes from.
+  template <int WIDTH, class Token, class Use>
+  CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, bool pieces, Token token_of, Use use) {
+    const int tid = opaque(this->tid);
+    constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
+    static_assert(EACH % N == 0, "whole batches");
+    const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;
+    CLA_NO_UNROLL
+    for (int first = 0; first < EACH; first += N) {
+      Vec4 low[N], high[N];
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
+        const bool valid = pieces && row >= from && row < to && c < width;
+        const unsigned char *p = rows.data + (valid ? (token_of(row) * rows.token + c) * rows.size() : 0);
+        low[i] = high[i] = Vec4{0, 0, 0, 0};
+        if (valid) low[i] = load16(p);
+        if (valid && wide && c + 4 < width) high[i] = load16(p + 16);
+      }
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
+        const bool valid = row >= from && row < to && c < width;
+        float x[8];
+        if (!pieces) {
+          CLA_UNROLL
+          for (int k = 0; k < 8; k++) x[k] = valid && c + k < width ? rows.load(token_of(row), c + k) : 0.f;
+        } else if (wide) {
+          const uint32_t bits[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
+          CLA_UNROLL
+          for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
+        } else {
+          const uint32_t bits[4] = {low[i].x, low[i].y, low[i].z, low[i].w};
+          CLA_UNROLL
+          for (int k = 0; k < 4; k++) {
+            x[2 * k] = bf16 ? low_bf16(bits[k]) : from_f16((uint16_t)bits[k]);
+            x[2 * k + 1] = bf16 ? high_bf16(bits[k]) : from_f16((uint16_t)(bits[k] >> 16));
+          }
+        }
+        use(row, c, x);
+      }
+    }
+  }
+};
+
+}  // namespace cla
