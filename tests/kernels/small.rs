@@ -280,15 +280,13 @@ prop_compose! {
             ends
         });
         let (b, t) = ends.as_ref().map_or((b, t), |ends: &Vec<u32>| (1, ends[ends.len() - 1] as usize));
-        let normalize = normalize && op == Op::LinearAttn;
-        // Normalised, a first token's o does not depend on q and k, and with K = 1 no token's on q: their gradients are
-        // zero but for rounding.
-        let (initial_state, k) = (initial_state || normalize, k + 2 * usize::from(normalize && k == 1));
-        Case {
-            op, b, t, h, group, k, v, scale, gates, dtype, initial_state, seed, normalize,
+        let case = Case {
+            op, b, t, h, group, k, v, scale, gates, dtype, initial_state, seed,
+            normalize: normalize && op == Op::LinearAttn,
             cu_seqlens: ends,
             gate_dtype: if narrow_gate { dtype } else { DType::F32 },
-        }
+        };
+        case.with_gradients_above_rounding()
     }
 }
 
