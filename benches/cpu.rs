@@ -4,13 +4,16 @@
 //! inverse is the time a token and head that `docs/performance.md` has.
 
 mod delta;
+#[path = "common/given.rs"]
+mod given;
 
 use std::hint::black_box;
 use std::time::Duration;
 
-use candle_core::{CpuStorage, CustomOp3, D, Device, Layout, Result, Shape, Tensor, Var};
+use candle_core::{D, Device, Result, Tensor, Var};
 use candle_linear_attn::{Mode, Options, gla, linear_attn, retention, simple_gla};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use given::Given;
 
 const HEADS: usize = 16;
 const DIM: usize = 128;
@@ -64,34 +67,6 @@ fn operators(c: &mut Criterion) {
     let channel = gates(&[1, tokens, HEADS, DIM]);
     group.bench_function("gla", |b| b.iter(|| gla(black_box(&q), &k, &v, &channel, &opts)));
     group.finish();
-}
-
-/// An op whose gradients are there already: what it takes is what Candle does with any op's, which is to fill a tensor
-/// with zeros for each and add it.
-struct Given([Tensor; 3]);
-
-impl CustomOp3 for Given {
-    fn name(&self) -> &'static str {
-        "given"
-    }
-
-    #[rustfmt::skip]
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout)
-        -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-        _: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [q, k, v] = self.0.clone();
-        Ok((Some(q), Some(k), Some(v)))
-    }
 }
 
 fn gradients(c: &mut Criterion) {

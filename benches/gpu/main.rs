@@ -3,6 +3,8 @@
 //! `cargo bench --features cuda --bench gpu` prints one table. `-- --only simple_gla` runs the lines that contain the words,
 //! `-- --fla` needs a python3 with torch, triton and fla, whose autotuning takes minutes.
 
+#[path = "../common/given.rs"]
+mod given;
 mod graph;
 mod peer;
 mod timing;
