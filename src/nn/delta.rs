@@ -1,6 +1,6 @@
 //! What the layers of the delta rules have in common.
 
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::{MAX_SIZE, whole_width};
 use crate::nn::qkv::{ConvShape, Qkv, QkvShape, Silu};
 use crate::nn::{Activation, Linear};
 use candle_core::{DType, Result, Tensor, bail};
@@ -35,14 +35,7 @@ impl DeltaHeads {
         if num_v_heads == 0 || !num_v_heads.is_multiple_of(num_heads) {
             bail!("num_v_heads is {num_v_heads}, it must be a multiple of num_heads, which is {num_heads}");
         }
-        let exact = head_dim as f64 * expand_v;
-        let width = exact.round();
-        if !(1. ..=MAX_SIZE as f64).contains(&width) || (exact - width).abs() > 1e-5 * width {
-            bail!(
-                "expand_v is {expand_v}: head_dim * expand_v is {exact}, it must be a whole number from 1 to {MAX_SIZE}"
-            );
-        }
-        let head_v_dim = width as usize;
+        let head_v_dim = whole_width(("expand_v", expand_v), ("head_dim", head_dim), 1e-5)?;
         for (name, heads, dim) in
             [("num_heads", num_heads, head_dim), ("num_v_heads", num_v_heads, head_v_dim)]
         {

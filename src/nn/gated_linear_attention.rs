@@ -158,11 +158,7 @@ public_methods!(GatedLinearAttention);
 impl Mixer for GatedLinearAttention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, &call)?;
-        if let Some(map) = self.feature_map {
-            q = map.forward(&q)?;
-            k = map.forward(&k)?;
-        }
+        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.mapped(self.feature_map)?;
         let [k, v, g] =
             [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(xs)?)?];
         let Output { out, state } = gla(&q, &k, &v, &g, &call.options(self.mode))?;

@@ -61,16 +61,25 @@ impl Heads {
 
 /// The width of one head: `hidden_size * expand` shared by `num_heads`.
 fn head_dim(name: &str, hidden_size: usize, expand: f64, num_heads: usize) -> Result<usize> {
-    let exact = hidden_size as f64 * expand;
-    let width = exact.round();
-    if !(1. ..=MAX_SIZE as f64).contains(&width) || (exact - width).abs() > 1e-9 * width {
-        bail!(
-            "{name} is {expand}: hidden_size * {name} is {exact}, it must be a whole number from 1 to {MAX_SIZE}"
-        );
-    }
-    let width = width as usize;
+    let width = whole_width((name, expand), ("hidden_size", hidden_size), 1e-9)?;
     if !width.is_multiple_of(num_heads) {
         bail!("num_heads is {num_heads}, it must divide hidden_size * {name}, which is {width}");
     }
     Ok(width / num_heads)
+}
+
+/// `size * expand`, a whole number but for `rounding`, which is relative.
+pub(crate) fn whole_width(
+    (name, expand): (&str, f64),
+    (size_name, size): (&str, usize),
+    rounding: f64,
+) -> Result<usize> {
+    let exact = size as f64 * expand;
+    let width = exact.round();
+    if !(1. ..=MAX_SIZE as f64).contains(&width) || (exact - width).abs() > rounding * width {
+        bail!(
+            "{name} is {expand}: {size_name} * {name} is {exact}, it must be a whole number from 1 to {MAX_SIZE}"
+        );
+    }
+    Ok(width as usize)
 }

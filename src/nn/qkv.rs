@@ -62,6 +62,14 @@ pub(crate) struct Projected {
     pub conv: Vec<Tensor>,
 }
 
+impl Projected {
+    /// With q and k as the feature map `map` makes them.
+    pub fn mapped(self, map: Option<Activation>) -> Result<Self> {
+        let Some(map) = map else { return Ok(self) };
+        Ok(Self { q: map.forward(&self.q)?, k: map.forward(&self.k)?, ..self })
+    }
+}
+
 impl Qkv {
     pub fn new(
         shape: &QkvShape,

@@ -141,11 +141,7 @@ public_methods!(MultiScaleRetention);
 impl Mixer for MultiScaleRetention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { mut q, mut k, v, conv } = self.qkv.forward(xs, &call)?;
-        if let Some(map) = self.feature_map {
-            q = map.forward(&q)?;
-            k = map.forward(&k)?;
-        }
+        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.mapped(self.feature_map)?;
         let positions = call.positions(size.0, size.1);
         let q = self.rotary.forward_at(&q, &positions)?;
         let k = self.heads.repeat(&self.rotary.forward_at(&k, &positions)?)?;
