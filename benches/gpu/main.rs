@@ -159,15 +159,15 @@ fn line(
     }
     let problem = Problem::new(op, shape, dtype, device)?;
     let opts = Options::default().with_mode(mode);
-    let forward = clock.median(|| Ok(drop(problem.run(&opts)?)))?;
+    let forward = clock.median(|| problem.run(&opts))?;
     let out = problem.run(&opts)?.out;
     let bytes = problem.bytes() + out.elem_count() * dtype.size_in_bytes();
     let of_rate = bytes as f64 / (forward * 1e-3) / rate;
     let grad = Tensor::randn(0f32, 1., out.shape(), device)?.to_dtype(dtype)?;
     let loss = graph::with_gradient(&out, &grad)?;
-    let backward = clock.median(|| Ok(drop(loss.backward()?)))?;
+    let backward = clock.median(|| Ok(loss.backward()?))?;
     let free = graph::with_gradient(&graph::free(&problem.qkv)?, &grad)?;
-    let sums = clock.median(|| Ok(drop(free.backward()?)))?;
+    let sums = clock.median(|| Ok(free.backward()?))?;
     println!("{what} {forward:.3} | {:.0}% | {:.3} | {backward:.3} |", 100. * of_rate, backward - sums);
     Ok(())
 }
@@ -187,7 +187,7 @@ fn decode(
     let problem = Problem::new(op, [b, 1, h, d], DType::BF16, device)?;
     let state = State { kv: Tensor::randn(0f32, 1., (b, h, d, d), device)?, z: None };
     let opts = Options::default().with_initial_state(&state).with_final_state(true);
-    let time = clock.median(|| Ok(drop(problem.run(&opts)?)))?;
+    let time = clock.median(|| problem.run(&opts))?;
     let bytes = 2 * state.kv.elem_count() * 4 + problem.bytes();
     println!("{what} {time:.4} | {:.0}% |", 100. * bytes as f64 / (time * 1e-3) / rate);
     Ok(())

@@ -27,7 +27,7 @@ impl Clock {
     }
 
     /// Milliseconds a call of `f`, which queues work on Candle's stream: the median of samples of several calls each.
-    pub fn median(&self, f: impl Fn() -> Result<()>) -> Result<f64> {
+    pub fn median<R>(&self, f: impl Fn() -> Result<R>) -> Result<f64> {
         for _ in 0..3 {
             f()?;
         }
@@ -38,7 +38,7 @@ impl Clock {
         Ok(f64::from(samples[SAMPLES / 2]))
     }
 
-    fn time(&self, calls: usize, f: &impl Fn() -> Result<()>) -> Result<f32> {
+    fn time<R>(&self, calls: usize, f: &impl Fn() -> Result<R>) -> Result<f32> {
         let event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
         let start = event()?;
         for _ in 0..calls {

@@ -113,7 +113,7 @@ impl<'a> Sweeps<'a> {
             value: Some(&self.x.q),
             inclusive: self.with_own,
             in_f32: self.for_gate(),
-            ..self.from_behind(self.grads.out.as_ref(), out, None)
+            ..self.towards_the_front(self.grads.out.as_ref(), out, None)
         }
     }
 
@@ -125,7 +125,7 @@ impl<'a> Sweeps<'a> {
             read: Some(&self.x.k),
             value: self.grads.out.as_ref(),
             inclusive: true,
-            ..self.from_behind(Some(&self.x.q), out, last)
+            ..self.towards_the_front(Some(&self.x.q), out, last)
         }
     }
 
@@ -136,7 +136,7 @@ impl<'a> Sweeps<'a> {
     }
 
     /// What the sweeps from the last token to the first have in common.
-    fn from_behind(
+    fn towards_the_front(
         &self,
         write: Option<&'a Tensor>,
         out: Option<&'a mut Buffer>,
