@@ -7,9 +7,19 @@ namespace cla {
 
 constexpr int TERM_THREADS = 256, SUM_THREADS = 128, AHEAD = 8;
 
-CLA_DEVICE float warp_sum(float x) {
+CLA_DEVICE float shuffle_number(float x, int mask) { return shuffle_xor(x, mask); }
+CLA_DEVICE double shuffle_number(double x, int mask) {
+  union {
+    double d;
+    uint32_t u[2];
+  } b = {x};
+  b.u[0] = shuffle_xor(b.u[0], mask);
+  b.u[1] = shuffle_xor(b.u[1], mask);
+  return b.d;
+}
+template <class T> CLA_DEVICE T warp_sum(T x) {
   CLA_UNROLL
-  for (int d = 16; d > 0; d /= 2) x += shuffle_xor(x, d);
+  for (int d = 16; d > 0; d /= 2) x += shuffle_number(x, d);
   return x;
 }
 
@@ -99,7 +109,7 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
   own = c.scale * warp_sum(own);
   // What a last token's k dk has is not in `after`.
   const float behind = is_last(c, t) ? 0.f : 1.f;
-  float sum = 0.f;
+  double sum = 0.;
   CLA_UNROLL
   for (int j = 0; j < MOST; j++) {
     const int i = first + 128 * j;
@@ -108,7 +118,7 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
     CLA_UNROLL
     for (int e = 0; e < 4; e++) {
       term.x[e] = of_q[j].x[e] * of_dq[j].x[e] - behind * (of_k[j].x[e] * of_dk[j].x[e]);
-      sum += term.x[e];
+      if (c.summed) sum += (double)of_q[j].x[e] * of_dq[j].x[e] - behind * ((double)of_k[j].x[e] * of_dk[j].x[e]);
       of_dq[j].x[e] += own * of_k[j].x[e];
       of_dk[j].x[e] += own * of_q[j].x[e];
     }
@@ -117,7 +127,7 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
     store_four<IN_FOURS>(dk_out, t, i, c.k_dim, of_dk[j]);
   }
   sum = warp_sum(sum);
-  if (c.summed && first == 0) c.terms[index] = sum;
+  if (c.summed && first == 0) c.terms[index] = (float)sum;
 }
 
 // One thread has a column (head and channel) of one segment of a sequence.
