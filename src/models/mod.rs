@@ -28,13 +28,17 @@ mod gated_deltanet;
 mod gla;
 mod hgrn2;
 pub mod hub;
+mod hybrid;
 mod kda;
 mod linear_attn;
 mod mamba2;
 mod model;
 mod pool;
+mod qwen;
+mod qwen3_5;
 mod registry;
 mod retnet;
+mod rope;
 mod rwkv7;
 mod stack;
 

@@ -3,7 +3,9 @@
 use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::{delta_net, gated_deltanet, gla, hgrn2, kda, linear_attn, mamba2, retnet, rwkv7};
+use crate::models::{
+    delta_net, gated_deltanet, gla, hgrn2, kda, linear_attn, mamba2, qwen3_5, retnet, rwkv7,
+};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -60,6 +62,8 @@ pub(super) const FAMILIES: &[Family] = &[
     gated_deltanet::FAMILY,
     kda::FAMILY,
     rwkv7::FAMILY,
+    qwen3_5::FAMILY,
+    qwen3_5::TEXT,
 ];
 
 /// Every `model_type` that [`Config`](crate::models::Config) accepts.

@@ -42,6 +42,11 @@ impl Decay {
         self.a_log.to_dtype(DType::F32)?.exp()
     }
 
+    /// `g` for `dt: [.., heads]`, f32, where each head has a bias of its own.
+    pub fn log_decay(&self, dt: &Tensor) -> Result<Tensor> {
+        softplus(&self.biased(dt)?)?.broadcast_mul(&self.rate()?.neg()?)
+    }
+
     /// `dt + dt_bias` for `dt: [.., biases]`, f32.
     pub fn biased(&self, dt: &Tensor) -> Result<Tensor> {
         dt.to_dtype(DType::F32)?.broadcast_add(&self.dt_bias.to_dtype(DType::F32)?)

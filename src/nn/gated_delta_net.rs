@@ -1,7 +1,7 @@
 //! Gated DeltaNet ([Yang et al., 2024](https://arxiv.org/abs/2412.06464)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::decay::{Decay, DecayRange, softplus};
+use crate::nn::decay::{Decay, DecayRange};
 use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
 use crate::nn::output_norm::{OutputNorm, Projection};
 use crate::nn::qkv::{ConvShape, Projected, Qkv};
@@ -124,8 +124,7 @@ impl Mixer for GatedDeltaNet {
         let size = call.check(xs, self.heads.hidden_size)?;
         let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
         let (q, k) = (l2_norm(&q, L2_EPS)?, l2_norm(&k, L2_EPS)?);
-        let a = softplus(&self.decay.biased(&self.a_proj.forward(xs)?)?)?;
-        let g = a.broadcast_mul(&self.decay.rate()?.neg()?)?;
+        let g = self.decay.log_decay(&self.a_proj.forward(xs)?)?;
         let beta = self.beta.forward(xs)?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, conv, size);

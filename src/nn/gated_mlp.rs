@@ -1,6 +1,6 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
-use crate::nn::{Linear, MAX_SIZE, fused};
+use crate::nn::{Activation, Linear, MAX_SIZE, fused};
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
@@ -15,6 +15,14 @@ pub enum GluKind {
     Swish,
     /// `gate^(3 / (sqrt(gate) + 1)) * sigmoid(gate) * up` where the gate is above 0, as `Swish` elsewhere.
     PowLu,
+    /// `activation(gate) * up`
+    Of(Activation),
+}
+
+impl From<Activation> for GluKind {
+    fn from(activation: Activation) -> Self {
+        if activation == Activation::Silu { Self::Swish } else { Self::Of(activation) }
+    }
 }
 
 /// What a [`GatedMlp`] is made from.
@@ -75,6 +83,7 @@ impl GatedMlp {
         let ys = match self.kind {
             GluKind::Swish => fused::swiglu(&gate, &up)?,
             GluKind::PowLu => (powlu(&gate)? * up)?,
+            GluKind::Of(activation) => (activation.forward_f32(&gate)? * up)?,
         };
         self.down_proj.forward(&ys.to_dtype(xs.dtype())?)
     }

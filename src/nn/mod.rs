@@ -24,6 +24,7 @@
 //! ```
 
 mod activation;
+mod attention;
 mod cache;
 mod call;
 mod decay;
@@ -37,21 +38,26 @@ mod gated_mlp;
 mod heads;
 mod hgrn2;
 mod kimi_delta_attention;
+mod kv_cache;
 mod layer_norm;
 mod linear;
 mod linear_attention;
 mod mamba2;
 mod output_norm;
+mod packed_gated_delta_net;
 mod qkv;
 mod retention;
 mod rms_norm;
 mod rotary;
+mod rotary_scaling;
 mod rwkv7;
 mod rwkv7_feed_forward;
 mod short_conv;
+mod softmax_attention;
 mod token_shift;
 
 pub use activation::Activation;
+pub use attention::{Attention, AttentionConfig, QkRmsNorm};
 pub use cache::LayerCache;
 pub use delta_net::{DeltaNet, DeltaNetConfig, QkNorm};
 pub use feature_map::{FeatureMap, FeatureMapKind};
@@ -63,9 +69,11 @@ pub use kimi_delta_attention::{KimiDeltaAttention, KimiDeltaAttentionConfig};
 pub use layer_norm::LayerNorm;
 pub use linear_attention::{LinearAttention, LinearAttentionConfig};
 pub use mamba2::{Mamba2, Mamba2Config};
+pub use packed_gated_delta_net::{PackedGatedDeltaNet, PackedGatedDeltaNetConfig, Packing};
 pub use retention::{MultiScaleRetention, MultiScaleRetentionConfig};
 pub use rms_norm::RmsNorm;
-pub use rotary::RotaryEmbedding;
+pub use rotary::{RotaryConfig, RotaryEmbedding};
+pub use rotary_scaling::RotaryScaling;
 pub use rwkv7::{Rwkv7Attention, Rwkv7AttentionConfig};
 pub use rwkv7_feed_forward::{Rwkv7FeedForward, Rwkv7FeedForwardConfig};
 pub use short_conv::{ShortConvOptions, ShortConvolution, short_conv};
