@@ -80,6 +80,12 @@ pub(super) fn head_dim(
     }
 }
 
+/// The part of `vb` that has the tensor `name` under the second of two names, or the part with the first.
+pub(super) fn either<'a>(vb: &VarBuilder<'a>, names: [&str; 2], name: &str) -> VarBuilder<'a> {
+    let [first, second] = names.map(|part| vb.pp(part));
+    if !first.contains_tensor(name) && second.contains_tensor(name) { second } else { first }
+}
+
 /// What follows the mixer of a block.
 pub(super) type FeedForward = Box<dyn Module + Send + Sync>;
 

@@ -42,6 +42,13 @@ fn read(fields: &Fields, head_dim: usize, defaults: RopeDefaults) -> Result<Rota
     Ok(rotary)
 }
 
+/// Whether a field is there, within the object or beside it, and null.
+pub(super) fn is_null(fields: &Fields, name: &str) -> Result<bool> {
+    let rope = parameters(fields)?;
+    let there = if rope.has(name) { &rope } else { fields };
+    Ok(there.has(name) && there.get(name).is_none())
+}
+
 /// The object that says it, which may lie under the kind of layer that it is for.
 fn parameters(fields: &Fields) -> Result<Fields> {
     let scaling = fields.object("rope_scaling")?;

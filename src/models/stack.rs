@@ -117,6 +117,9 @@ pub(super) struct Names {
 /// As flash-linear-attention has them.
 pub(super) const FLA: Names = Names { model: &["model"], embeddings: &["embeddings"] };
 
+/// As transformers has them.
+pub(super) const TRANSFORMERS: Names = Names { model: &["model"], embeddings: &["embed_tokens"] };
+
 impl Names {
     /// What `vb` calls all but the head, the first if it has none of them.
     fn model_in(&self, vb: &VarBuilder) -> &'static str {
