@@ -38,8 +38,9 @@ mod retnet;
 mod rwkv7;
 mod stack;
 
+pub use crate::nn::Quantization;
 pub use cache::Cache;
 pub use config::Config;
-pub use model::Model;
+pub use model::{LoadOptions, Model};
 pub use pool::Pool;
 pub use registry::SUPPORTED;

@@ -50,6 +50,7 @@ mod rwkv7;
 mod rwkv7_feed_forward;
 mod short_conv;
 mod token_shift;
+mod weight;
 
 pub use activation::Activation;
 pub use cache::LayerCache;
@@ -69,7 +70,9 @@ pub use rotary::RotaryEmbedding;
 pub use rwkv7::{Rwkv7Attention, Rwkv7AttentionConfig};
 pub use rwkv7_feed_forward::{Rwkv7FeedForward, Rwkv7FeedForwardConfig};
 pub use short_conv::{ShortConvOptions, ShortConvolution, short_conv};
+pub use weight::Quantization;
 
 pub(crate) use call::{Call, Mixer};
 pub(crate) use heads::MAX_SIZE;
-pub(crate) use linear::{Linear, normal, project, resident};
+pub(crate) use linear::{Linear, normal, project};
+pub(crate) use weight::{Keeping, Weight, keeping, read_dtype};
