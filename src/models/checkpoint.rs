@@ -1,5 +1,6 @@
 //! The weights of a checkpoint folder, one file or several, with errors that name the file and the tensor.
 
+use crate::nn::read_dtype;
 use candle_core::safetensors::{Load, MmapedSafetensors};
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, bail};
 use candle_nn::Init;
@@ -78,7 +79,9 @@ impl SimpleBackend for Checkpoint {
         let view = file.tensors.get(name)?;
         match DType::try_from(view.dtype()) {
             // Converted where it is read, so that a device never holds both copies.
-            Ok(stored) if stored.is_float() => view.load(&Device::Cpu)?.to_dtype(dtype)?.to_device(device),
+            Ok(stored) if stored.is_float() => {
+                view.load(&Device::Cpu)?.to_dtype(read_dtype(stored, dtype))?.to_device(device)
+            }
             _ => bail!(
                 "{}: tensor `{name}` has dtype {:?}, it must be F32, F16 or BF16",
                 file.path.display(),

@@ -46,8 +46,9 @@ mod rope;
 mod rwkv7;
 mod stack;
 
+pub use crate::nn::Quantization;
 pub use cache::Cache;
 pub use config::Config;
-pub use model::Model;
+pub use model::{LoadOptions, Model};
 pub use pool::Pool;
 pub use registry::SUPPORTED;

@@ -6,9 +6,19 @@ use crate::models::checkpoint::Checkpoint;
 use crate::models::config::Config;
 use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
+use crate::nn::{Keeping, Quantization, keeping};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::path::Path;
+
+/// How a checkpoint is loaded.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LoadOptions {
+    /// Of parameters, activations and logits: f32, f16 or bf16; as stored unless given.
+    pub dtype: Option<DType>,
+    /// Quantizes projections and embeddings, one matrix after the other; none unless given.
+    pub quantize: Option<Quantization>,
+}
 
 /// A causal language model.
 pub struct Model {
@@ -34,13 +44,22 @@ impl Model {
     /// Loads a checkpoint: a folder with `config.json` and the weights, `model.safetensors` or, in several files, those
     /// that `model.safetensors.index.json` lists.
     ///
-    /// `dtype` is f32, f16 or bf16; `None` means as stored. The files are mapped while they are read and must not be
-    /// changed meanwhile.
+    /// `dtype` is f32, f16 or bf16; `None` means as stored. On a CPU, matrices stored in 16 bits stay so in memory if f32
+    /// is asked for, with the same results. The files are mapped while they are read and must not be changed meanwhile.
     ///
     /// # Errors
     /// By the path of the file: one that is missing, truncated or corrupt; a field of `config.json` by its name; a tensor
     /// that is missing, or whose shape is not what the configuration says, by its name.
     pub fn load(folder: impl AsRef<Path>, dtype: Option<DType>, device: &Device) -> Result<Self> {
+        Self::load_with(folder, device, LoadOptions { dtype, ..LoadOptions::default() })
+    }
+
+    /// [`load`](Self::load) with more to choose.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn load_with(folder: impl AsRef<Path>, device: &Device, options: LoadOptions) -> Result<Self> {
+        let LoadOptions { dtype, quantize } = options;
         let folder = folder.as_ref();
         if !folder.is_dir() {
             bail!("{}: not a folder; it must hold config.json and model.safetensors", folder.display());
@@ -51,7 +70,9 @@ impl Model {
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
-        Self::new(&config, VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()))
+        let vb = VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone());
+        // Only a CPU has a product of f32 and weights of 16 bits.
+        keeping(Keeping { stored: device.is_cpu(), quantize }, || Self::new(&config, vb))
     }
 
     /// The configuration.

@@ -4,8 +4,8 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
 use crate::models::registry::{CausalLm, Parsed};
-use crate::nn::{Call, LayerCache, normal, project, resident};
-use candle_core::{Module, Result, Tensor, bail};
+use crate::nn::{Call, LayerCache, Weight, normal, project};
+use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
@@ -86,7 +86,7 @@ impl StackConfig {
             build: Arc::new(move |vb| {
                 let (embeddings, lm_head) = embeddings_and_head(&self, &names, &vb)?;
                 let Middle { blocks, norm } = middle(vb.pp(names.model_in(&vb)))?;
-                Ok(Box::new(Stack { embeddings, blocks, norm, lm_head: resident(lm_head)? }))
+                Ok(Box::new(Stack { embeddings, blocks, norm, lm_head, dtype: vb.dtype() }))
             }),
         }
     }
@@ -130,16 +130,18 @@ impl Names {
 }
 
 struct Stack {
-    embeddings: Tensor,
+    embeddings: Weight,
     blocks: Vec<Box<dyn Block>>,
     norm: Box<dyn Module + Send + Sync>,
-    lm_head: Tensor,
+    lm_head: Weight,
+    /// Of the activations.
+    dtype: DType,
 }
 
 /// Both are `[vocab_size, hidden_size]`. A file that stores shared tensors once may have kept either name.
-fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Result<(Tensor, Tensor)> {
+fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Result<(Weight, Weight)> {
     let shape = (cfg.vocab_size, cfg.hidden_size);
-    let get = |name: &str, stdev| vb.get_with_hints(shape, name, normal(stdev));
+    let get = |name: &str, stdev| Weight::get(vb, shape, name, normal(stdev));
     let model = names.model_in(vb);
     let known: Vec<_> = names.embeddings.iter().map(|name| format!("{model}.{name}.weight")).collect();
     let embeddings = known.iter().find(|name| vb.contains_tensor(name)).unwrap_or(&known[0]);
@@ -168,7 +170,7 @@ impl CausalLm for Stack {
             Some(cache) => Some(cache.layers(self.new_cache().len())?),
             None => None,
         };
-        let rows = self.embeddings.index_select(&input_ids.flatten_all()?, 0)?;
+        let rows = self.embeddings.rows(&input_ids.flatten_all()?, self.dtype)?;
         let mut xs = rows.reshape((batch, tokens, ()))?;
         let mut pass =
             Pass { caches: caches.as_mut().map(|caches| caches.iter_mut()), cu_seqlens, first_values: None };

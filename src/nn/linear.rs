@@ -1,7 +1,7 @@
-//! Projections without the traps: 16-bit weights on a CPU, and the initialisation the checkpoints' authors use.
+//! Projections, and the initialisation the checkpoints' authors use.
 
-use crate::nn::fused;
-use candle_core::{DType, Result, Tensor};
+use crate::nn::weight::Weight;
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A normal distribution around 0, what every projection and embedding starts from.
@@ -12,24 +12,24 @@ pub(crate) fn normal(stdev: f64) -> Init {
 /// `y = x W^T (+ b)` with `W` of shape `[outputs, inputs]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
 impl Linear {
     /// Reads `weight` and, if asked for, `bias`. A fresh weight is normal with the given deviation, a fresh bias 0.
     pub fn new(inputs: usize, outputs: usize, bias: bool, stdev: f64, vb: VarBuilder) -> Result<Self> {
-        let weight = vb.get_with_hints((outputs, inputs), "weight", normal(stdev))?;
+        let weight = Weight::get(&vb, (outputs, inputs), "weight", normal(stdev))?;
         let bias = match bias {
             true => Some(vb.get_with_hints(outputs, "bias", Init::Const(0.))?),
             false => None,
         };
-        Self::from_parts(weight, bias)
+        Ok(Self { weight, bias })
     }
 
     /// A layer from tensors at hand.
     pub fn from_parts(weight: Tensor, bias: Option<Tensor>) -> Result<Self> {
-        Ok(Self { weight: resident(weight)?, bias })
+        Ok(Self { weight: Weight::new(weight)?, bias })
     }
 
     /// `[.., inputs]` to `[.., outputs]`, in the dtype of `xs`.
@@ -44,38 +44,15 @@ impl Linear {
     /// `[B, T, inputs]` to `[B, T, heads, outputs / heads]`, for a layer without a bias.
     pub fn forward_heads(&self, xs: &Tensor, heads: usize) -> Result<Tensor> {
         let (batch, tokens, _) = xs.dims3()?;
-        project_to(xs, &self.weight, &[batch, tokens, heads, self.weight.dim(0)? / heads])
+        self.weight.project_to(xs, &[batch, tokens, heads, self.weight.outputs()? / heads])
     }
-}
-
-/// The form in which a weight is kept for [`project`]. Candle has no bf16 matrix product on a CPU; widening a weight at
-/// every call would cost more than the product of a single token, so a frozen one is widened once (exactly). A weight
-/// that is being trained stays what it is: a copy would not follow its updates.
-pub(crate) fn resident(weight: Tensor) -> Result<Tensor> {
-    if weight.track_op() {
-        return Ok(weight);
-    }
-    let dtype = product_dtype(&weight);
-    weight.to_dtype(dtype)
 }
 
 /// `xs W^T` for `xs` of shape `[.., inputs]` and `W` of shape `[outputs, inputs]`, in the dtype of `xs`.
-pub(crate) fn project(xs: &Tensor, weight: &Tensor) -> Result<Tensor> {
+pub(crate) fn project(xs: &Tensor, weight: &Weight) -> Result<Tensor> {
     let mut dims = xs.dims().to_vec();
     if let Some(last) = dims.last_mut() {
-        *last = weight.dim(0)?;
+        *last = weight.outputs()?;
     }
-    project_to(xs, weight, &dims)
-}
-
-fn project_to(xs: &Tensor, weight: &Tensor, dims: &[usize]) -> Result<Tensor> {
-    let dtype = product_dtype(xs);
-    fused::linear(&xs.to_dtype(dtype)?, &weight.to_dtype(dtype)?, dims)?.to_dtype(xs.dtype())
-}
-
-fn product_dtype(tensor: &Tensor) -> DType {
-    match tensor.dtype() {
-        DType::BF16 if tensor.device().is_cpu() => DType::F32,
-        dtype => dtype,
-    }
+    weight.project_to(xs, &dims)
 }

@@ -59,6 +59,7 @@ mod rwkv7_feed_forward;
 mod short_conv;
 mod softmax_attention;
 mod token_shift;
+mod weight;
 
 pub use activation::Activation;
 pub use attention::{Attention, AttentionConfig, QkRmsNorm};
@@ -85,7 +86,9 @@ pub use routing::{RouterConfig, RouterScore};
 pub use rwkv7::{Rwkv7Attention, Rwkv7AttentionConfig};
 pub use rwkv7_feed_forward::{Rwkv7FeedForward, Rwkv7FeedForwardConfig};
 pub use short_conv::{ShortConvOptions, ShortConvolution, short_conv};
+pub use weight::Quantization;
 
 pub(crate) use call::{Call, Mixer};
 pub(crate) use heads::MAX_SIZE;
-pub(crate) use linear::{Linear, normal, project, resident};
+pub(crate) use linear::{Linear, normal, project};
+pub(crate) use weight::{Keeping, Weight, keeping, read_dtype};

@@ -1,12 +1,14 @@
 //! The matrix product of a projection.
 
-use super::product::{Matrix, product, product_of};
+use super::product::{Matrix, product};
+use super::projection::{Stored, project};
 use super::{Held, fits, values};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 /// `xs W^T` in one operation, whatever the shapes: `xs` of shape `[.., inputs]`, `weight` `[outputs, inputs]`, the result
-/// of shape `dims`, which has to have the right number of elements. Any dtype that the device has a matrix product for.
+/// of shape `dims`, which has to have the right number of elements. Of one dtype that the device has a matrix product for;
+/// on a CPU the weight may have 16 bits where `xs` is f32.
 ///
 /// With Candle's operations the reshapes around the product and the transposition of the weight would each cost passes
 /// over memory in the backward.
@@ -29,20 +31,21 @@ struct Linear {
 impl Linear {
     fn forward<S: BackendStorage>(&self, x: &S, xl: &Layout, w: &S, wl: &Layout) -> Result<(S, Shape)> {
         let (outputs, inputs) = wl.shape().dims2()?;
-        let rows = self.rows(xl.shape(), wl.shape())?;
+        let rows = rows(xl.shape(), wl.shape(), &self.dims)?;
         let left = Layout::contiguous_with_offset((rows, inputs), xl.start_offset());
         let right = Layout::new((inputs, outputs).into(), vec![1, inputs], wl.start_offset());
         Ok((x.matmul(w, (1, rows, outputs, inputs), &left, &right)?, self.dims.clone()))
     }
+}
 
-    fn rows(&self, xs: &Shape, weight: &Shape) -> Result<usize> {
-        let (outputs, inputs) = weight.dims2()?;
-        let rows = xs.elem_count() / inputs.max(1);
-        if xs.dims().last() != Some(&inputs) || self.dims.elem_count() != rows * outputs {
-            bail!("linear: an input of shape {xs:?} and a weight of {weight:?} do not give {:?}", self.dims);
-        }
-        Ok(rows)
+/// How many rows `xs` has, if it fits a weight and a result of these shapes.
+pub(super) fn rows(xs: &Shape, weight: &Shape, result: &Shape) -> Result<usize> {
+    let (outputs, inputs) = weight.dims2()?;
+    let rows = xs.elem_count() / inputs.max(1);
+    if xs.dims().last() != Some(&inputs) || result.elem_count() != rows * outputs {
+        bail!("linear: an input of shape {xs:?} and a weight of {weight:?} do not give {result:?}");
     }
+    Ok(rows)
 }
 
 impl CustomOp2 for Linear {
@@ -57,17 +60,19 @@ impl CustomOp2 for Linear {
         w: &CpuStorage,
         wl: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (CpuStorage::F32(_), CpuStorage::F32(_)) = (x, w) else {
+        let CpuStorage::F32(_) = x else {
             return self.forward(x, xl, w, wl);
         };
-        let ((outputs, inputs), rows) = (wl.shape().dims2()?, self.rows(xl.shape(), wl.shape())?);
-        let xs = Matrix::new(values(x, xl)?, rows, inputs)?;
-        let weight = Matrix::new(values(w, wl)?, outputs, inputs)?;
-        let tokens = match xl.dims() {
-            [_, tokens, _, ..] => *tokens,
-            _ => rows,
+        let ((outputs, inputs), rows) = (wl.shape().dims2()?, rows(xl.shape(), wl.shape(), &self.dims)?);
+        let from = wl.start_offset();
+        let weight = from..from + outputs * inputs;
+        let weight = match w {
+            CpuStorage::F32(w) => Stored::F32(&w[weight]),
+            CpuStorage::F16(w) => Stored::F16(&w[weight]),
+            CpuStorage::BF16(w) => Stored::BF16(&w[weight]),
+            _ => bail!("linear: the weight is {:?}, it must be F32, F16 or BF16", w.dtype()),
         };
-        Ok((CpuStorage::F32(product_of(tokens, xs, weight.transposed())), self.dims.clone()))
+        Ok((CpuStorage::F32(project(values(x, xl)?, rows, weight, outputs)), self.dims.clone()))
     }
 
     fn cuda_fwd(
@@ -88,35 +93,53 @@ impl CustomOp2 for Linear {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (outputs, inputs) = weight.dims2()?;
-        let rows = self.rows(xs.shape(), weight.shape())?;
+        let rows = rows(xs.shape(), weight.shape(), &self.dims)?;
         let dy = dy.contiguous()?.reshape((rows, outputs))?;
-        if fits(&[xs, weight, &dy]) {
-            let held = [&Held::new(xs), &Held::new(weight), &Held::new(&dy)];
-            let [x, w, d] = [held[0].values()?, held[1].values()?, held[2].values()?];
-            let (x, w) = (Matrix::new(x, rows, inputs)?, Matrix::new(w, outputs, inputs)?);
-            let d = Matrix::new(d, rows, outputs)?;
-            let gradient = |of: &Tensor, a: Matrix, b: Matrix| match of.track_op() {
-                true => Tensor::from_vec(product(a, b), of.shape(), &Device::Cpu).map(Some),
-                false => Ok(None),
-            };
-            return Ok((gradient(xs, d, w)?, gradient(weight, d.transposed(), x)?));
-        }
         let dx = match xs.track_op() {
-            true => Some(dy.matmul(&weight.detach())?.reshape(xs.shape())?),
+            true => Some(input_gradient(&dy, &weight.detach().to_dtype(xs.dtype())?)?.reshape(xs.shape())?),
             false => None,
         };
         let dweight = match weight.track_op() {
-            true => Some(dy.t()?.matmul(&xs.detach().reshape((rows, inputs))?)?),
+            true => {
+                Some(weight_gradient(&dy, &xs.detach().reshape((rows, inputs))?)?.to_dtype(weight.dtype())?)
+            }
             false => None,
         };
         Ok((dx, dweight))
     }
 }
 
+/// `dy W` for `dy` of shape `[rows, outputs]`.
+pub(super) fn input_gradient(dy: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    multiplied(dy, weight, |dy, weight| (dy, weight), || dy.matmul(weight))
+}
+
+fn weight_gradient(dy: &Tensor, xs: &Tensor) -> Result<Tensor> {
+    multiplied(dy, xs, |dy, xs| (dy.transposed(), xs), || dy.t()?.matmul(xs))
+}
+
+/// The product of two matrices where it is ours to compute, another way elsewhere.
+fn multiplied(
+    a: &Tensor,
+    b: &Tensor,
+    arranged: impl for<'a> Fn(Matrix<'a>, Matrix<'a>) -> (Matrix<'a>, Matrix<'a>),
+    elsewhere: impl Fn() -> Result<Tensor>,
+) -> Result<Tensor> {
+    if !fits(&[a, b]) {
+        return elsewhere();
+    }
+    let (a_held, b_held) = (Held::new(a), Held::new(b));
+    let matrix = |values, of: &Tensor| Matrix::new(values, of.dim(0)?, of.dim(1)?);
+    let (a, b) = arranged(matrix(a_held.values()?, a)?, matrix(b_held.values()?, b)?);
+    let shape = (a.rows(), b.cols());
+    Tensor::from_vec(product(a, b), shape, &Device::Cpu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::nn::fused::tests::agree;
+    use candle_core::DType;
 
     #[test]
     fn agrees_with_its_composition() -> Result<()> {
@@ -130,9 +153,22 @@ mod tests {
         Ok(())
     }
 
+    /// Rounded to 16 bits inside: both know the same weights, and the input's gradient goes through them.
+    #[test]
+    fn frozen_weights_of_16_bits_agree_with_what_they_are_in_f32() -> Result<()> {
+        let weight = Tensor::randn(0f32, 1., (11, 70), &Device::Cpu)?;
+        for dtype in [DType::BF16, DType::F16] {
+            let narrow = weight.to_dtype(dtype)?;
+            let wide = narrow.to_dtype(DType::F32)?;
+            let dims = [3, 5, 11];
+            agree(&[&[3, 5, 70]], |x| linear(&x[0], &narrow, &dims), |x| composed(&x[0], &wide, &dims))?;
+        }
+        Ok(())
+    }
+
     #[test]
     fn shapes_that_do_not_fit_are_refused() -> Result<()> {
-        let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &candle_core::Device::Cpu);
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
         assert!(linear(&zeros(&[2, 3])?, &zeros(&[4, 5])?, &[2, 4]).is_err());
         assert!(linear(&zeros(&[2, 3])?, &zeros(&[4, 3])?, &[2, 5]).is_err());
         Ok(())

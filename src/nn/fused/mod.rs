@@ -9,6 +9,8 @@
 mod linear;
 mod log_sigmoid;
 mod product;
+mod projection;
+mod quantized;
 mod rms_norm;
 mod short_conv;
 mod standardize;
@@ -16,6 +18,7 @@ mod swiglu;
 
 pub(crate) use linear::linear;
 pub(crate) use log_sigmoid::log_sigmoid;
+pub(crate) use quantized::{divides, quantized_linear};
 pub(crate) use rms_norm::{Gate, rms_norm, rms_norm_gated};
 pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
 pub(crate) use standardize::standardize;

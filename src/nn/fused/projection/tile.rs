@@ -1,0 +1,235 @@
+//! The products of a few rows with a few outputs, sums in registers.
+
+use super::Format;
+use pulp::{Simd, WithSimd};
+use std::marker::PhantomData;
+use std::ops::Range;
+
+/// Elements of a row whose products are summed up before they join the others; weights of a tile stay in L1 meanwhile.
+const CHUNK: usize = 2048;
+/// Rows of a tile.
+const M: usize = 4;
+/// Outputs of a tile at most.
+const MAX_N: usize = 6;
+/// Elements of a group at most.
+const MAX_GROUP: usize = 64;
+
+/// A matrix of which several threads write columns of their own.
+#[derive(Clone, Copy)]
+pub(super) struct Columns<'a> {
+    data: *mut f32,
+    len: usize,
+    cols: usize,
+    elements: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: `add` asks of its callers that no two threads write one element.
+unsafe impl Send for Columns<'_> {}
+// SAFETY: the same.
+unsafe impl Sync for Columns<'_> {}
+
+impl<'a> Columns<'a> {
+    pub fn new(data: &'a mut [f32], cols: usize) -> Self {
+        Self { data: data.as_mut_ptr(), len: data.len(), cols, elements: PhantomData }
+    }
+
+    /// # Safety
+    /// Nobody else reads or writes this element meanwhile.
+    #[inline(always)]
+    unsafe fn add(self, row: usize, col: usize, value: f32) {
+        let at = row * self.cols + col;
+        assert!(at < self.len && col < self.cols);
+        // SAFETY: within the elements, and nobody else's.
+        unsafe { *self.data.add(at) += value };
+    }
+}
+
+/// Some of the outputs for some of the rows.
+pub(super) struct Task<'a, F> {
+    pub x: &'a [f32],
+    pub rows: Range<usize>,
+    /// From a row of `x` to the next, `k` rounded up to whole groups; what is between is 0.
+    pub stride: usize,
+    /// From a row of weights to the next.
+    pub k: usize,
+    pub weights: F,
+    pub outputs: Range<usize>,
+    pub y: Columns<'a>,
+}
+
+/// Room for vectors, which begin at the beginning of a cache line.
+#[repr(align(64))]
+struct Buffer<const LEN: usize>([f32; LEN]);
+
+impl<F: Format> WithSimd for Task<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let many_registers = S::REGISTER_COUNT >= 32;
+        match self.rows.len() {
+            // As many running sums as it takes to keep the units busy, and registers to hold them.
+            1 => self.stream::<S, 1, 8>(simd),
+            2 if many_registers => self.stream::<S, 2, 8>(simd),
+            3 if many_registers => self.stream::<S, 3, 8>(simd),
+            2 => self.stream::<S, 2, 4>(simd),
+            3 => self.stream::<S, 3, 4>(simd),
+            _ if many_registers => self.many::<S, 6>(simd),
+            _ => self.many::<S, 3>(simd),
+        }
+    }
+}
+
+impl<F: Format> Task<'_, F> {
+    /// So few rows that weights are widened where they are used.
+    #[inline(always)]
+    fn stream<S: Simd, const R: usize, const N: usize>(&self, simd: S) {
+        for output in self.outputs.clone().step_by(N) {
+            for chunk in self.chunks() {
+                let x = self.x::<S, R>(self.rows.start, chunk.clone());
+                let mut sums = [[simd.splat_f32s(0.); N]; R];
+                for (group, at) in chunk.step_by(F::GROUP).enumerate() {
+                    for n in 0..N {
+                        self.group(
+                            simd,
+                            self.row(output + n),
+                            at,
+                            #[inline(always)]
+                            |i, w| {
+                                let i = group * (F::GROUP / S::F32_LANES) + i;
+                                for r in 0..R {
+                                    sums[r][n] = simd.mul_add_e_f32s(x[r][i], w, sums[r][n]);
+                                }
+                            },
+                        );
+                    }
+                }
+                self.store(simd, self.rows.start, output, sums);
+            }
+        }
+    }
+
+    /// Weights are widened once for many rows.
+    #[inline(always)]
+    fn many<S: Simd, const N: usize>(&self, simd: S) {
+        let mut buffer = Buffer([0.; MAX_N * CHUNK]);
+        for chunk in self.chunks() {
+            for output in self.outputs.clone().step_by(N) {
+                let w = self.widened::<S, N>(simd, output, chunk.clone(), &mut buffer.0);
+                self.sweep(simd, output, chunk.clone(), w);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn widened<'b, S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        output: usize,
+        chunk: Range<usize>,
+        buffer: &'b mut [f32],
+    ) -> [&'b [S::f32s]; N] {
+        let len = chunk.len();
+        for (n, row) in buffer.chunks_exact_mut(len).take(N).enumerate() {
+            let groups = chunk.clone().step_by(F::GROUP);
+            for (at, to) in groups.zip(S::as_mut_simd_f32s(row).0.chunks_exact_mut(F::GROUP / S::F32_LANES)) {
+                self.group(
+                    simd,
+                    self.row(output + n),
+                    at,
+                    #[inline(always)]
+                    |i, w| to[i] = w,
+                );
+            }
+        }
+        let buffer = &*buffer;
+        std::array::from_fn(|n| S::as_simd_f32s(&buffer[n * len..][..len]).0)
+    }
+
+    #[inline(always)]
+    fn sweep<S: Simd, const N: usize>(
+        &self,
+        simd: S,
+        output: usize,
+        chunk: Range<usize>,
+        w: [&[S::f32s]; N],
+    ) {
+        for row in self.rows.clone().step_by(M) {
+            match self.rows.end - row {
+                1 => self.tile::<S, 1, N>(simd, row, output, chunk.clone(), w),
+                2 => self.tile::<S, 2, N>(simd, row, output, chunk.clone(), w),
+                3 => self.tile::<S, 3, N>(simd, row, output, chunk.clone(), w),
+                _ => self.tile::<S, M, N>(simd, row, output, chunk.clone(), w),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn tile<S: Simd, const R: usize, const N: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        output: usize,
+        chunk: Range<usize>,
+        w: [&[S::f32s]; N],
+    ) {
+        let len = w[0].len();
+        let (x, w) = (self.x::<S, R>(row, chunk).map(|x| &x[..len]), w.map(|w| &w[..len]));
+        let mut sums = [[simd.splat_f32s(0.); N]; R];
+        for i in 0..len {
+            let w: [S::f32s; N] = std::array::from_fn(|n| w[n][i]);
+            for (x, sums) in x.iter().zip(&mut sums) {
+                for (w, sum) in w.iter().zip(sums) {
+                    *sum = simd.mul_add_e_f32s(x[i], *w, *sum);
+                }
+            }
+        }
+        self.store(simd, row, output, sums);
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<F> {
+        let stride = self.stride;
+        (0..stride).step_by(CHUNK).map(move |from| from..stride.min(from + CHUNK))
+    }
+
+    #[inline(always)]
+    fn x<S: Simd, const R: usize>(&self, row: usize, cols: Range<usize>) -> [&[S::f32s]; R] {
+        std::array::from_fn(|i| S::as_simd_f32s(&self.x[(row + i) * self.stride..][cols.clone()]).0)
+    }
+
+    /// Where the weights of an output begin. Behind the last, the last again, for sums that nobody asks for.
+    #[inline(always)]
+    fn row(&self, output: usize) -> usize {
+        output.min(self.outputs.end - 1) * self.k
+    }
+
+    /// The group from column `at` on, with zeros where the row has ended.
+    #[inline(always)]
+    fn group<S: Simd>(&self, simd: S, row: usize, at: usize, mut each: impl FnMut(usize, S::f32s)) {
+        if at + F::GROUP <= self.k {
+            return self.weights.group(simd, row + at, each);
+        }
+        let mut buffer = Buffer([0.; MAX_GROUP]);
+        self.weights.tail(row + at, &mut buffer.0[..self.k - at]);
+        let vectors = S::as_simd_f32s(&buffer.0[..F::GROUP]).0;
+        for (i, vector) in vectors.iter().enumerate() {
+            each(i, *vector);
+        }
+    }
+
+    #[inline(always)]
+    fn store<S: Simd, const R: usize, const N: usize>(
+        &self,
+        simd: S,
+        row: usize,
+        output: usize,
+        sums: [[S::f32s; N]; R],
+    ) {
+        for (i, sums) in sums.into_iter().enumerate() {
+            for (n, sum) in sums.into_iter().enumerate().take(self.outputs.end - output) {
+                // SAFETY: the outputs of a task are its own.
+                unsafe { self.y.add(row + i, output + n, simd.reduce_sum_f32s(sum)) };
+            }
+        }
+    }
+}
