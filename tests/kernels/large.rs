@@ -76,7 +76,7 @@ fn packed_sequences() {
 #[test]
 fn strong_decay() {
     for gates in [Gates::Strong, Gates::Forgets, Gates::AllStrong] {
-        for op in crate::kernels::GATED {
+        for op in Op::GATED {
             let case = Case { op, gates, dtype: DType::BF16, t: 1500, h: 4, k: 64, v: 64, ..Case::default() };
             check(&case, &MODES);
         }

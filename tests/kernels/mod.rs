@@ -7,9 +7,6 @@ use crate::run::Graph;
 use candle_core::{DType, Result, Tensor};
 use candle_linear_attn::Mode;
 
-/// The operators with kernels that have a gate.
-pub const GATED: [Op; 3] = [Op::Retention, Op::SimpleGla, Op::Gla];
-
 /// How closely the kernels must agree. States and f32 gradients of 16-bit inputs are sums of products that were rounded.
 pub fn limits(dtype: DType) -> Limits {
     let (out, grad) = match dtype {

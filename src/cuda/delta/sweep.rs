@@ -1,0 +1,181 @@
+//! The calls of the delta families' kernels, from their tensors to the launches. See `cuda/delta.h`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::ffi::{self, SegmentStates};
+use crate::cuda::ffi::Gate;
+use crate::cuda::memory::{Addresses, Buffer, Held};
+use crate::cuda::sweep::Pass;
+use crate::problem::{Decay, Inputs, Problem, Update};
+
+/// The segments of all sequences.
+pub(super) struct Segments {
+    /// Of each sequence, and of all.
+    each: usize,
+    all: usize,
+    /// How many there are before each sequence, where sequences differ.
+    cu: Option<Tensor>,
+}
+
+impl Segments {
+    pub fn new(pass: &Pass) -> Result<Self> {
+        let of = pass.problem.sequences.iter().map(|s| s.tokens.len().div_ceil(ffi::SEGMENT));
+        let cu: Vec<u32> = std::iter::once(0)
+            .chain(of.scan(0, |sum, n| {
+                *sum += n as u32;
+                Some(*sum)
+            }))
+            .collect();
+        let all = cu[cu.len() - 1] as usize;
+        let packed = pass.cu_seqlens.as_ref();
+        let cu = packed.map(|x| Tensor::from_slice(&cu, cu.len(), x.device())).transpose()?;
+        Ok(Self { each: pass.longest.div_ceil(ffi::SEGMENT), all, cu })
+    }
+
+    /// Memory for a state of each segment and head.
+    pub fn states(&self, pass: &Pass) -> Result<Buffer> {
+        let p = pass.problem;
+        Buffer::new(&pass.machine, DType::F32, (self.all, p.v_heads, p.k_dim, p.v_dim))
+    }
+
+    fn of(&self, data: *mut f32, cu_segments: *const u32) -> SegmentStates {
+        SegmentStates { data, cu_segments, each: self.each as i64, all: self.all as i64 }
+    }
+}
+
+/// What the two sweeps of a problem differ in.
+#[derive(Default)]
+pub(super) struct Sweep<'a> {
+    /// v, or do in reverse.
+    pub value: Option<&'a Tensor>,
+    pub reverse: bool,
+    pub inner: Option<&'a mut Buffer>,
+    pub out: Option<&'a mut Buffer>,
+    pub first: Option<&'a Tensor>,
+    pub last: Option<&'a mut Buffer>,
+    pub anchors: Option<(&'a Segments, &'a mut Buffer)>,
+}
+
+fn gate_kind(problem: &Problem) -> Gate {
+    match problem.decay {
+        Decay::None => Gate::None,
+        Decay::Head | Decay::Scalar => Gate::Scalar,
+        Decay::Channel => Gate::Rows,
+    }
+}
+
+/// Queues a sweep. Every element of its results gets written.
+pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
+    if pass.states() == 0 {
+        return Ok(());
+    }
+    let p = pass.problem;
+    let heads = p.v_heads;
+    let (segments, anchors) = sweep.anchors.unzip();
+    let numbers = [pass.cu_seqlens.as_ref(), segments.and_then(|s| s.cu.as_ref())];
+    let [cu_seqlens, cu_segments] = numbers.map(|x| x.map(Held::new));
+    let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
+    let of_keys = of_keys.map(|x| x.map(Held::new));
+    let [q, k, gate, a, b, beta] = of_keys.each_ref().map(Option::as_ref);
+    let [value, first] = [sweep.value, sweep.first].map(|x| x.map(Held::new));
+    let mut at = Addresses::new(&pass.machine);
+    let cu_segments = at.numbers(cu_segments.as_ref())?;
+    let anchors = at.out_numbers(anchors)?;
+    let call = ffi::Sweep {
+        q: at.tensor(q, heads)?,
+        k: at.tensor(k, heads)?,
+        value: at.tensor(value.as_ref(), heads)?,
+        gate: at.tensor(gate, heads)?,
+        a: at.tensor(a, heads)?,
+        b: at.tensor(b, heads)?,
+        beta: at.tensor(beta, heads)?,
+        inner: at.out(sweep.inner)?,
+        out: at.out(sweep.out)?,
+        first: at.states(first.as_ref(), false)?,
+        last: at.out_states(sweep.last, false)?,
+        anchors: match segments {
+            Some(segments) => segments.of(anchors, cu_segments),
+            None => SegmentStates { data: anchors, cu_segments, each: 0, all: 0 },
+        },
+        scale: p.scale,
+        k_dim: p.k_dim as i32,
+        v_dim: p.v_dim as i32,
+        heads: heads as i32,
+        gate_kind: gate_kind(p),
+        low_rank: (p.update == Update::LowRank).into(),
+        reverse: sweep.reverse.into(),
+        cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
+        sequences: p.sequences.len() as i32,
+        tokens: p.tokens as i64,
+        shared_limit: pass.card.shared_memory as i64,
+    };
+    // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and `Pass`,
+    // which are held until the kernel is queued; the stream orders whatever comes after.
+    let code = unsafe { ffi::cla_delta_recurrent(&call, pass.machine.stream()) };
+    pass.check("cla_delta_recurrent", code)
+}
+
+/// What `cla_delta_gradients` reads and writes beside the inputs.
+pub(super) struct Gradients<'a> {
+    pub grad_out: Option<&'a Tensor>,
+    pub written: &'a Tensor,
+    pub of_written: &'a Tensor,
+    pub segments: &'a Segments,
+    pub starts: &'a Tensor,
+    pub ends: &'a Tensor,
+    pub dq: Option<&'a mut Buffer>,
+    pub dk: Option<&'a mut Buffer>,
+    pub da: Option<&'a mut Buffer>,
+    pub db: Option<&'a mut Buffer>,
+    pub dg: Option<&'a mut Buffer>,
+    pub dbeta: Option<&'a mut Buffer>,
+}
+
+/// Queues the gradients of keys, gates and beta.
+pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> Result<()> {
+    let p = pass.problem;
+    let heads = p.v_heads;
+    let numbers = [pass.cu_seqlens.as_ref(), of.segments.cu.as_ref(), Some(of.starts), Some(of.ends)];
+    let [cu_seqlens, cu_segments, starts, ends] = numbers.map(|x| x.map(Held::new));
+    let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
+    let of_keys = of_keys.map(|x| x.map(Held::new));
+    let [q, k, gate, a, b, beta] = of_keys.each_ref().map(Option::as_ref);
+    let of_values = [Some(&x.v), of.grad_out, Some(of.written), Some(of.of_written)];
+    let of_values = of_values.map(|x| x.map(Held::new));
+    let [v, grad_out, written, of_written] = of_values.each_ref().map(Option::as_ref);
+    let mut at = Addresses::new(&pass.machine);
+    let cu_segments = at.numbers(cu_segments.as_ref())?;
+    let [starts, ends]: [*const f32; 2] = [at.numbers(starts.as_ref())?, at.numbers(ends.as_ref())?];
+    let call = ffi::Gradient {
+        q: at.tensor(q, heads)?,
+        k: at.tensor(k, heads)?,
+        v: at.tensor(v, heads)?,
+        gate: at.tensor(gate, heads)?,
+        a: at.tensor(a, heads)?,
+        b: at.tensor(b, heads)?,
+        beta: at.tensor(beta, heads)?,
+        grad_out: at.tensor(grad_out, heads)?,
+        written: at.tensor(written, heads)?,
+        of_written: at.tensor(of_written, heads)?,
+        starts: of.segments.of(starts.cast_mut(), cu_segments),
+        ends: of.segments.of(ends.cast_mut(), cu_segments),
+        dq: at.out(of.dq)?,
+        dk: at.out(of.dk)?,
+        da: at.out(of.da)?,
+        db: at.out(of.db)?,
+        dg: at.out(of.dg)?,
+        dbeta: at.out(of.dbeta)?,
+        scale: p.scale,
+        k_dim: p.k_dim as i32,
+        v_dim: p.v_dim as i32,
+        heads: heads as i32,
+        gate_kind: gate_kind(p),
+        low_rank: (p.update == Update::LowRank).into(),
+        cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
+        sequences: p.sequences.len() as i32,
+        tokens: p.tokens as i64,
+    };
+    // SAFETY: as in `run`.
+    let code = unsafe { ffi::cla_delta_gradients(&call, pass.machine.stream()) };
+    pass.check("cla_delta_gradients", code)
+}
