@@ -272,8 +272,8 @@ impl Block<'_> {
         let mut out = vec![vec![0.; xs[0].len()]; xs.len()];
         for e in 0..count {
             let ys = self.mlp(&format!("{name}.experts.{e}"), proj, xs);
-            for t in 0..xs.len() {
-                out[t].iter_mut().zip(&ys[t]).for_each(|(o, y)| *o += weights[t][e] * y);
+            for (out, (y, weights)) in out.iter_mut().zip(ys.iter().zip(&weights)) {
+                out.iter_mut().zip(y).for_each(|(o, y)| *o += weights[e] * y);
             }
         }
         out
