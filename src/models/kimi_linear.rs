@@ -85,7 +85,8 @@ fn layer_types(fields: &mut Fields, within: &Fields, layers: usize) -> Result<Ve
         }
         return hybrid::layer_types(fields, layers, |layer| known[layer].unwrap_or(LayerType::Linear));
     }
-    let usual = |layer: usize| if layer > 0 && layer.is_multiple_of(4) { LayerType::Full } else { LayerType::Linear };
+    let usual =
+        |layer: usize| if layer > 0 && layer.is_multiple_of(4) { LayerType::Full } else { LayerType::Linear };
     hybrid::layer_types(fields, layers, usual)
 }
 
