@@ -54,11 +54,22 @@ typedef struct {
   const uint32_t *cu_seqlens;
   int32_t sequences;
   int64_t tokens;
-  int64_t shared_limit;
+  // Chunked sweeps only: CLA_DELTA_PREPARED bytes for each segment and head, which are all that `anchors` counts, whether it
+  // has data or not. Blocks have 16 or 32 columns of the state.
+  unsigned char *prepared;
+  int32_t columns;
 } cla_delta_sweep;
 
 // Token by token, K up to 256 and any V.
 int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
+
+// A segment at a time, in matrix form, on tensor cores: delta without a gate or with one by token, bf16, K up to 128. What
+// does not depend on the state is prepared for all segments first, by cla_delta_prepare.
+#define CLA_DELTA_PREPARED (33 * 1024)
+int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
+int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
+// The shared memory that these need for a block of so many columns; -1 if they do not take the sweep.
+int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep);
 
 // The gradients of all that has a number for each channel of a key, of gates and of beta. With G the gradient of the state
 // after a token, S~ the state that faded, u what delta writes, and sums over V,

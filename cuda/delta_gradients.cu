@@ -271,20 +271,8 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
 template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : EACH == 8 ? 3 : 4) void delta_gradients_kernel(cla_delta_gradient c) {
   const int slices = (c.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
   const int slice = block_x() % slices, head = block_x() / slices % c.heads;
-  const int64_t at = block_x() / slices / c.heads;
-  int64_t sequence, segment;
-  if (const uint32_t *first = c.starts.cu_segments) {
-    int32_t below = 0, to = c.sequences;  // first[below] <= at < first[to]
-    while (to - below > 1) {
-      const int32_t middle = below + (to - below) / 2;
-      if (first[middle] <= at) below = middle;
-      else to = middle;
-    }
-    sequence = below, segment = at - first[below];
-  } else {
-    sequence = at / c.starts.each, segment = at % c.starts.each;
-  }
-  DeltaGradients<EACH, LOW_RANK> gradients(c, slice, head, sequence, segment);
+  const SegmentOf of(c.starts, c.sequences, block_x() / slices / c.heads);
+  DeltaGradients<EACH, LOW_RANK> gradients(c, slice, head, of.sequence, of.segment);
   gradients.run_forwards();
   gradients.run_in_reverse();
 }

@@ -150,10 +150,31 @@ CLA_DEVICE float sum_of_lanes(float x) {
   return x;
 }
 
+// The segment `at` of all, as one of a sequence.
+struct SegmentOf {
+  int64_t sequence, segment;
+
+  CLA_DEVICE SegmentOf(const cla_delta_states &s, int32_t sequences, int64_t at) {
+    if (const uint32_t *first = s.cu_segments) {
+      int32_t below = 0, to = sequences;  // first[below] <= at < first[to]
+      while (to - below > 1) {
+        const int32_t middle = below + (to - below) / 2;
+        if (first[middle] <= at) below = middle;
+        else to = middle;
+      }
+      sequence = below, segment = at - first[below];
+    } else {
+      sequence = at / s.each, segment = at % s.each;
+    }
+  }
+};
+CLA_DEVICE int64_t segment_index(const cla_delta_states &s, int64_t sequence, int64_t at) {
+  return (s.cu_segments ? s.cu_segments[sequence] : sequence * s.each) + at;
+}
+
 // The state of segment `at` (of its sequence), for one head.
 CLA_DEVICE float *anchor_of(const cla_delta_states &s, int64_t sequence, int64_t at, int head, int heads, int64_t size) {
-  const int64_t first = s.cu_segments ? s.cu_segments[sequence] : sequence * s.each;
-  return s.data + ((first + at) * heads + head) * size;
+  return s.data + (segment_index(s, sequence, at) * heads + head) * size;
 }
 
 // Calls `launch` with the rows that a thread has of a state with so many, and the family, as types.

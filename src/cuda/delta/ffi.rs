@@ -6,7 +6,9 @@ use crate::cuda::ffi::{Gate, States, Tensor};
 
 /// Tokens in a segment.
 pub(super) const SEGMENT: usize = 64;
-/// Columns of a state that a block of threads has.
+/// Bytes of what is prepared for a segment and head.
+pub(super) const PREPARED: usize = 33 * 1024;
+/// Columns of a state that a block of threads has, token by token.
 pub(super) const COLUMNS: usize = 32;
 
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +45,8 @@ pub(super) struct Sweep {
     pub cu_seqlens: *const u32,
     pub sequences: i32,
     pub tokens: i64,
-    pub shared_limit: i64,
+    pub prepared: *mut u8,
+    pub columns: i32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -80,5 +83,8 @@ pub(super) struct Gradient {
 
 unsafe extern "C" {
     pub(super) fn cla_delta_recurrent(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_prepare(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_chunked(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_shared_memory(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_gradients(call: *const Gradient, stream: *mut c_void) -> i32;
 }

@@ -4,6 +4,7 @@
 //! Backward takes memory for two numbers in f32 for each element of v, and for two states each [`ffi::SEGMENT`] tokens.
 
 mod ffi;
+mod route;
 mod sweep;
 
 use candle_core::{DType, Result, Tensor};
@@ -51,12 +52,21 @@ pub(super) fn backward(
     let left = || Ok::<_, candle_core::Error>((values(DType::F32)?, segments.states(pass)?));
     let mut forward = of_keys.then(left).transpose()?;
     if let Some((written, starts)) = &mut forward {
-        let anchors = Some((&segments, starts));
-        let first = x.kv.as_ref();
-        run(pass, x, Sweep { value: Some(&x.v), inner: Some(written), first, anchors, ..Sweep::default() })?;
+        run(
+            pass,
+            x,
+            Sweep {
+                value: Some(&x.v),
+                inner: Some(written),
+                first: x.kv.as_ref(),
+                anchors: Some(starts),
+                segments: Some(&segments),
+                ..Sweep::default()
+            },
+        )?;
     }
     let mut reverse = of_keys.then(left).transpose()?;
-    let (inner, anchors) = reverse.as_mut().map(|(m, ends)| (m, (&segments, ends))).unzip();
+    let (inner, anchors) = reverse.as_mut().map(|(m, ends)| (m, ends)).unzip();
     run(
         pass,
         x,
@@ -68,6 +78,7 @@ pub(super) fn backward(
             first: grads.kv.as_ref(),
             last: dkv.as_mut(),
             anchors,
+            segments: Some(&segments),
         },
     )?;
     let mut found = Vec::new();

@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::ffi::{self, SegmentStates};
+use super::route::{Route, Size, route};
 use crate::cuda::ffi::Gate;
 use crate::cuda::memory::{Addresses, Buffer, Held};
 use crate::cuda::sweep::Pass;
@@ -53,7 +54,9 @@ pub(super) struct Sweep<'a> {
     pub out: Option<&'a mut Buffer>,
     pub first: Option<&'a Tensor>,
     pub last: Option<&'a mut Buffer>,
-    pub anchors: Option<(&'a Segments, &'a mut Buffer)>,
+    pub anchors: Option<&'a mut Buffer>,
+    /// Needed with anchors.
+    pub segments: Option<&'a Segments>,
 }
 
 fn gate_kind(problem: &Problem) -> Gate {
@@ -71,17 +74,14 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     }
     let p = pass.problem;
     let heads = p.v_heads;
-    let (segments, anchors) = sweep.anchors.unzip();
-    let numbers = [pass.cu_seqlens.as_ref(), segments.and_then(|s| s.cu.as_ref())];
-    let [cu_seqlens, cu_segments] = numbers.map(|x| x.map(Held::new));
+    let cu_seqlens = pass.cu_seqlens.as_ref().map(Held::new);
     let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
     let of_keys = of_keys.map(|x| x.map(Held::new));
     let [q, k, gate, a, b, beta] = of_keys.each_ref().map(Option::as_ref);
     let [value, first] = [sweep.value, sweep.first].map(|x| x.map(Held::new));
     let mut at = Addresses::new(&pass.machine);
-    let cu_segments = at.numbers(cu_segments.as_ref())?;
-    let anchors = at.out_numbers(anchors)?;
-    let call = ffi::Sweep {
+    let anchors = at.out_numbers(sweep.anchors)?;
+    let mut call = ffi::Sweep {
         q: at.tensor(q, heads)?,
         k: at.tensor(k, heads)?,
         value: at.tensor(value.as_ref(), heads)?,
@@ -93,10 +93,7 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
         out: at.out(sweep.out)?,
         first: at.states(first.as_ref(), false)?,
         last: at.out_states(sweep.last, false)?,
-        anchors: match segments {
-            Some(segments) => segments.of(anchors, cu_segments),
-            None => SegmentStates { data: anchors, cu_segments, each: 0, all: 0 },
-        },
+        anchors: SegmentStates { data: anchors, cu_segments: std::ptr::null(), each: 0, all: 0 },
         scale: p.scale,
         k_dim: p.k_dim as i32,
         v_dim: p.v_dim as i32,
@@ -107,12 +104,48 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
         cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
         sequences: p.sequences.len() as i32,
         tokens: p.tokens as i64,
-        shared_limit: pass.card.shared_memory as i64,
+        prepared: std::ptr::null_mut(),
+        columns: 0,
     };
-    // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and `Pass`,
-    // which are held until the kernel is queued; the stream orders whatever comes after.
-    let code = unsafe { ffi::cla_delta_recurrent(&call, pass.machine.stream()) };
-    pass.check("cla_delta_recurrent", code)
+    let needs = |columns: usize| {
+        let call = ffi::Sweep { columns: columns as i32, ..call };
+        // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
+        usize::try_from(unsafe { ffi::cla_delta_shared_memory(&call) }).ok()
+    };
+    let size = Size { states: pass.states(), longest: pass.longest, cols: p.v_dim };
+    let chosen = route(p.mode, &size, &pass.card, needs);
+    let own = match (chosen, sweep.segments) {
+        (Route::Chunked { .. }, None) => Some(Segments::new(pass)?),
+        _ => None,
+    };
+    let segments = sweep.segments.or(own.as_ref());
+    let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
+    let cu_segments = at.numbers(cu_segments.as_ref())?;
+    if let Some(segments) = segments {
+        call.anchors = segments.of(anchors, cu_segments);
+    }
+    let mut prepared = None;
+    if let (Route::Chunked { columns }, Some(segments)) = (chosen, segments) {
+        let each = ffi::PREPARED / DType::F32.size_in_bytes();
+        prepared = Some(Buffer::new(&pass.machine, DType::F32, (segments.all, heads, each))?);
+        call.columns = columns as i32;
+    }
+    let mut at_prepared = Addresses::new(&pass.machine);
+    call.prepared = at_prepared.out_numbers(prepared.as_mut())?.cast();
+    type Kernel = unsafe extern "C" fn(*const ffi::Sweep, *mut std::ffi::c_void) -> i32;
+    let kernels: &[(&str, Kernel)] = match chosen {
+        Route::Recurrent => &[("cla_delta_recurrent", ffi::cla_delta_recurrent)],
+        Route::Chunked { .. } => {
+            &[("cla_delta_prepare", ffi::cla_delta_prepare), ("cla_delta_chunked", ffi::cla_delta_chunked)]
+        }
+    };
+    for (kernel, launch) in kernels {
+        // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and `Pass`,
+        // which are held until all kernels are queued; the stream orders whatever comes after.
+        let code = unsafe { launch(&call, pass.machine.stream()) };
+        pass.check(kernel, code)?;
+    }
+    Ok(())
 }
 
 /// What `cla_delta_gradients` reads and writes beside the inputs.
