@@ -7,6 +7,9 @@ use crate::run::Graph;
 use candle_core::{DType, Result, Tensor};
 use candle_linear_attn::Mode;
 
+/// Those where what a token writes depends on the state.
+pub const DELTA: [Op; 4] = [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
+
 /// How closely the kernels must agree. States and f32 gradients of 16-bit inputs are sums of products that were rounded.
 pub fn limits(dtype: DType) -> Limits {
     let (out, grad) = match dtype {

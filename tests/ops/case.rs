@@ -36,8 +36,6 @@ impl Op {
     ];
     pub const GATED: [Op; 6] =
         [Op::Retention, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
-    /// What a token writes depends on the state.
-    pub const DELTA: [Op; 4] = [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
     /// What a token writes does not.
     pub const ADDITIVE: [Op; 4] = [Op::LinearAttn, Op::Retention, Op::SimpleGla, Op::Gla];
 
