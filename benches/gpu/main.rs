@@ -11,7 +11,8 @@ mod timing;
 
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
+use candle_linear_attn::{Mode, Options, Output, State};
+use candle_linear_attn::{delta_rule, gated_delta_rule, gla, kda, linear_attn, retention, simple_gla};
 use clap::Parser;
 use timing::Clock;
 
@@ -34,10 +35,14 @@ enum Op {
     Retention,
     SimpleGla,
     Gla,
+    Delta,
+    GatedDelta,
+    Kda,
 }
 
 impl Op {
-    const ALL: [Self; 4] = [Self::Linear, Self::Retention, Self::SimpleGla, Self::Gla];
+    const ALL: [Self; 7] =
+        [Self::Linear, Self::Retention, Self::SimpleGla, Self::Gla, Self::Delta, Self::GatedDelta, Self::Kda];
 
     fn name(self) -> &'static str {
         match self {
@@ -45,6 +50,9 @@ impl Op {
             Self::Retention => "retention",
             Self::SimpleGla => "simple_gla",
             Self::Gla => "gla",
+            Self::Delta => "delta_rule",
+            Self::GatedDelta => "gated_delta_rule",
+            Self::Kda => "kda",
         }
     }
 }
@@ -65,42 +73,55 @@ struct Problem {
     op: Op,
     qkv: [Var; 3],
     gate: Option<Var>,
+    beta: Option<Var>,
 }
 
 impl Problem {
     fn new(op: Op, [b, t, h, d]: Shape, dtype: DType, device: &Device) -> Result<Self> {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device);
-        let input = || Ok::<_, anyhow::Error>(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?);
+        let with_beta = matches!(op, Op::Delta | Op::GatedDelta | Op::Kda);
+        // Keys of length 1 where a value replaces another.
+        let size = if with_beta { 1. / (d as f64).sqrt() } else { 1. };
+        let input = || {
+            let x = (random(&[b, t, h, d])? * size)?.to_dtype(dtype)?;
+            Ok::<_, anyhow::Error>(Var::from_tensor(&x)?)
+        };
         // As gated models have them: most a few hundredths a token.
         let gate = |shape: &[usize], dtype| random(shape)?.abs()?.affine(-0.05, 0.)?.to_dtype(dtype);
         let gate = match op {
-            Op::Linear => None,
+            Op::Linear | Op::Delta => None,
             Op::Retention => Some(gate(&[h], DType::F32)?),
-            Op::SimpleGla => Some(gate(&[b, t, h], DType::F32)?),
-            Op::Gla => Some(gate(&[b, t, h, d], dtype)?),
+            Op::SimpleGla | Op::GatedDelta => Some(gate(&[b, t, h], DType::F32)?),
+            Op::Gla | Op::Kda => Some(gate(&[b, t, h, d], dtype)?),
         };
+        let beta = || Ok::<_, anyhow::Error>(Var::from_tensor(&Tensor::rand(0f32, 1., (b, t, h), device)?)?);
         Ok(Self {
             op,
             qkv: [input()?, input()?, input()?],
             gate: gate.map(|g| Var::from_tensor(&g)).transpose()?,
+            beta: with_beta.then(beta).transpose()?,
         })
     }
 
     fn run(&self, opts: &Options) -> Result<Output> {
         let [q, k, v] = self.qkv.each_ref().map(|x| x.as_tensor());
         let gate = || self.gate.as_ref().context("a gate");
+        let beta = || self.beta.as_ref().context("a beta");
         Ok(match self.op {
             Op::Linear => linear_attn(q, k, v, opts)?,
             Op::Retention => retention(q, k, v, gate()?, opts)?,
             Op::SimpleGla => simple_gla(q, k, v, gate()?, opts)?,
             Op::Gla => gla(q, k, v, gate()?, opts)?,
+            Op::Delta => delta_rule(q, k, v, beta()?, opts)?,
+            Op::GatedDelta => gated_delta_rule(q, k, v, gate()?, beta()?, opts)?,
+            Op::Kda => kda(q, k, v, gate()?, beta()?, opts)?,
         })
     }
 
     /// The bytes of what goes in.
     fn bytes(&self) -> usize {
         let of = |x: &Var| x.elem_count() * x.dtype().size_in_bytes();
-        self.qkv.iter().chain(&self.gate).map(of).sum()
+        self.qkv.iter().chain(&self.gate).chain(&self.beta).map(of).sum()
     }
 }
 
