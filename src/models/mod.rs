@@ -47,6 +47,7 @@ mod rwkv7;
 mod stack;
 
 pub use cache::Cache;
+pub use checkpoint::Progress;
 pub use config::Config;
 pub use model::Model;
 pub use pool::Pool;

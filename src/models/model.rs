@@ -2,13 +2,14 @@
 
 use crate::Mode;
 use crate::models::cache::Cache;
-use crate::models::checkpoint::Checkpoint;
+use crate::models::checkpoint::{Checkpoint, Progress, Report};
 use crate::models::config::Config;
 use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::path::Path;
+use std::sync::Arc;
 
 /// A causal language model.
 pub struct Model {
@@ -41,6 +42,29 @@ impl Model {
     /// By the path of the file: one that is missing, truncated or corrupt; a field of `config.json` by its name; a tensor
     /// that is missing, or whose shape is not what the configuration says, by its name.
     pub fn load(folder: impl AsRef<Path>, dtype: Option<DType>, device: &Device) -> Result<Self> {
+        Self::load_reporting(folder, dtype, device, None)
+    }
+
+    /// [`load`](Self::load) that tells how far it is, for a bar that shows it: at the beginning, behind every tensor and, when
+    /// all is there, with `done` equal to `total`.
+    ///
+    /// # Errors
+    /// Those of `load`.
+    pub fn load_with_progress(
+        folder: impl AsRef<Path>,
+        dtype: Option<DType>,
+        device: &Device,
+        progress: impl Fn(Progress) + Send + Sync + 'static,
+    ) -> Result<Self> {
+        Self::load_reporting(folder, dtype, device, Some(Arc::new(progress)))
+    }
+
+    fn load_reporting(
+        folder: impl AsRef<Path>,
+        dtype: Option<DType>,
+        device: &Device,
+        report: Option<Report>,
+    ) -> Result<Self> {
         let folder = folder.as_ref();
         if !folder.is_dir() {
             bail!("{}: not a folder; it must hold config.json and model.safetensors", folder.display());
@@ -51,7 +75,17 @@ impl Model {
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
-        Self::new(&config, VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()))
+        let total = checkpoint.total();
+        let checkpoint = match &report {
+            Some(report) => checkpoint.reporting(report.clone()),
+            None => checkpoint,
+        };
+        let model =
+            Self::new(&config, VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone()))?;
+        if let Some(report) = report {
+            report(Progress { done: total, total });
+        }
+        Ok(model)
     }
 
     /// The configuration.
