@@ -48,6 +48,7 @@ mod stack;
 
 pub use crate::nn::Quantization;
 pub use cache::Cache;
+pub use checkpoint::Progress;
 pub use config::Config;
 pub use model::{LoadOptions, Model};
 pub use pool::Pool;

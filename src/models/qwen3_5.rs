@@ -51,6 +51,7 @@ fn text_within(fields: &mut Fields, parse: impl Fn(&mut Fields) -> Result<Parsed
     if text.is_empty() {
         bail!("field `text_config` is missing, it must be an object with the fields of the text model");
     }
+    text.refuse_quantized()?;
     // The outer one decides, where there is one.
     if let Some(tied) = fields.get("tie_word_embeddings").cloned() {
         text.set("tie_word_embeddings", tied);
