@@ -23,8 +23,8 @@ template <int R, int M> struct DeltaChunkLayout {
   static constexpr int OPERAND = 512, OF_STATE = 2 * STAGE, OF_RIGHT = OF_STATE + R / 16 * M * 2 * OPERAND;
   static constexpr int OF_C = OF_RIGHT + 4 * M * 2 * OPERAND, OF_WRITE = OF_C + 4 * M * 2 * OPERAND;
   static constexpr int OF_GRAD = OF_WRITE + 4 * M * 2 * OPERAND;
-  // s P dO, as it is accumulated.
-  static constexpr int SEEN = OF_GRAD + 4 * M * 2 * OPERAND, SHARED = SEEN + 4 * M * 2 * OPERAND;
+  // P dO, as it is accumulated: in reverse, where no one asks for c alone.
+  static constexpr int SEEN = OF_C, SHARED = OF_GRAD + 4 * M * 2 * OPERAND;
 };
 
 template <int R, int M, bool REVERSE> struct DeltaChunked {

@@ -2,7 +2,7 @@
 
 use crate::case::{ARGS, Case, GATE, Gates, Op, SCALES};
 use crate::files;
-use crate::kernels::check;
+use crate::kernels::{DELTA, check};
 use crate::layout::{self, Layout};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
@@ -78,7 +78,7 @@ fn gla_for_every_scale_and_length() {
 
 #[test]
 fn delta_families_for_every_scale_and_length() {
-    for op in crate::kernels::DELTA {
+    for op in DELTA {
         every_scale_and_length(Case { op, ..Case::default() });
     }
 }
@@ -99,7 +99,7 @@ fn head_sizes() {
     let sizes =
         [(1, 1), (1, 3), (3, 1), (17, 33), (33, 17), (64, 64), (64, 65), (65, 64), (128, 100), (100, 128)];
     for (i, (k, v)) in sizes.into_iter().enumerate() {
-        for op in [Op::LinearAttn, Op::ADDITIVE[1 + i % 3], crate::kernels::DELTA[i % 4]] {
+        for op in [Op::LinearAttn, Op::ADDITIVE[1 + i % 3], DELTA[i % 4]] {
             let case = Case { op, k, v, t: 66, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
         }
@@ -113,7 +113,7 @@ fn large_head_sizes() {
             let dtype = DTYPES[(i + 1) % 3];
             check(&Case { op, k, v, dtype, t: 65, h: 1, ..Case::default() }, &[Mode::FusedChunk], Graph::ALL);
         }
-        for op in [Op::LinearAttn, crate::kernels::DELTA[i % 4], crate::kernels::DELTA[(i + 1) % 4]] {
+        for op in [Op::LinearAttn, DELTA[i % 4], DELTA[(i + 1) % 4]] {
             let case = Case { op, k, v, t: 3, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
             check(&case, &[Mode::Recurrent], Graph::ALL);
         }

@@ -36,7 +36,7 @@ impl Op {
     ];
     pub const GATED: [Op; 6] =
         [Op::Retention, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
-    /// What a token writes does not.
+    /// What a token writes does not depend on the state.
     pub const ADDITIVE: [Op; 4] = [Op::LinearAttn, Op::Retention, Op::SimpleGla, Op::Gla];
 
     pub fn is_additive(self) -> bool {
