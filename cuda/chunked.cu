@@ -3,13 +3,25 @@
 
 namespace cla {
 
-// The kernels for bf16 inputs if they are and the kernel fits, else those that take everything.
+// Whether all rows of a tensor can be moved 16 bytes at a time.
+static bool in_pieces(const cla_tensor &x, int width) {
+  const int each = x.dtype == CLA_F32 ? 4 : 8;
+  auto whole = [&](int64_t n) { return n % each == 0; };
+  return x.data && x.element == 1 && whole(width) && whole(x.batch) && whole(x.token) && whole(x.head) &&
+         (uintptr_t)x.data % 16 == 0;
+}
+
+// The kernels that copy their inputs to shared memory as they are, if those are bf16, lie well and the kernel fits, else those
+// that take everything.
 static int32_t chunked(const Call &call) {
   const cla_sweep &s = call.sweep;
-  auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
+  auto bf16 = [](const cla_tensor &x, int width) { return x.dtype == CLA_BF16 && in_pieces(x, width); };
+  auto gate = [&](int width) { return s.gate.dtype != CLA_F16 && in_pieces(s.gate, width); };
+  const bool gates = s.gate_kind == CLA_GATE_ROWS ? gate(s.rows) : s.gate_kind == CLA_GATE_COLS ? gate(s.cols) : true;
   int32_t code = NONE_FITS;
-  if (bf16(s.read) && bf16(s.write) && bf16(s.value)) {
-    if (bf16(s.out)) code = chunked_narrow<true>(call);
+  if (gates && bf16(s.read, s.rows) && bf16(s.write, s.rows) && bf16(s.value, s.cols) &&
+      (!s.out.data || in_pieces(s.out, s.cols))) {
+    if (!s.out.data || s.out.dtype == CLA_BF16) code = chunked_narrow<true>(call);
     else if (s.out.dtype == CLA_F32) code = chunked_narrow<false>(call);
   }
   return code == NONE_FITS ? chunked_wide(call) : code;

@@ -19,11 +19,11 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   using Base = ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE>;
   using Base::s, Base::shared, Base::place, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::out;
   using Base::tid, Base::warp, Base::group, Base::row0, Base::pair, Base::first_column, Base::begin, Base::end;
-  using Base::out_in_pieces, Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
+  using Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
   using Base::value_tile, Base::scores, Base::out_tile, Base::wide_out, Base::decays, Base::count_at;
-  using Base::fetch_chunk, Base::sums, Base::sums_rest, Base::from_start, Base::to_end, Base::whole, Base::total;
+  using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start, Base::to_end, Base::whole, Base::total;
   using Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor, Base::anchor, Base::total_of;
-  using Base::limit, Base::sum_vector_gates, Base::decay_chunk, Base::count_decay, Base::fill_chunk;
+  using Base::limit, Base::sum_vector_gates, Base::decay_chunk, Base::count_decay, Base::fill_part;
   template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
   using Fetched = typename Base::Fetched;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
@@ -31,7 +31,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
 
   float state[R / 8][4];
-  bool out_waits = false;  // a chunk of it, in shared memory
+  bool out_waits = false;  // some of it, in shared memory
 
   CLA_DEVICE Chunked(const cla_sweep &s) : Base(s) {}
 
@@ -52,11 +52,11 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     }
   }
 
-  CLA_DEVICE void zero_state() {
+  template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
     CLA_UNROLL
-    for (int j = 0; j < R / 8; j++) {
+    for (int j = 0; j < N; j++) {
       CLA_UNROLL
-      for (int e = 0; e < 4; e++) state[j][e] = 0.f;
+      for (int e = 0; e < 4; e++) x[j][e] = 0.f;
     }
   }
 
@@ -65,7 +65,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   }
 
   CLA_DEVICE void load_state() {
-    zero_state();
+    zero(state);
     if (s.segment) {
       const float *from = segment_state();
       each_state([&](float &x, int r, int c) { x = from[(int64_t)r * s.cols + c]; });
@@ -107,33 +107,64 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   static constexpr int SCORE_COLUMNS = CHUNK / W;
 
   CLA_DEVICE void store_scores(const float (&p)[SCORE_COLUMNS / 8][4], int set) {
+    const float *sum = sums(set), *rest = sums_rest(set);
+    const int row = 16 * warp + row0;
+    float of_row[2], of_rest[2];
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      if (SCALAR) of_row[h] = sum[row + 8 * h], of_rest[h] = rest[row + 8 * h];
+    }
     CLA_UNROLL
     for (int j = 0; j < SCORE_COLUMNS / 8; j++) {
+      const int first = SCORE_COLUMNS * group + 8 * j + pair;
+      float of_column[2], of_column_rest[2];
+      CLA_UNROLL
+      for (int i = 0; i < 2; i++) {
+        if (SCALAR) of_column[i] = sum[first + i], of_column_rest[i] = rest[first + i];
+      }
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
-        const int t = 16 * warp + row0 + 8 * h, first = SCORE_COLUMNS * group + 8 * j + pair;
-        const int seen = t + (s.inclusive ? 1 : 0);
+        const int t = row + 8 * h, seen = t + (s.inclusive ? 1 : 0);
         float x[2];
         CLA_UNROLL
         for (int i = 0; i < 2; i++) {
           const int at = first + i;
           x[i] = at < seen ? p[j][2 * h + i] : 0.f;
-          if (SCALAR && at < t) {
-            x[i] *= exp_fast((sums(set)[t] - sums(set)[at]) + (sums_rest(set)[t] - sums_rest(set)[at]));
-          }
+          if (SCALAR && at < t) x[i] *= exp_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
         }
         uint32_t high = pack_bf16(x[0], x[1]);
-        *(uint32_t *)scores(0).element(t, first) = high;
-        *(uint32_t *)scores(1).element(t, first) = pack_rest(high, x[0], x[1]);
+        *(uint32_t *)scores(set, 0).element(t, first) = high;
+        *(uint32_t *)scores(set, 1).element(t, first) = pack_rest(high, x[0], x[1]);
       }
+    }
+  }
+
+  CLA_DEVICE void add_scores(float (&p)[SCORE_COLUMNS / 8][4], int stage) {
+    const Tile r = read_tile(stage, 0), w = write_tile(stage, 0);
+    add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, w, SCORE_COLUMNS * group, R);
+    if constexpr (L::KEY_PARTS == 2) {
+      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, read_tile(stage, 1), w, SCORE_COLUMNS * group, R);
+      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, write_tile(stage, 1), SCORE_COLUMNS * group, R);
+    }
+  }
+  CLA_DEVICE void add_scored_values(float (&acc)[8][4], int stage, int set) {
+    const Tile v = own_values(stage, 0);
+    add_columns_by_rows<WGMMA>(acc, v, scores(set, 0));
+    if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(set, 0));
+    add_columns_by_rows<WGMMA>(acc, v, scores(set, 1));
+  }
+  CLA_DEVICE void decay_from_start(float (&acc)[8][4], int set) const {
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) acc[j][e] *= from_start(set)[8 * j + pair + (e & 1)];
     }
   }
 
   // The state as A operands. Where the machine reads them while the warps go on, as many as there are registers for are held
   // at a time; otherwise each is packed as it is needed.
   static constexpr int STATE_STEPS = R / 16;
-  static constexpr bool TIGHT = L::KEY_PARTS == 2 || L::VALUE_PARTS == 2 || SCALAR;
-  static constexpr int HELD = !WGMMA ? 1 : R < 128 ? STATE_STEPS : W == 1 ? 2 : TIGHT ? 4 : STATE_STEPS;
+  static constexpr int HELD = !WGMMA ? 1 : R < 128 || L::AHEAD ? STATE_STEPS : W == 1 ? 2 : 4;
   struct StateOperand {
     uint32_t high[HELD][4], rest[HELD][4];
   };
@@ -220,22 +251,12 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       return;
     }
     float p[SCORE_COLUMNS / 8][4], acc[8][4];
-    CLA_UNROLL
-    for (int e = 0; e < 4; e++) {
-      CLA_UNROLL
-      for (int j = 0; j < SCORE_COLUMNS / 8; j++) p[j][e] = 0.f;
-      CLA_UNROLL
-      for (int j = 0; j < 8; j++) acc[j][e] = 0.f;
-    }
-    const Tile r = read_tile(stage, 0), w = write_tile(stage, 0), v = own_values(stage, 0);
+    zero(p);
+    zero(acc);
     StateOperand a;
     pack_state(a, 0);
     products_fence<WGMMA>();
-    add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, w, SCORE_COLUMNS * group, R);
-    if constexpr (L::KEY_PARTS == 2) {
-      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, read_tile(stage, 1), w, SCORE_COLUMNS * group, R);
-      add_rows_by_rows<WGMMA, SCORE_COLUMNS>(p, r, write_tile(stage, 1), SCORE_COLUMNS * group, R);
-    }
+    add_scores(p, stage);
     products_commit<WGMMA>();
     add_state_times_read(acc, a, stage);
     products_commit<WGMMA>();
@@ -246,16 +267,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     barrier();
     if (SCALAR) {
       products_wait<WGMMA, 0>();
-      CLA_UNROLL
-      for (int j = 0; j < 8; j++) {
-        CLA_UNROLL
-        for (int e = 0; e < 4; e++) acc[j][e] *= from_start(set)[8 * j + pair + (e & 1)];
-      }
+      decay_from_start(acc, set);
     }
     products_fence<WGMMA>();
-    add_columns_by_rows<WGMMA>(acc, v, scores(0));
-    if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(0));
-    add_columns_by_rows<WGMMA>(acc, v, scores(1));
+    add_scored_values(acc, stage, set);
     products_commit<WGMMA>();
     update_state(stage, set);
     products_commit<WGMMA>();
@@ -267,9 +282,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
 
   // ---- the result ----
 
-  // Output for all steps of a chunk waits in shared memory if it can; that of a part of one goes out at once.
+  // Output waits in shared memory where there is room for it.
   CLA_DEVICE void finish(float (&acc)[8][4], int64_t step, int from, int to) {
-    out_waits = out_in_pieces && from == 0 && to == count_at(step);
     CLA_UNROLL
     for (int j = 0; j < 8; j++) {
       CLA_UNROLL
@@ -279,14 +293,15 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         if (BY_COLUMN && t >= from && t < to && c < columns()) {
           acc[j][e] *= exp_fast(decays()[t * PITCH + c] - anchor()[c]);
         }
-        if (L::WIDE_OUT && out_waits) {
+        if (L::WIDE_OUT) {
           wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
-        } else if (!out_waits && t >= from && t < to && c < columns()) {
+        } else if (!NARROW && t >= from && t < to && c < columns()) {
           out.store(steps.token(step + t), c, acc[j][e]);
         }
       }
     }
-    if (BF16_OUT && out_waits) stage_out(acc);
+    if (BF16_OUT) stage_out(acc);
+    out_waits = NARROW;
   }
 
   // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
@@ -299,48 +314,131 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       store_transposed(to, 8 * j, 16 * warp, x);
     }
   }
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) {
-    const int count = count_at(step);
-    if (L::WIDE_OUT && out_waits) {
+  // What waits of the chunk at `step`, its steps from..to.
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step, int from, int to) {
+    if (L::WIDE_OUT) {
       constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
       const int tid = opaque(this->tid);
       const int first = tid / PER_ROW, c = tid % PER_ROW * 4;
       const int64_t stride = (s.reverse ? -4 : 4) * out.token;
-      unsigned char *to = out.data + steps.token(0) * out.token * 4 + (step + first) * stride + 4 * c;
+      unsigned char *data = out.data + steps.token(0) * out.token * 4 + (step + first) * stride + 4 * c;
       CLA_UNROLL
       for (int i = 0; i < CHUNK / EVERY; i++) {
         const int row = first + i * EVERY;
-        if (row < count && c < columns()) store16_streaming(to + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
+        if (row >= from && row < to && c < columns()) {
+          store16_streaming(data + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
+        }
       }
-    } else if (out_waits) {
+    } else {
       static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
-      const unsigned char *from = out_tile().piece(at.row, at.column / 8);
+      const unsigned char *data = out_tile().piece(at.row, at.column / 8);
       CLA_UNROLL
       for (int i = 0; i < at.EACH; i++) {
-        if (at.column < columns() && at.row + i * at.EVERY < count) {
-          store16_streaming(at.data + i * at.stride, load16(from + i * at.EVERY * 128));
+        const int row = at.row + i * at.EVERY;
+        if (at.column < columns() && row >= from && row < to) {
+          store16_streaming(at.data + i * at.stride, load16(data + i * at.EVERY * 128));
         }
       }
     }
     out_waits = false;
-    at.next_chunk();
+    if (to == count_at(step)) at.next_chunk();
   }
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) { flush(at, step, 0, count_at(step)); }
 
   // ---- the sweep ----
 
   CLA_DEVICE void run(bool only_state) {
-    only_state ? zero_state() : load_state();
+    only_state ? zero(state) : load_state();
     if (SCALAR && tid == 0) total() = 1.f;
     if (VECTOR) {
       for (int c = tid; c < GATES; c += THREADS) total_of()[c] = 1.f;
       if (tid == 0) limit() = CHUNK;
     }
-    NARROW ? run_staged(only_state) : run_filled(only_state);
+    if constexpr (L::AHEAD) only_state || !out.data ? run_ahead<false>() : run_ahead<true>();
+    else if constexpr (NARROW) run_staged(only_state);
+    else run_filled(only_state);
     if (only_state) {
       barrier();
       store_segment();
     } else {
       store_state();
+    }
+  }
+
+  // Chunks that are copied to shared memory ahead of their turn, the scores of each computed in its predecessor's: the tensor
+  // cores have work while a state is packed, scores are stored and outputs go out.
+  template <bool RESULTS> CLA_DEVICE void run_ahead() {
+    if (begin >= end) return;
+    typename Base::Pair gates_ahead = {0.f, 0.f};
+    if (SCALAR && tid < 32) {
+      sum_gates(0, gate_pair(begin));
+      sum_gates(1, gate_pair(begin + CHUNK));
+      gates_ahead = gate_pair(begin + 2 * CHUNK);
+    }
+    Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
+    fetch_keys(f, 0, begin);
+    copies_commit();
+    fetch_keys(f, 1, begin + CHUNK);
+    fetch_values(f, 0, begin);
+    copies_commit();
+    copies_wait<1>();
+    shared_fence();
+    barrier();
+    float p[SCORE_COLUMNS / 8][4], acc[8][4];
+    if (RESULTS) {
+      zero(p);
+      products_fence<WGMMA>();
+      add_scores(p, 0);
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 0>();
+      store_scores(p, 0);
+    }
+    int n = 0;
+    for (int64_t step = begin; step < end; step += CHUNK, n++) {
+      copies_wait<0>();
+      shared_fence();
+      barrier();
+      fetch_keys(f, n + 2, step + 2 * CHUNK);
+      fetch_values(f, n + 1, step + CHUNK);
+      copies_commit();
+      if (RESULTS) {
+        StateOperand a;
+        pack_state(a, 0);
+        zero(acc);
+        products_fence<WGMMA>();
+        add_state_times_read(acc, a, n);
+        products_commit<WGMMA>();
+        if (step > begin) flush(f.out, step - CHUNK);
+        if (SCALAR) {
+          products_wait<WGMMA, 0>();
+          decay_from_start(acc, n);
+        }
+        zero(p);
+        products_fence<WGMMA>();
+        // Behind the last chunk its own again, for nobody.
+        add_scores(p, step + CHUNK < end ? n + 1 : n);
+        products_commit<WGMMA>();
+        add_scored_values(acc, n, n);
+        products_commit<WGMMA>();
+      }
+      update_state(n, n);
+      products_commit<WGMMA>();
+      if (SCALAR && tid < 32) {
+        sum_gates(n + 2, gates_ahead);
+        gates_ahead = gate_pair(step + 3 * CHUNK);
+      }
+      if (RESULTS) {
+        products_wait<WGMMA, 2>();
+        store_scores(p, n + 1);
+        barrier();  // what waited has gone out
+        products_wait<WGMMA, 1>();
+        finish(acc, step, 0, count_at(step));
+      }
+      products_wait<WGMMA, 0>();
+    }
+    if (RESULTS) {
+      barrier();
+      flush(f.out, begin + (end - begin - 1) / CHUNK * CHUNK);
     }
   }
 
@@ -358,7 +456,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       bool whole = true;
       if constexpr (L::STAGED_DECAY) {
         // What waits lies where this chunk's decays go.
-        if (step > begin) flush(f.out, step - CHUNK);
+        if (out_waits) flush(f.out, step - CHUNK);
         decay_chunk();
         shared_fence();
         barrier();
@@ -372,16 +470,20 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       if (whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
       int from = 0;
       do {
-        const int to = whole ? count : fill_part(step, from, count);
+        const int to = whole ? count : Base::fill_part_apart(s, step, from, count);
         solve(stage, stage, step, from, to, only_state, [&] {
-          if (!L::STAGED_DECAY && step > begin) flush(f.out, step - CHUNK);
+          if (!L::STAGED_DECAY && out_waits) flush(f.out, step - CHUNK);
           if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
         });
+        if (!whole && out_waits) {
+          barrier();
+          flush(f.out, step, from, to);
+        }
         from = to;
       } while (VECTOR && from < count);
       if (!whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
     }
-    if (!only_state && out.data && begin < end) {
+    if (out_waits) {
       barrier();
       flush(f.out, begin + (end - begin - 1) / CHUNK * CHUNK);
     }
@@ -402,19 +504,16 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     }
   }
 
-  // The operands of a part of a chunk, which goes on as long as the decay stays in its range. Returns where it ends.
-  CLA_DEVICE int fill_part(int64_t step, int from, int count) {
-    barrier();
-    const int to = VECTOR ? sum_vector_gates(step, from, count) : count;
-    fill_chunk(step, from, to);
-    shared_fence();
-    barrier();
-    return to;
+  CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
+    fetch_keys(f, stage, step);
+    fetch_values(f, stage, step);
+    if constexpr (L::STAGED_DECAY) fetch_gates(step);
+    copies_commit();
   }
 };
 
 template <int R, int W, bool NARROW, bool BF16_OUT, int GATE>
-CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(cla_sweep s, int only_state) {
+CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, int only_state) {
   Chunked<R, W, NARROW, BF16_OUT, GATE> sweep(s);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);

@@ -14,7 +14,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
   using Base = ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE>;
   using Base::s, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::tid, Base::lane, Base::warp;
-  using Base::end, Base::in_pieces, Base::gate_in_pieces, Base::columns, Base::gates, Base::read_tile;
+  using Base::end, Base::columns, Base::gates, Base::read_tile;
   using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_gates, Base::raw_gate_row, Base::gates_in_tile;
   using Base::factors, Base::decays, Base::totals, Base::split, Base::store8, Base::writing;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
@@ -23,9 +23,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   CLA_DEVICE ChunkGates(const cla_sweep &s) : Base(s) {}
 
   // ---- one decay for the whole state ----
-  // Two sets of factors, for even and odd chunks, so that one can be written while the other is still read.
+  // A chunk's are in one of several sets.
 
-  CLA_DEVICE float *sums(int set) const { return factors() + set * (4 * CHUNK + 4); }         // G_t
+  CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t
   CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
   CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
   CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
@@ -97,7 +97,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     // The decay before a step of a reverse sweep is that of the step before.
     const int tid = opaque(this->tid);
     const int shift = s.reverse ? 1 : 0, first = step == 0 && from < shift ? shift : from;
-    this->template each8<GATES>(gate, first, count, gates(), gate_in_pieces, [&](int row) { return steps.token(step + row - shift); },
+    this->template each8<GATES>(gate, first, count, gates(), [&](int row) { return steps.token(step + row - shift); },
                  [&](int row, int c, float(&x)[8]) {
                    CLA_UNROLL
                    for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
@@ -231,8 +231,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
   // multiplied (1) or divided (-1) into the elements.
   template <int WIDTH, int SIGN>
-  CLA_DEVICE void fill(Tile high, Tile low, const Rows &rows, int64_t step, int from, int to, int width, bool pieces) {
-    this->template each8<WIDTH>(rows, from, to, width, pieces, [&](int row) { return steps.token(step + row); },
+  CLA_DEVICE void fill(Tile high, Tile low, const Rows &rows, int64_t step, int from, int to, int width) {
+    this->template each8<WIDTH>(rows, from, to, width, [&](int row) { return steps.token(step + row); },
                  [&](int row, int c, float(&x)[8]) {
                    if (SIGN != 0 && row >= from && row < to && c < width) {
                      CLA_UNROLL
@@ -246,12 +246,27 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   // What is copied is there already, all of it: it multiplies zeros outside of from..to.
   CLA_DEVICE void fill_chunk(int64_t step, int from, int to) {
     if constexpr (L::KEY_PARTS == 2) {
-      fill<R, BY_ROW ? 1 : 0>(read_tile(0, 0), read_tile(0, 1), read, step, from, to, s.rows, in_pieces[0]);
-      fill<R, BY_ROW ? -1 : 0>(write_tile(0, 0), write_tile(0, 1), write, step, from, writing(step, to), s.rows, in_pieces[1]);
+      fill<R, BY_ROW ? 1 : 0>(read_tile(0, 0), read_tile(0, 1), read, step, from, to, s.rows);
+      fill<R, BY_ROW ? -1 : 0>(write_tile(0, 0), write_tile(0, 1), write, step, from, writing(step, to), s.rows);
     }
     if constexpr (L::VALUE_PARTS == 2) {
-      fill<COLUMNS, BY_COLUMN ? -1 : 0>(value_tile(0, 0), value_tile(0, 1), value, step, from, to, columns(), in_pieces[2]);
+      fill<COLUMNS, BY_COLUMN ? -1 : 0>(value_tile(0, 0), value_tile(0, 1), value, step, from, to, columns());
     }
+  }
+
+  // The operands of a part of a chunk, which goes on as long as the decay stays in its range. Returns where it ends.
+  CLA_DEVICE int fill_part(int64_t step, int from, int count) {
+    barrier();
+    const int to = VECTOR ? sum_vector_gates(step, from, count) : count;
+    fill_chunk(step, from, to);
+    shared_fence();
+    barrier();
+    return to;
+  }
+  // The same out of the way of the loop over chunks, which has no use for it unless a gate forgets nearly everything: its
+  // instructions would not fit their cache.
+  CLA_COLD static int fill_part_apart(const cla_sweep &s, int64_t step, int from, int count) {
+    return ChunkGates(s).fill_part(step, from, count);
   }
 };
 

@@ -17,7 +17,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   Rows read, write, value, gate, out;
   int tid, lane, warp, group, row0, pair, first_column;
   int64_t begin, end;
-  bool in_pieces[3], gate_in_pieces, out_in_pieces;
 
   CLA_DEVICE ChunkInputs(const cla_sweep &s)
       : s(s), shared(shared_memory()), place(block_x(), s.heads, s.segments),
@@ -38,11 +37,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
     value.data += value.data ? first_column * value.element * value.size() : 0;
     out.data += out.data ? first_column * out.element * out.size() : 0;
     if (BY_COLUMN) gate.data += first_column * gate.element * gate.size();
-    in_pieces[0] = read.in_pieces(s.rows);
-    in_pieces[1] = write.in_pieces(s.rows);
-    in_pieces[2] = value.in_pieces(columns());
-    gate_in_pieces = VECTOR && gate.in_pieces(gates());
-    out_in_pieces = (L::WIDE_OUT ? out.dtype == CLA_F32 : BF16_OUT && out.dtype == CLA_BF16) && out.in_pieces(columns());
   }
 
   // Of this block's columns, those that the state has.
@@ -60,7 +54,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   // Of what is still to be decayed: read and write, or the value.
   CLA_DEVICE Tile raw_tile(int which) const { return {shared + L::RAW + which * L::KEY}; }
   CLA_DEVICE Tile raw_gates() const { return {shared + L::RAW_GATES}; }
-  CLA_DEVICE Tile scores(int part) const { return {shared + L::SCORES + part * SUBTILE}; }
+  CLA_DEVICE Tile scores(int set, int part) const {
+    return {shared + L::SCORES + (set % L::SCORE_SETS * 2 + part) * SUBTILE};
+  }
   CLA_DEVICE Tile out_tile() const { return {shared + L::OUT}; }
   CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
   CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
@@ -104,27 +100,16 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
     CLA_DEVICE void next_chunk() { data += EACH * stride; }
   };
 
-  template <int WIDTH>
-  CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, const Rows &rows, int64_t step, int count, int width, bool pieces) {
+  // Zeros for rows from `count` and columns from `width` on.
+  template <int WIDTH> CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, int count, int width) {
     CLA_UNROLL
     for (int part = 0; part < at.PARTS; part++) {
       const int column = at.column + part * at.PART;
-      if (pieces) {
-        unsigned char *into = to.piece(at.row, column / 8);
-        CLA_UNROLL
-        for (int i = 0; i < at.EACH; i++) {
-          const bool valid = column < width && at.row + i * at.EVERY < count;
-          copy16_async(into + i * at.EVERY * 128, at.data + part * at.PART * 2 + i * at.stride, valid);
-        }
-      } else {
-        for (int i = 0; i < at.EACH; i++) {
-          const int row = at.row + i * at.EVERY;
-          const bool valid = row < count;
-          float x[8];
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = valid && column + k < width ? rows.load(steps.token(step + row), column + k) : 0.f;
-          store8(to, to, false, row, column, x);
-        }
+      unsigned char *into = to.piece(at.row, column / 8);
+      CLA_UNROLL
+      for (int i = 0; i < at.EACH; i++) {
+        const bool valid = column < width && at.row + i * at.EVERY < count;
+        copy16_async(into + i * at.EVERY * 128, at.data + part * at.PART * 2 + i * at.stride, valid);
       }
     }
     at.next_chunk();
@@ -136,39 +121,36 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
     Pieces<R> read, write;
     Pieces<COLUMNS> value, out;
   };
-  CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
-    if (step < end) {
-      const int count = count_at(step);
-      const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
-      fetch(r, f.read, read, step, count, s.rows, in_pieces[0]);
-      fetch(w, f.write, write, step, writing(step, count), s.rows, in_pieces[1]);
-      fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, value, step, count, columns(), in_pieces[2]);
-      if constexpr (L::STAGED_DECAY) fetch_gates(step, count);
-    }
-    copies_commit();
+  CLA_DEVICE void fetch_keys(Fetched &f, int stage, int64_t step) {
+    if (step >= end) return;
+    const int count = count_at(step);
+    const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
+    fetch(r, f.read, count, s.rows);
+    fetch(w, f.write, writing(step, count), s.rows);
+  }
+  CLA_DEVICE void fetch_values(Fetched &f, int stage, int64_t step) {
+    if (step >= end) return;
+    fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, count_at(step), columns());
   }
 
   // Whether gates are staged in bf16, in a tile, or as rows of f32.
-  CLA_DEVICE bool gates_in_tile() const { return gate_in_pieces && gate.dtype == CLA_BF16; }
+  CLA_DEVICE bool gates_in_tile() const { return gate.dtype == CLA_BF16; }
   CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
-  CLA_DEVICE void fetch_gates(int64_t step, int count) {
+  CLA_DEVICE void fetch_gates(int64_t step) {
+    if (step >= end) return;
+    const int count = count_at(step);
     // The decay before a step of a reverse sweep is that of the step before.
     const int shift = s.reverse ? 1 : 0, first = step == 0 ? shift : 0;
     const int tid = opaque(this->tid);
-    const bool copied = gate_in_pieces && gate.dtype != CLA_F16, tile = gates_in_tile();
+    const bool tile = gates_in_tile();
     const int each = tile ? 8 : 4, pieces = GATES / each;
     CLA_NO_UNROLL
     for (int at = tid; at < CHUNK * pieces; at += THREADS) {
       const int row = at / pieces, c = at % pieces * each;
       const bool valid = row >= first && row < count && c < gates();
       const int64_t token = valid ? steps.token(step + row - shift) : 0;
-      if (copied) {
-        void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
-        copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
-      } else {
-        CLA_UNROLL
-        for (int k = 0; k < 4; k++) raw_gate_row(row)[c + k] = valid && c + k < gates() ? gate.load(token, c + k) : 0.f;
-      }
+      void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
+      copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
     }
   }
 
@@ -178,8 +160,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   // The rows of a chunk, 8 elements at a time, to `use(row, column, elements)`; zeros for rows outside from..to. `token_of`
   // is where a row comes from.
   template <int WIDTH, class Token, class Use>
-  CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, bool pieces, Token token_of, Use use) {
+  CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, Token token_of, Use use) {
     const int tid = opaque(this->tid);
+    const bool pieces = NARROW || rows.in_pieces(width);
     constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
     static_assert(EACH % N == 0, "whole batches");
     const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;

@@ -17,8 +17,13 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   static constexpr bool STAGED_DECAY = NARROW && VECTOR;
 
   static constexpr int KEY_PARTS = NARROW && !BY_ROW ? 1 : 2, VALUE_PARTS = NARROW && !BY_COLUMN ? 1 : 2;
+  // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already.
+  static constexpr bool AHEAD = NARROW && !VECTOR && (R == 64 || (R == 128 && W == 2));
   // What is not copied but computed into shared memory has no second stage.
-  static constexpr int KEY_STAGES = KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 ? 2 : 1;
+  static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 ? 2 : 1;
+  static constexpr int SCORE_SETS = AHEAD ? 2 : 1;
+  // Sets of factors of a decay for the whole state: those of a chunk are written while those of others are still read.
+  static constexpr int FACTOR_SETS = AHEAD ? 3 : 2;
 
   // A row of f32 numbers: 16 bytes more than there are, so that rows begin at different banks.
   static constexpr int PITCH = GATES + 4, OUT_PITCH = COLUMNS + 4;
@@ -34,7 +39,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   // have been staged they are only needed once those are not. Along columns the output needs them and then takes their place.
   static constexpr int DECAYS = BY_ROW && NARROW ? RAW : AFTER_RAW, DECAY_BYTES = VECTOR ? 4 * CHUNK * PITCH : 0;
   static constexpr int SCORES = BY_COLUMN ? DECAYS + DECAY_BYTES : AFTER_RAW;
-  static constexpr int AFTER_SCORES = SCORES + 2 * SUBTILE;
+  static constexpr int AFTER_SCORES = SCORES + 2 * SCORE_SETS * SUBTILE;
   static constexpr int AFTER_DECAYS = DECAYS + DECAY_BYTES;
   static constexpr int OUT = WIDE_OUT && BY_COLUMN ? DECAYS : AFTER_SCORES > AFTER_DECAYS ? AFTER_SCORES : AFTER_DECAYS;
   static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : BF16_OUT ? VALUE : 0;
@@ -42,7 +47,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   // Sums of a thread's steps.
   static constexpr int TOTALS = (AFTER_OUT + 15) / 16 * 16;
   static constexpr int FACTORS = TOTALS + (STAGED_DECAY ? 16 * THREADS : 0);
-  static constexpr int FACTOR_COUNT = SCALAR ? 2 * (4 * CHUNK + 4) : VECTOR ? 4 * GATES + 4 : 0;
+  static constexpr int FACTOR_COUNT = SCALAR ? FACTOR_SETS * (4 * CHUNK + 4) : VECTOR ? 4 * GATES + 4 : 0;
   static constexpr int SHARED = FACTORS + 4 * FACTOR_COUNT;
 };
 

@@ -81,19 +81,21 @@ int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 //     sum_T = after + q_T dq_T                       the last token of a sequence
 //     dg_t = sum_t, or its sum over K
 //
-// where a decay of -inf sets the sum to 0. Then adds each token's term with itself, own_t k_t and own_t q_t with
-// own_t = scale v_t . do_t, to dq and dk.
+// where a decay of -inf sets the sum to 0. dq_out and dk_out are dq and dk with each token's term with itself, own_t k_t and
+// own_t q_t with own_t = scale v_t . do_t.
 typedef struct {
   cla_tensor q, k, v, grad_out, gate;
   float *dq, *dk;
+  cla_tensor dq_out, dk_out;  // no data: they take the place of dq and dk
   // [N, HV, K] or, with `summed`, [N, HV]: sum over V (and K) of the final state without the last token's write times the
   // gradient of the final state; null: 0. With the write, the two k_T dk_T would cancel, and leave rounding where the
   // decay is strong.
   const float *after;
-  float *partial;      // scratch, [2, N, segments, HV, K] or, with `summed`, [2, N, segments, HV]
-  float *dg;           // [B, T, HV, K] or, with `summed`, [B, T, HV]; f32, contiguous
+  float *partial;  // scratch, [2, N, segments, HV, K] or, with `summed`, [2, N, segments, HV]
+  float *terms;    // [B, T, HV, K] or, with `summed`, [B, T, HV]; contiguous
+  cla_tensor dg;   // no data: it takes the place of the terms
   float scale;
-  int32_t k_dim, v_dim, heads, summed;
+  int32_t k_dim, v_dim, heads, summed;  // K and V up to 256
   const uint32_t *cu_seqlens;
   int32_t sequences;
   int64_t batch, tokens;

@@ -7,9 +7,19 @@ namespace cla {
 
 constexpr int TERM_THREADS = 256, SUM_THREADS = 128, AHEAD = 8;
 
-CLA_DEVICE float warp_sum(float x) {
+CLA_DEVICE float shuffle_number(float x, int mask) { return shuffle_xor(x, mask); }
+CLA_DEVICE double shuffle_number(double x, int mask) {
+  union {
+    double d;
+    uint32_t u[2];
+  } b = {x};
+  b.u[0] = shuffle_xor(b.u[0], mask);
+  b.u[1] = shuffle_xor(b.u[1], mask);
+  return b.d;
+}
+template <class T> CLA_DEVICE T warp_sum(T x) {
   CLA_UNROLL
-  for (int d = 16; d > 0; d /= 2) x += shuffle_xor(x, d);
+  for (int d = 16; d > 0; d /= 2) x += shuffle_number(x, d);
   return x;
 }
 
@@ -24,30 +34,100 @@ CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
   return c.cu_seqlens[to] == t + 1;
 }
 
-// A warp for each token and value head: its terms into dg, and what it adds to its own dq and dk.
-CLA_KERNEL(TERM_THREADS, 2) void gate_terms_kernel(cla_gate_gradient c) {
+struct alignas(16) Four {
+  float x[4];
+};
+struct alignas(8) Halves {
+  uint16_t x[4];
+};
+// Elements d to d + 3 of a row of `width`, zeros behind its end.
+template <bool IN_FOURS> CLA_DEVICE Four load_four(const Rows &rows, int64_t t, int d, int width) {
+  Four r = {{0.f, 0.f, 0.f, 0.f}};
+  if (!rows.data) return r;
+  if (IN_FOURS && rows.dtype == CLA_F32) return *(const Four *)((const float *)rows.data + t * rows.token + d);
+  if (IN_FOURS) {
+    const Halves v = *(const Halves *)((const uint16_t *)rows.data + t * rows.token + d);
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) r.x[i] = rows.dtype == CLA_BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
+    return r;
+  }
+  CLA_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (d + i < width) r.x[i] = rows.load(t, d + i);
+  }
+  return r;
+}
+template <bool IN_FOURS> CLA_DEVICE void store_four(const Rows &rows, int64_t t, int d, int width, const Four &x) {
+  if (IN_FOURS && rows.dtype == CLA_F32) {
+    *(Four *)((float *)rows.data + t * rows.token + d) = x;
+  } else if (IN_FOURS) {
+    Halves v;
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) v.x[i] = rows.dtype == CLA_BF16 ? to_bf16(x.x[i]) : to_f16(x.x[i]);
+    *(Halves *)((uint16_t *)rows.data + t * rows.token + d) = v;
+  } else {
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) {
+      if (d + i < width) rows.store(t, d + i, x.x[i]);
+    }
+  }
+}
+
+// [B, T, HV, K] in f32, contiguous.
+CLA_DEVICE cla_tensor f32_of(float *data, const cla_gate_gradient &c) {
+  const int64_t token = (int64_t)c.heads * c.k_dim;
+  return {data, c.tokens * token, token, c.k_dim, 1, 1, CLA_F32};
+}
+
+// A warp for each token and value head: its terms, and its dq and dk with what it adds to them itself. A token's rows are
+// read once: what a lane has of dq, dk, q and k waits in registers until the warp knows v . do.
+template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_gate_gradient c) {
+  constexpr int MOST = 2;  // of K = 256, four elements a lane
   const int64_t index = block_x() * (int64_t)(TERM_THREADS / 32) + thread_index() / 32;
-  const int lane = thread_index() & 31;
+  const int first = (thread_index() & 31) * 4;
   if (index >= c.batch * c.tokens * c.heads) return;
   const int head = (int)(index % c.heads);
   const int64_t t = index / c.heads % c.tokens, batch = index / c.heads / c.tokens;
   const Rows q(c.q, batch, head), k(c.k, batch, head), v(c.v, batch, head), grad_out(c.grad_out, batch, head);
+  const Rows dq(f32_of(c.dq, c), batch, head), dk(f32_of(c.dk, c), batch, head);
+  const Rows dq_out = c.dq_out.data ? Rows(c.dq_out, batch, head) : dq, dk_out = c.dk_out.data ? Rows(c.dk_out, batch, head) : dk;
+  Four of_q[MOST], of_k[MOST], of_dq[MOST], of_dk[MOST];
   float own = 0.f;
-  for (int i = lane; i < c.v_dim; i += 32) own += v.load(t, i) * grad_out.load(t, i);
+  CLA_UNROLL
+  for (int j = 0; j < MOST; j++) {
+    const int i = first + 128 * j;
+    if (i < c.k_dim) {
+      of_q[j] = load_four<IN_FOURS>(q, t, i, c.k_dim), of_k[j] = load_four<IN_FOURS>(k, t, i, c.k_dim);
+      of_dq[j] = load_four<IN_FOURS>(dq, t, i, c.k_dim), of_dk[j] = load_four<IN_FOURS>(dk, t, i, c.k_dim);
+    }
+    if (i < c.v_dim) {
+      const Four x = load_four<IN_FOURS>(v, t, i, c.v_dim), y = load_four<IN_FOURS>(grad_out, t, i, c.v_dim);
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) own += x.x[e] * y.x[e];
+    }
+  }
   own = c.scale * warp_sum(own);
   // What a last token's k dk has is not in `after`.
   const float behind = is_last(c, t) ? 0.f : 1.f;
-  float sum = 0.f;
-  for (int i = lane; i < c.k_dim; i += 32) {
-    float &dq = c.dq[index * c.k_dim + i], &dk = c.dk[index * c.k_dim + i];
-    const float a = q.load(t, i), b = k.load(t, i), term = a * dq - behind * (b * dk);
-    sum += term;
-    if (!c.summed) c.dg[index * c.k_dim + i] = term;
-    dq += own * b;
-    dk += own * a;
+  double sum = 0.;
+  CLA_UNROLL
+  for (int j = 0; j < MOST; j++) {
+    const int i = first + 128 * j;
+    if (i >= c.k_dim) continue;
+    Four term;
+    CLA_UNROLL
+    for (int e = 0; e < 4; e++) {
+      term.x[e] = of_q[j].x[e] * of_dq[j].x[e] - behind * (of_k[j].x[e] * of_dk[j].x[e]);
+      if (c.summed) sum += (double)of_q[j].x[e] * of_dq[j].x[e] - behind * ((double)of_k[j].x[e] * of_dk[j].x[e]);
+      of_dq[j].x[e] += own * of_k[j].x[e];
+      of_dk[j].x[e] += own * of_q[j].x[e];
+    }
+    if (!c.summed) store_four<IN_FOURS>(Rows(f32_of(c.terms, c), batch, head), t, i, c.k_dim, term);
+    store_four<IN_FOURS>(dq_out, t, i, c.k_dim, of_dq[j]);
+    store_four<IN_FOURS>(dk_out, t, i, c.k_dim, of_dk[j]);
   }
   sum = warp_sum(sum);
-  if (c.summed && lane == 0) c.dg[index] = sum;
+  if (c.summed && first == 0) c.terms[index] = (float)sum;
 }
 
 // One thread has a column (head and channel) of one segment of a sequence.
@@ -57,18 +137,20 @@ struct Column {
   int64_t width, at, begin, end, plane;
   int64_t index;  // of its partial sum; a segment further is `width` further
   int channel;
-  float *dg;
+  float *terms;
+  Rows dg;  // no data: it takes the place of the terms
 
   CLA_DEVICE Column(const cla_gate_gradient &c, int64_t sequence, int64_t segment, int64_t at)
       : steps(c.cu_seqlens, c.tokens, sequence, false),
-        gate(c.gate, steps.batch, (int)(at / (c.summed ? 1 : c.k_dim))), at(at) {
+        gate(c.gate, steps.batch, (int)(at / (c.summed ? 1 : c.k_dim))), at(at),
+        dg(c.dg, steps.batch, (int)(at / (c.summed ? 1 : c.k_dim))) {
     width = c.heads * (int64_t)(c.summed ? 1 : c.k_dim);
     channel = c.summed ? 0 : (int)(at % c.k_dim);
     begin = segment * c.segment;
     end = begin + c.segment < steps.count ? begin + c.segment : steps.count;
     plane = c.sequences * (int64_t)c.segments * width;
     index = (sequence * c.segments + segment) * width + at;
-    dg = c.dg + (steps.batch * c.tokens + steps.start) * width + at;
+    terms = c.terms + (steps.batch * c.tokens + steps.start) * width + at;
   }
 
   // Adds up the terms from the last to the first onto `sum`, showing each sum to `use`; returns whether a token forgot.
@@ -79,7 +161,7 @@ struct Column {
       CLA_UNROLL
       for (int i = 0; i < AHEAD; i++) {
         const bool valid = last - i >= begin;
-        term[i] = valid ? dg[(last - i) * width] : 0.f;
+        term[i] = valid ? terms[(last - i) * width] : 0.f;
         g[i] = valid ? gate.load(steps.start + last - i, channel) : 0.f;
       }
       CLA_UNROLL
@@ -120,17 +202,30 @@ CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
     forgot = c.partial[column.plane + index] != 0.f;
   }
   if (!forgot && c.after) sum += c.after[sequence * column.width + at];
-  column.sum_up(sum, [&](int64_t step, double x) { column.dg[step * column.width] = (float)x; });
+  column.sum_up(sum, [&](int64_t step, double x) {
+    if (column.dg.data) column.dg.store(column.steps.start + step, column.channel, (float)x);
+    else column.terms[step * column.width] = (float)x;
+  });
 }
 
 }  // namespace cla
+
+// Whether rows of `width` can be loaded four elements at a time.
+static bool in_fours(const cla_tensor &x, int width) {
+  const uintptr_t bytes = x.dtype == CLA_F32 ? 16 : 8;
+  return !x.data || (x.element == 1 && width % 4 == 0 && x.token % 4 == 0 && x.head % 4 == 0 && x.batch % 4 == 0 &&
+                     (uintptr_t)x.data % bytes == 0);
+}
 
 extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream) {
   using namespace cla;
   const cla_gate_gradient &c = *call;
   const int warps = TERM_THREADS / 32;
   const int64_t rows = c.batch * c.tokens * c.heads, width = c.heads * (int64_t)(c.summed ? 1 : c.k_dim);
-  int32_t code = launch(gate_terms_kernel, Dims{(rows + warps - 1) / warps, 1}, TERM_THREADS, 0, stream, c);
+  const Dims tokens = {(rows + warps - 1) / warps, 1};
+  const bool fast = in_fours(c.q, c.k_dim) && in_fours(c.k, c.k_dim) && in_fours(c.v, c.v_dim) && in_fours(c.grad_out, c.v_dim);
+  int32_t code = fast ? launch(gate_terms_kernel<true>, tokens, TERM_THREADS, 0, stream, c)
+                      : launch(gate_terms_kernel<false>, tokens, TERM_THREADS, 0, stream, c);
   const Dims grid = {(int64_t)c.sequences * c.segments, (width + SUM_THREADS - 1) / SUM_THREADS};
   if (code == 0) code = launch(partial_sums_kernel, grid, SUM_THREADS, 0, stream, c);
   if (code == 0) code = launch(sums_kernel, grid, SUM_THREADS, 0, stream, c);

@@ -17,6 +17,8 @@
 #include <utility>
 
 #define CLA_DEVICE inline
+#define CLA_COLD inline
+#define CLA_CONSTANT
 #define CLA_KERNEL(threads, blocks_per_sm)
 #define CLA_UNROLL
 #define CLA_UNROLL_TWICE

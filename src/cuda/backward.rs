@@ -53,7 +53,7 @@ pub(super) fn backward(
     }
 
     let mut found = Vec::new();
-    if let (Some(gate), Some(dq), Some(dk)) = (gate, &mut dq, &mut dk) {
+    if let (Some(gate), Some(of_q), Some(of_k)) = (gate, &mut dq, &mut dk) {
         let after = match (before_last, &grads.kv) {
             (Some(states), Some(grad)) if pass.states() > 0 => {
                 let product = (states.into_tensor() * grad)?;
@@ -61,7 +61,12 @@ pub(super) fn backward(
             }
             _ => None,
         };
-        found.push((Role::G, gate_gradient(pass, x, grads, gate, [dq, dk], after.as_ref())?));
+        let narrow = groups == 1 && dtype != DType::F32;
+        let mut out = [buffer(narrow, dtype, p.k_dim)?, buffer(narrow, dtype, p.k_dim)?];
+        found.push((Role::G, gate_gradient(pass, x, grads, gate, [of_q, of_k], &mut out, after.as_ref())?));
+        if let [Some(q), Some(k)] = out {
+            (dq, dk) = (Some(q), Some(k));
+        }
     }
     for (role, grad) in [(Role::Q, dq), (Role::K, dk)] {
         if let Some(grad) = grad {
@@ -181,12 +186,16 @@ fn gate_gradient(
     grads: &Grads,
     gate: &Tensor,
     [dq, dk]: [&mut Buffer; 2],
+    keys_out: &mut [Option<Buffer>; 2],
     after: Option<&Tensor>,
 ) -> Result<Tensor> {
     let p = pass.problem;
-    let tokens = [p.batch, p.tokens, p.v_heads, p.k_dim];
-    let shape = if p.decay == Decay::Channel { &tokens[..] } else { &tokens[..3] };
-    let mut dg = Buffer::new(&pass.machine, DType::F32, shape)?;
+    let channels = if p.decay == Decay::Channel { p.k_dim } else { 1 };
+    let new = |dtype| Buffer::new(&pass.machine, dtype, (p.batch, p.tokens, p.v_heads, channels));
+    let mut terms = new(DType::F32)?;
+    // The gradients of a decay that tokens share are summed up in f32.
+    let narrow = p.decay != Decay::Head && gate.dtype() != DType::F32;
+    let mut dg = narrow.then(|| new(gate.dtype())).transpose()?;
     pass.run_gate_gradients(GateGradients {
         q: &x.q,
         k: &x.k,
@@ -195,14 +204,17 @@ fn gate_gradient(
         gate,
         dq,
         dk,
+        keys_out: keys_out.each_mut().map(Option::as_mut),
         after,
-        dg: &mut dg,
+        terms: &mut terms,
+        dg: dg.as_mut(),
     })?;
-    let dg = dg.into_tensor();
+    let dg = dg.unwrap_or(terms).into_tensor();
     match p.decay {
         Decay::Head if dg.elem_count() == 0 => Tensor::zeros(p.v_heads, gate.dtype(), dg.device()),
-        Decay::Head => dg.sum((0, 1))?.to_dtype(gate.dtype()),
-        _ => dg.to_dtype(gate.dtype()),
+        Decay::Head => dg.sum((0, 1, 3))?.to_dtype(gate.dtype()),
+        Decay::Scalar => dg.squeeze(3),
+        _ => Ok(dg),
     }
 }
 

@@ -150,6 +150,7 @@ impl<'a> Pass<'a> {
         let shape = (2 * problem.sequences.len(), segments, heads, if summed { 1 } else { problem.k_dim });
         let mut partial = Buffer::new(&self.machine, DType::F32, shape)?;
         let mut at = Addresses::new(&self.machine);
+        let [dq_out, dk_out] = call.keys_out;
         let call = ffi::GateGradient {
             q: at.tensor(q, heads)?,
             k: at.tensor(k, heads)?,
@@ -158,9 +159,12 @@ impl<'a> Pass<'a> {
             gate: at.tensor(gate, heads)?,
             dq: at.out_numbers(Some(call.dq))?,
             dk: at.out_numbers(Some(call.dk))?,
+            dq_out: at.out(dq_out)?,
+            dk_out: at.out(dk_out)?,
             after: at.numbers(after)?,
             partial: at.out_numbers(Some(&mut partial))?,
-            dg: at.out_numbers(Some(call.dg))?,
+            terms: at.out_numbers(Some(call.terms))?,
+            dg: at.out(call.dg)?,
             scale: problem.scale,
             k_dim: problem.k_dim as i32,
             v_dim: problem.v_dim as i32,
@@ -229,8 +233,12 @@ pub(super) struct GateGradients<'a> {
     pub gate: &'a Tensor,
     pub dq: &'a mut Buffer,
     pub dk: &'a mut Buffer,
+    /// Where dq and dk go, if not where they are.
+    pub keys_out: [Option<&'a mut Buffer>; 2],
     /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous.
     pub after: Option<&'a Tensor>,
-    /// `[B, T, HV, K]`, or `[B, T, HV]`.
-    pub dg: &'a mut Buffer,
+    /// `[B, T, HV, K]`, or `[B, T, HV, 1]`, in f32.
+    pub terms: &'a mut Buffer,
+    /// Of the same shape, if it is not to take the place of the terms.
+    pub dg: Option<&'a mut Buffer>,
 }

@@ -3,9 +3,10 @@
 use crate::nn::LayerCache;
 use candle_core::{Result, bail};
 
-/// The memory of a model: one state for each layer, whose size does not depend on how many tokens have been seen.
+/// The memory of a model: one state for each layer, whose size does not depend on how many tokens have been seen, except
+/// in layers of softmax attention, which keep the keys and values of every token.
 ///
-/// Made by [`Model::new_cache`](crate::models::Model::new_cache) and good for that model alone. If a call fails, the
+/// A clone costs nothing, and neither sees what the other goes on to see. Made by [`Model::new_cache`](crate::models::Model::new_cache) and good for that model alone. If a call fails, the
 /// cache is as it was before.
 #[derive(Debug, Clone)]
 pub struct Cache {

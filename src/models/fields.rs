@@ -121,6 +121,30 @@ impl Fields {
         }
     }
 
+    /// A field as it is, if it is there and not null.
+    pub fn get(&self, name: &str) -> Option<&Value> {
+        self.0.get(name).filter(|value| !value.is_null())
+    }
+
+    /// An object of fields, empty if it is absent or null.
+    pub fn object(&self, name: &str) -> Result<Self> {
+        match self.get(name) {
+            None => Ok(Self(Map::new())),
+            Some(Value::Object(map)) => Ok(Self(map.clone())),
+            Some(value) => bail!("field `{name}` is {value}, it must be an object"),
+        }
+    }
+
+    /// Stores a field, whatever it was.
+    pub fn set(&mut self, name: &str, value: Value) {
+        self.0.insert(name.into(), value);
+    }
+
+    /// Whether there is no field at all.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether the field is there.
     pub fn has(&self, name: &str) -> bool {
         self.0.contains_key(name)

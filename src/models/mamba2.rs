@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 pub(super) const FAMILY: Family = Family { model_type: "mamba2", architecture: "Mamba2ForCausalLM", parse };
 
 /// Files converted from the authors' first ones have the second name.
-const NAMES: Names = Names { model: "backbone", embeddings: &["embeddings", "embedding"] };
+const NAMES: Names = Names { model: &["backbone"], embeddings: &["embeddings", "embedding"] };
 
 /// transformers has a model of the same type, with other names for some fields and other defaults.
 const TRANSFORMERS_ONLY: [&str; 3] = ["layer_norm_epsilon", "time_step_limit", "time_step_min"];

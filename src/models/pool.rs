@@ -2,7 +2,7 @@
 
 use crate::models::cache::Cache;
 use crate::nn::LayerCache;
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 
 /// A fixed number of slots, each with the states of one sequence or empty.
 ///
@@ -11,7 +11,8 @@ use candle_core::{Result, Tensor, bail};
 /// back. A sequence gets what it would get alone.
 ///
 /// Made by [`Model::new_pool`](crate::models::Model::new_pool), good for that model alone. Its memory is taken when the
-/// first sequence is stored, and does not grow with tokens.
+/// first sequence is stored, and does not grow with tokens, but for the keys and values of models that have softmax
+/// attention: those belong to each sequence, and are given back with it.
 ///
 /// ```no_run
 /// use candle_core::{Device, Tensor};
@@ -75,6 +76,7 @@ impl Pool {
     pub fn release(&mut self, slot: usize) -> Result<()> {
         self.check(&[slot])?;
         self.held[slot] = false;
+        self.layers.iter_mut().for_each(|layer| layer.release(slot));
         Ok(())
     }
 
@@ -113,15 +115,8 @@ impl Pool {
         if let Some(slot) = slots.iter().find(|slot| !self.held[**slot]) {
             bail!("slots: slot {slot} is empty");
         }
-        let indices: Vec<u32> = slots.iter().map(|slot| *slot as u32).collect();
-        let select = |layer: &LayerCache| {
-            let positions = slots.iter().filter_map(|slot| layer.positions().get(*slot).copied()).collect();
-            layer.map(positions, |tensor| {
-                tensor.index_select(&Tensor::new(indices.as_slice(), tensor.device())?, 0)
-            })
-        };
         let mut cache = Cache::new(self.layers.len());
-        cache.commit(self.layers.iter().map(select).collect::<Result<_>>()?);
+        cache.commit(self.layers.iter().map(|layer| layer.select(slots)).collect::<Result<_>>()?);
         Ok(cache)
     }
 

@@ -3,7 +3,10 @@
 use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
-use crate::models::{delta_net, gated_deltanet, gla, hgrn2, kda, linear_attn, mamba2, retnet, rwkv7};
+use crate::models::{
+    delta_net, gated_deltanet, gla, hgrn2, kda, kimi_linear, linear_attn, mamba2, minimax, olmo_hybrid,
+    qwen3_5, qwen3_next, retnet, rwkv7,
+};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
@@ -60,6 +63,12 @@ pub(super) const FAMILIES: &[Family] = &[
     gated_deltanet::FAMILY,
     kda::FAMILY,
     rwkv7::FAMILY,
+    qwen3_5::FAMILY,
+    qwen3_5::TEXT,
+    qwen3_next::FAMILY,
+    minimax::FAMILY,
+    olmo_hybrid::FAMILY,
+    kimi_linear::FAMILY,
 ];
 
 /// Every `model_type` that [`Config`](crate::models::Config) accepts.

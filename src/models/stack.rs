@@ -9,6 +9,9 @@ use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
+/// No model is deeper.
+const MAX_LAYERS: usize = 1 << 14;
+
 /// One of the blocks.
 pub(super) trait Block: Send + Sync {
     /// `[B, T, hidden_size]` to the same.
@@ -63,7 +66,7 @@ impl StackConfig {
         Ok(Self {
             hidden_size: fields.size("hidden_size", 2048)?,
             vocab_size: fields.size("vocab_size", 32000)?,
-            num_layers: fields.size("num_hidden_layers", num_layers)?,
+            num_layers: num_hidden_layers(fields, num_layers)?,
             initializer_range,
             head_range: initializer_range,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
@@ -82,10 +85,18 @@ impl StackConfig {
             num_layers: self.num_layers,
             build: Arc::new(move |vb| {
                 let (embeddings, lm_head) = embeddings_and_head(&self, &names, &vb)?;
-                let Middle { blocks, norm } = middle(vb.pp(names.model))?;
+                let Middle { blocks, norm } = middle(vb.pp(names.model_in(&vb)))?;
                 Ok(Box::new(Stack { embeddings, blocks, norm, lm_head, dtype: vb.dtype() }))
             }),
         }
+    }
+}
+
+/// A number of layers is one of things to make, not a width: a limit of its own keeps a broken file from filling memory.
+fn num_hidden_layers(fields: &mut Fields, default: usize) -> Result<usize> {
+    match fields.size("num_hidden_layers", default)? {
+        layers if layers <= MAX_LAYERS => Ok(layers),
+        layers => bail!("field `num_hidden_layers` is {layers}, it must be from 1 to {MAX_LAYERS}"),
     }
 }
 
@@ -97,14 +108,26 @@ pub(super) struct Middle {
 
 /// What checkpoints call the parts.
 pub(super) struct Names {
-    /// All but the head.
-    pub model: &'static str,
+    /// All but the head, in files of its own and in those of a larger model.
+    pub model: &'static [&'static str],
     /// The embeddings, in files of today and of old.
     pub embeddings: &'static [&'static str],
 }
 
 /// As flash-linear-attention has them.
-pub(super) const FLA: Names = Names { model: "model", embeddings: &["embeddings"] };
+pub(super) const FLA: Names = Names { model: &["model"], embeddings: &["embeddings"] };
+
+/// As transformers has them.
+pub(super) const TRANSFORMERS: Names = Names { model: &["model"], embeddings: &["embed_tokens"] };
+
+impl Names {
+    /// What `vb` calls all but the head, the first if it has none of them.
+    fn model_in(&self, vb: &VarBuilder) -> &'static str {
+        let parts = || self.embeddings.iter().chain(&["norm"]);
+        let has = |model: &&&str| parts().any(|part| vb.contains_tensor(&format!("{model}.{part}.weight")));
+        self.model.iter().find(has).unwrap_or(&self.model[0])
+    }
+}
 
 struct Stack {
     embeddings: Weight,
@@ -119,8 +142,8 @@ struct Stack {
 fn embeddings_and_head(cfg: &StackConfig, names: &Names, vb: &VarBuilder) -> Result<(Weight, Weight)> {
     let shape = (cfg.vocab_size, cfg.hidden_size);
     let get = |name: &str, stdev| Weight::get(vb, shape, name, normal(stdev));
-    let known: Vec<_> =
-        names.embeddings.iter().map(|name| format!("{}.{name}.weight", names.model)).collect();
+    let model = names.model_in(vb);
+    let known: Vec<_> = names.embeddings.iter().map(|name| format!("{model}.{name}.weight")).collect();
     let embeddings = known.iter().find(|name| vb.contains_tensor(name)).unwrap_or(&known[0]);
     let head = "lm_head.weight";
     if !cfg.tie_word_embeddings {

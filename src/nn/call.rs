@@ -1,6 +1,7 @@
 //! One call of a layer: what it continues, and how sequences lie in its input.
 
 use crate::nn::LayerCache;
+use crate::nn::kv_cache::KeyValues;
 use crate::problem;
 use crate::{Mode, Options, State};
 use candle_core::{Result, Tensor, bail};
@@ -135,7 +136,36 @@ impl<'a> Call<'a> {
         }
     }
 
-    fn lengths(&self, batch: usize, tokens: usize) -> Vec<usize> {
+    /// Whether there is a cache to bring up to date.
+    pub fn remembers(&self) -> bool {
+        self.cache.is_some()
+    }
+
+    /// The keys and values of a sequence, in a layer of softmax attention.
+    pub fn key_values(&self, sequence: usize) -> KeyValues {
+        self.cache().and_then(|cache| cache.key_values().get(sequence)).cloned().unwrap_or_default()
+    }
+
+    /// Refuses the cache of a layer that is not of softmax attention.
+    pub fn check_key_values(&self) -> Result<()> {
+        match self.cache() {
+            Some(cache) if cache.key_values().len() != cache.positions().len() => {
+                bail!("cache: holds a recurrent state, this layer of softmax attention needs keys and values")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// [`finish`](Self::finish) of a layer of softmax attention.
+    pub fn finish_key_values(self, key_values: Vec<KeyValues>, (batch, tokens): (usize, usize)) {
+        let lengths = self.lengths(batch, tokens);
+        if let Some(cache) = self.cache {
+            cache.advance_key_values(key_values, &lengths);
+        }
+    }
+
+    /// How many tokens each sequence has in a `[B, T]` input.
+    pub fn lengths(&self, batch: usize, tokens: usize) -> Vec<usize> {
         match self.cu_seqlens {
             Some(cu_seqlens) => cu_seqlens.windows(2).map(|ends| (ends[1] - ends[0]) as usize).collect(),
             None => vec![tokens; batch],

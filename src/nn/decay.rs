@@ -1,7 +1,7 @@
 //! Decays learned in the form that state space models have them.
 
 use crate::nn::Activation;
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
 /// The parameters of `g = -exp(A_log) * softplus(dt + dt_bias)`, a logarithm of a decay.
@@ -28,6 +28,11 @@ impl Default for DecayRange {
 impl Decay {
     /// Reads `A_log` of shape `[heads]` and `dt_bias` of shape `[biases]`.
     pub fn new(heads: usize, biases: usize, range: DecayRange, vb: &VarBuilder) -> Result<Self> {
+        Self::shaped(heads.into(), biases, range, vb)
+    }
+
+    /// The same with an `A_log` of another shape.
+    pub fn shaped(heads: Shape, biases: usize, range: DecayRange, vb: &VarBuilder) -> Result<Self> {
         let uniform = |[lo, up]: [f64; 2]| if lo < up { Init::Uniform { lo, up } } else { Init::Const(lo) };
         // softplus(x) = dt where x = ln(exp(dt) - 1).
         let (a, dt) = (range.a.map(f64::ln), range.dt.map(|dt| dt.exp_m1().ln()));
@@ -39,7 +44,12 @@ impl Decay {
 
     /// `exp(A_log)`, `[heads]`, f32.
     pub fn rate(&self) -> Result<Tensor> {
-        self.a_log.to_dtype(DType::F32)?.exp()
+        self.a_log.to_dtype(DType::F32)?.flatten_all()?.exp()
+    }
+
+    /// `g` for `dt: [.., heads]`, f32, where each head has a bias of its own.
+    pub fn log_decay(&self, dt: &Tensor) -> Result<Tensor> {
+        softplus(&self.biased(dt)?)?.broadcast_mul(&self.rate()?.neg()?)
     }
 
     /// `dt + dt_bias` for `dt: [.., biases]`, f32.

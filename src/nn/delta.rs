@@ -51,14 +51,14 @@ impl DeltaHeads {
         self.num_v_heads * self.head_v_dim
     }
 
-    /// The projections, each followed by SiLU.
-    pub fn qkv(&self, conv: Option<ConvShape>, stdev: f64, vb: &VarBuilder) -> Result<Qkv> {
+    /// The projections, each followed by SiLU if that is asked for.
+    pub fn qkv(&self, conv: Option<ConvShape>, silu: bool, stdev: f64, vb: &VarBuilder) -> Result<Qkv> {
         let shape = QkvShape {
             hidden_size: self.hidden_size,
             heads: [self.num_heads, self.num_heads, self.num_v_heads],
             head_dims: [self.head_k_dim, self.head_k_dim, self.head_v_dim],
         };
-        Qkv::new(&shape, conv, Silu::Of([true; 3]), stdev, vb)
+        Qkv::new(&shape, conv, Silu::Of([silu; 3]), stdev, vb)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Gated DeltaNet ([Yang et al., 2024](https://arxiv.org/abs/2412.06464)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::decay::{Decay, DecayRange, softplus};
+use crate::nn::decay::{Decay, DecayRange};
 use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
 use crate::nn::output_norm::{OutputNorm, Projection};
 use crate::nn::qkv::{ConvShape, Projected, Qkv};
@@ -33,6 +33,8 @@ pub struct GatedDeltaNetConfig {
     pub use_short_conv: bool,
     /// Its width. Default: 4.
     pub conv_size: usize,
+    /// The function behind it. Default: SiLU.
+    pub conv_act: Activation,
     /// Whether it has a bias. Default: no.
     pub conv_bias: bool,
     /// Beta up to 2 instead of 1. Default: no.
@@ -55,6 +57,7 @@ impl Default for GatedDeltaNetConfig {
             gate_fn: Activation::Silu,
             use_short_conv: true,
             conv_size: 4,
+            conv_act: Activation::Silu,
             conv_bias: false,
             allow_neg_eigval: false,
             norm_eps: 1e-5,
@@ -81,6 +84,8 @@ impl GatedDeltaNetConfig {
 pub struct GatedDeltaNet {
     heads: DeltaHeads,
     qkv: Qkv,
+    /// What follows the projections, if it is not a part of them.
+    act: Option<Activation>,
     a_proj: Linear,
     decay: Decay,
     beta: Beta,
@@ -96,6 +101,7 @@ impl GatedDeltaNet {
         let heads = cfg.check()?;
         let (hidden, v_heads, stdev) = (heads.hidden_size, heads.num_v_heads, cfg.initializer_range);
         let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
+        let silu = cfg.conv_act == Activation::Silu;
         let gate = match cfg.use_gate {
             true => {
                 let proj = Linear::new(hidden, heads.value_dim(), false, stdev, vb.pp("g_proj"))?;
@@ -105,7 +111,8 @@ impl GatedDeltaNet {
         };
         let norm = RmsNorm::new(heads.head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
         Ok(Self {
-            qkv: heads.qkv(conv, stdev, &vb)?,
+            qkv: heads.qkv(conv, silu, stdev, &vb)?,
+            act: (!silu).then_some(cfg.conv_act),
             a_proj: Linear::new(hidden, v_heads, false, stdev, vb.pp("a_proj"))?,
             decay: Decay::new(v_heads, v_heads, DecayRange::default(), &vb)?,
             beta: Beta::new(hidden, v_heads, cfg.allow_neg_eigval, stdev, &vb)?,
@@ -122,10 +129,9 @@ public_methods!(GatedDeltaNet);
 impl Mixer for GatedDeltaNet {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
+        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.activated(self.act)?;
         let (q, k) = (l2_norm(&q, L2_EPS)?, l2_norm(&k, L2_EPS)?);
-        let a = softplus(&self.decay.biased(&self.a_proj.forward(xs)?)?)?;
-        let g = a.broadcast_mul(&self.decay.rate()?.neg()?)?;
+        let g = self.decay.log_decay(&self.a_proj.forward(xs)?)?;
         let beta = self.beta.forward(xs)?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, conv, size);

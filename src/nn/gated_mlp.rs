@@ -1,6 +1,6 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
-use crate::nn::{Linear, MAX_SIZE, fused};
+use crate::nn::{Activation, Linear, MAX_SIZE, fused};
 use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
@@ -15,6 +15,14 @@ pub enum GluKind {
     Swish,
     /// `gate^(3 / (sqrt(gate) + 1)) * sigmoid(gate) * up` where the gate is above 0, as `Swish` elsewhere.
     PowLu,
+    /// `activation(gate) * up`
+    Of(Activation),
+}
+
+impl From<Activation> for GluKind {
+    fn from(activation: Activation) -> Self {
+        if activation == Activation::Silu { Self::Swish } else { Self::Of(activation) }
+    }
 }
 
 /// What a [`GatedMlp`] is made from.
@@ -38,6 +46,20 @@ impl GatedMlpConfig {
     }
 }
 
+/// What the projections are called.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct MlpNames {
+    pub gate: &'static str,
+    pub up: &'static str,
+    pub down: &'static str,
+}
+
+impl Default for MlpNames {
+    fn default() -> Self {
+        Self { gate: "gate_proj", up: "up_proj", down: "down_proj" }
+    }
+}
+
 /// `down_proj(glu(gate_proj(x), up_proj(x)))`, no biases.
 #[derive(Debug, Clone)]
 pub struct GatedMlp {
@@ -52,6 +74,11 @@ impl GatedMlp {
     /// `[hidden, intermediate]`. Checkpoints from before February 2025 have gate and up as one tensor,
     /// `gate_proj.weight [2 * intermediate, hidden]`, gate first: that is recognised.
     pub fn new(cfg: &GatedMlpConfig, vb: VarBuilder) -> Result<Self> {
+        Self::with_names(cfg, MlpNames::default(), vb)
+    }
+
+    /// The same with projections of other names.
+    pub(crate) fn with_names(cfg: &GatedMlpConfig, names: MlpNames, vb: VarBuilder) -> Result<Self> {
         let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
         for (name, size) in [("hidden_size", hidden), ("intermediate_size", inner)] {
             if !(1..=MAX_SIZE).contains(&size) {
@@ -63,9 +90,14 @@ impl GatedMlp {
         };
         let (gate_proj, up_proj) = match fused_gate_and_up(hidden, inner, &vb)? {
             Some(pair) => pair,
-            None => (linear(hidden, inner, "gate_proj")?, linear(hidden, inner, "up_proj")?),
+            None => (linear(hidden, inner, names.gate)?, linear(hidden, inner, names.up)?),
         };
-        Ok(Self { gate_proj, up_proj, down_proj: linear(inner, hidden, "down_proj")?, kind: cfg.kind })
+        Ok(Self::from_parts([gate_proj, up_proj, linear(inner, hidden, names.down)?], cfg.kind))
+    }
+
+    /// From the projections of the gate, up and down.
+    pub(crate) fn from_parts([gate_proj, up_proj, down_proj]: [Linear; 3], kind: GluKind) -> Self {
+        Self { gate_proj, up_proj, down_proj, kind }
     }
 
     /// `[.., hidden]` to the same shape and dtype.
@@ -75,6 +107,7 @@ impl GatedMlp {
         let ys = match self.kind {
             GluKind::Swish => fused::swiglu(&gate, &up)?,
             GluKind::PowLu => (powlu(&gate)? * up)?,
+            GluKind::Of(activation) => (activation.forward_f32(&gate)? * up)?,
         };
         self.down_proj.forward(&ys.to_dtype(xs.dtype())?)
     }

@@ -9,8 +9,19 @@ use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, kda};
-use candle_core::{D, Result, Tensor, bail};
+use candle_core::{D, Result, Shape, Tensor, bail};
 use candle_nn::VarBuilder;
+
+/// What the parameters of a [`KimiDeltaAttention`] layer are called.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KdaLayout {
+    /// As flash-linear-attention has them: `f_proj.0`, `f_proj.1`, `g_proj.0` and `g_proj.1`, which has a bias.
+    #[default]
+    Fla,
+    /// As Kimi Linear has them: `f_a_proj`, `f_b_proj`, `g_a_proj` and `g_b_proj`, which has none, and `A_log` of shape
+    /// `[1, 1, heads, 1]`.
+    KimiLinear,
+}
 
 /// What a [`KimiDeltaAttention`] layer is made from. The defaults are flash-linear-attention's.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +46,8 @@ pub struct KimiDeltaAttentionConfig {
     pub allow_neg_eigval: bool,
     /// What the gates' logarithms stay above; below 0. `None` means that they may go anywhere. Default: `None`.
     pub lower_bound: Option<f64>,
+    /// What the parameters are called. Default: as in flash-linear-attention.
+    pub layout: KdaLayout,
     /// Epsilon of the output norm. Default: 1e-5.
     pub norm_eps: f64,
     /// Deviation of fresh weights. Default: 0.02.
@@ -54,6 +67,7 @@ impl Default for KimiDeltaAttentionConfig {
             conv_bias: false,
             allow_neg_eigval: false,
             lower_bound: None,
+            layout: KdaLayout::Fla,
             norm_eps: 1e-5,
             initializer_range: 0.02,
         }
@@ -99,22 +113,29 @@ impl KimiDeltaAttention {
         let DeltaHeads { hidden_size: hidden, num_v_heads, head_k_dim, head_v_dim, .. } = heads;
         let stdev = cfg.initializer_range;
         let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
+        let fla = cfg.layout == KdaLayout::Fla;
         let low_rank = |name: &str, outputs, bias| -> Result<Projection> {
+            let [down, up] = match cfg.layout {
+                KdaLayout::Fla => ["proj.0", "proj.1"],
+                KdaLayout::KimiLinear => ["a_proj", "b_proj"],
+            };
+            let vb = |part: &str| vb.pp(format!("{name}_{part}"));
             Ok(Projection::LowRank([
-                Linear::new(hidden, head_v_dim, false, stdev, vb.pp(name).pp("0"))?,
-                Linear::new(head_v_dim, outputs, bias, stdev, vb.pp(name).pp("1"))?,
+                Linear::new(hidden, head_v_dim, false, stdev, vb(down))?,
+                Linear::new(head_v_dim, outputs, bias, stdev, vb(up))?,
             ]))
         };
+        let heads_shape: Shape = if fla { num_v_heads.into() } else { (1, 1, num_v_heads, 1).into() };
         let range = match cfg.lower_bound {
             Some(_) => DecayRange { a: [1., 1.], ..Default::default() },
             None => DecayRange::default(),
         };
         let norm = RmsNorm::new(head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
-        let gate = (low_rank("g_proj", heads.value_dim(), true)?, Activation::Sigmoid);
+        let gate = (low_rank("g", heads.value_dim(), fla)?, Activation::Sigmoid);
         Ok(Self {
-            qkv: heads.qkv(conv, stdev, &vb)?,
-            f_proj: low_rank("f_proj", num_v_heads * head_k_dim, false)?,
-            decay: Decay::new(num_v_heads, num_v_heads * head_k_dim, range, &vb)?,
+            qkv: heads.qkv(conv, true, stdev, &vb)?,
+            f_proj: low_rank("f", num_v_heads * head_k_dim, false)?,
+            decay: Decay::shaped(heads_shape, num_v_heads * head_k_dim, range, &vb)?,
             lower_bound: cfg.lower_bound,
             beta: Beta::new(hidden, num_v_heads, cfg.allow_neg_eigval, stdev, &vb)?,
             output_norm: OutputNorm::from_parts(norm, Some(gate)),

@@ -68,6 +68,12 @@ impl Projected {
         let Some(map) = map else { return Ok(self) };
         Ok(Self { q: map.forward(&self.q)?, k: map.forward(&self.k)?, ..self })
     }
+
+    /// With all three as `act` makes them.
+    pub fn activated(self, act: Option<Activation>) -> Result<Self> {
+        let Some(act) = act else { return Ok(self) };
+        Ok(Self { v: act.forward(&self.v)?, ..self.mapped(Some(act))? })
+    }
 }
 
 impl Qkv {

@@ -10,6 +10,8 @@ use candle_nn::{Init, VarBuilder};
 #[derive(Debug, Clone)]
 pub struct RmsNorm {
     weight: Tensor,
+    /// What is added to it.
+    offset: f64,
     eps: f64,
 }
 
@@ -21,7 +23,17 @@ impl RmsNorm {
             true => vb.get_with_hints(size, "weight", Init::Const(1.))?,
             false => Tensor::ones(size, DType::F32, vb.device())?,
         };
-        Ok(Self { weight, eps })
+        Ok(Self { weight, offset: 0., eps })
+    }
+
+    /// A norm whose parameter `weight` is stored as its difference from 1, 0 when fresh.
+    pub fn zero_centered(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { weight: vb.get_with_hints(size, "weight", Init::Const(0.))?, offset: 1., eps })
+    }
+
+    fn weight_f32(&self) -> Result<Tensor> {
+        let weight = self.weight.to_dtype(DType::F32)?;
+        if self.offset == 0. { Ok(weight) } else { weight + self.offset }
     }
 
     /// `[.., size]` to the same shape and dtype.
@@ -31,13 +43,13 @@ impl RmsNorm {
 
     /// [`forward`](Self::forward), left in f32 for whatever comes next.
     pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
-        fused::rms_norm(&xs.to_dtype(DType::F32)?, &self.weight.to_dtype(DType::F32)?, self.eps)
+        fused::rms_norm(&xs.to_dtype(DType::F32)?, &self.weight_f32()?, self.eps)
     }
 
     /// The same times a function of `gate`, in f32 and in the shape of `gate`, which has the elements of `xs` in their order.
     pub(crate) fn forward_gated_f32(&self, xs: &Tensor, gate: &Tensor, kind: Gate) -> Result<Tensor> {
-        let [xs, weight, gate] = [xs, &self.weight, gate].map(|x| x.to_dtype(DType::F32));
-        fused::rms_norm_gated(&xs?, &weight?, (&gate?, kind), self.eps)
+        let [xs, gate] = [xs, gate].map(|x| x.to_dtype(DType::F32));
+        fused::rms_norm_gated(&xs?, &self.weight_f32()?, (&gate?, kind), self.eps)
     }
 }
 

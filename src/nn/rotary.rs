@@ -1,6 +1,7 @@
 //! Rotary position embedding ([Su et al., 2021](https://arxiv.org/abs/2104.09864)), the form that rotates the two halves
 //! of a head against each other.
 
+use crate::nn::RotaryScaling;
 use candle_core::{D, DType, Result, Tensor, bail};
 
 /// `[x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]` with the angle `t / base^(2i / dim)` for channel i of token t,
@@ -10,19 +11,53 @@ use candle_core::{D, DType, Result, Tensor, bail};
 #[derive(Debug, Clone)]
 pub struct RotaryEmbedding {
     inverse_frequencies: Vec<f32>,
+    /// On sines and cosines.
+    factor: f64,
+    head_dim: usize,
+}
+
+/// What a [`RotaryEmbedding`] is made from where it is more than a base.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RotaryConfig {
+    /// Channels of a head.
+    pub head_dim: usize,
+    /// How many of them are rotated, an even number: the first ones. The others stay as they are.
+    pub rotary_dim: usize,
+    /// The base of the frequencies.
+    pub base: f64,
+    /// How they are stretched.
+    pub scaling: RotaryScaling,
 }
 
 impl RotaryEmbedding {
     /// For heads of `dim` channels, an even number.
     pub fn new(dim: usize, base: f64) -> Result<Self> {
+        Self::from_config(&RotaryConfig {
+            head_dim: dim,
+            rotary_dim: dim,
+            base,
+            scaling: RotaryScaling::None,
+        })
+    }
+
+    /// For heads of which a part is rotated, or frequencies that are stretched.
+    ///
+    /// # Errors
+    /// A number of channels that is odd, 0 or more than the head has; a base or a factor that is not above 0.
+    pub fn from_config(cfg: &RotaryConfig) -> Result<Self> {
+        let RotaryConfig { head_dim, rotary_dim: dim, base, scaling } = *cfg;
+        if dim > head_dim {
+            bail!("rotary embedding: {dim} channels are to be rotated, the head has {head_dim}");
+        }
         if dim == 0 || !dim.is_multiple_of(2) {
             bail!("rotary embedding: the head has {dim} channels, it must have an even number of them");
         }
         if !(base.is_finite() && base > 0.) {
             bail!("rotary embedding: the base is {base}, it must be finite and above 0");
         }
-        let inverse_frequency = |i| (1. / base.powf((2 * i) as f64 / dim as f64)) as f32;
-        Ok(Self { inverse_frequencies: (0..dim / 2).map(inverse_frequency).collect() })
+        let (frequencies, factor) = scaling.frequencies(dim, base)?;
+        let inverse_frequencies = frequencies.iter().map(|f| *f as f32).collect();
+        Ok(Self { inverse_frequencies, factor, head_dim })
     }
 
     /// `xs: [B, T, H, dim]`, whose first token has position `offset`, to the same shape and dtype.
@@ -39,8 +74,8 @@ impl RotaryEmbedding {
     pub fn forward_at(&self, xs: &Tensor, positions: &[usize]) -> Result<Tensor> {
         let half = self.inverse_frequencies.len();
         let (batch, tokens, _, dim) = xs.dims4()?;
-        if dim != 2 * half {
-            bail!("rotary embedding: xs has heads of {dim} channels, it must be {}", 2 * half);
+        if dim != self.head_dim {
+            bail!("rotary embedding: xs has heads of {dim} channels, it must be {}", self.head_dim);
         }
         if positions.len() != batch * tokens {
             bail!(
@@ -58,7 +93,11 @@ impl RotaryEmbedding {
         let x2 = wide.narrow(D::Minus1, half, half)?;
         let y1 = (x1.broadcast_mul(&cos)? - x2.broadcast_mul(&sin)?)?;
         let y2 = (x2.broadcast_mul(&cos)? + x1.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype())
+        if dim == 2 * half {
+            return Tensor::cat(&[y1, y2], D::Minus1)?.to_dtype(xs.dtype());
+        }
+        let others = wide.narrow(D::Minus1, 2 * half, dim - 2 * half)?;
+        Tensor::cat(&[y1, y2, others], D::Minus1)?.to_dtype(xs.dtype())
     }
 
     /// cos and sin, `[1 or B, T, 1, dim / 2]`. The product of position and frequency is rounded to f32, as where the
@@ -69,6 +108,7 @@ impl RotaryEmbedding {
             positions.iter().flat_map(|t| self.inverse_frequencies.iter().map(move |f| *t as f32 * f));
         let shape = (positions.len().checked_div(tokens).unwrap_or(1), tokens, 1, half);
         let angles = Tensor::from_vec(angles.collect::<Vec<f32>>(), shape, like.device())?;
-        Ok((angles.cos()?, angles.sin()?))
+        let (cos, sin) = (angles.cos()?, angles.sin()?);
+        if self.factor == 1. { Ok((cos, sin)) } else { Ok(((cos * self.factor)?, (sin * self.factor)?)) }
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub const CPU: Device = Device::Cpu;
 
 /// The checkpoints of the original implementation, with the logits it computed.
-pub const GOLDEN: [&str; 13] = [
+pub const GOLDEN: [&str; 19] = [
     "linear_attn",
     "linear_attn-elu",
     "gla",
@@ -22,6 +22,12 @@ pub const GOLDEN: [&str; 13] = [
     "gated_deltanet-gva",
     "kda",
     "rwkv7",
+    "qwen3_5",
+    "qwen3_5-multimodal",
+    "qwen3_next",
+    "minimax",
+    "olmo_hybrid",
+    "kimi_linear",
 ];
 
 pub fn golden_folder(name: &str) -> PathBuf {
@@ -64,15 +70,45 @@ pub fn small_heads(model_type: &str) -> String {
         "mamba2" => r#", "head_dim": 16, "state_size": 4"#,
         "gated_deltanet" | "kda" => r#", "head_dim": 6"#,
         "rwkv7" => r#", "head_dim": 8"#,
+        "qwen3_5" | "qwen3_5_text" => QWEN,
+        "qwen3_next" => QWEN_NEXT,
+        "minimax" => MINIMAX,
+        "olmo_hybrid" => OLMO,
+        "kimi_linear" => KIMI,
         _ => "",
     };
     format!(r#""model_type": "{model_type}"{more}"#)
 }
 
+/// One block of each kind, heads of few channels, a part of which is rotated.
+pub const QWEN: &str = r#", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"]"#;
+
+/// The same, and few experts, all of which get tokens.
+pub const QWEN_NEXT: &str = r#", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"], "num_experts": 3, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 10, "shared_expert_intermediate_size": 6"#;
+
+pub const MINIMAX: &str =
+    r#", "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 3"#;
+
+pub const OLMO: &str = r#", "num_attention_heads": 2, "linear_key_head_dim": 6, "linear_value_head_dim": 9"#;
+
+pub const KIMI: &str = r#", "num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 7,
+    "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 5, "linear_num_heads": 2, "linear_head_dim": 6,
+    "layer_types": ["linear_attention", "full_attention"], "num_experts": 3, "num_experts_per_token": 2,
+    "moe_intermediate_size": 10"#;
+
 pub fn small_config(fields: &str) -> Result<Config> {
     let sizes = r#""hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 11, "intermediate_size": 24"#;
     // A key that comes twice has its last value.
-    Config::from_json_str(&format!("{{{sizes}, {fields}}}"))
+    let mut config = format!("{{{sizes}, {fields}}}");
+    if config.contains(r#""qwen3_5""#) {
+        config = format!(r#"{{"model_type": "qwen3_5", "text_config": {config}}}"#);
+    }
+    Config::from_json_str(&config)
 }
 
 /// The parameters by name.

@@ -1,7 +1,7 @@
 //! What the results are compared with and how closely they must agree.
 
 use crate::reference::{Gradients, Outputs};
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 
 /// `<o, do> + <kv, dkv> + <z, dz>`, as far as they are there and wanted.
 pub fn loss(
@@ -27,9 +27,9 @@ pub fn inner(x: &Tensor, d: &Tensor) -> Result<Tensor> {
     (x.to_dtype(DType::F32)? * d.to_dtype(DType::F32)?)?.sum_all()
 }
 
-/// Every number of a tensor.
+/// Every number of a tensor. From a GPU as it is: Candle cannot convert an empty tensor there.
 pub fn values(t: &Tensor) -> Result<Vec<f64>> {
-    t.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
+    t.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1()
 }
 
 /// What the reference says: o, kv, z, and the gradients of [`ARGS`] (empty where there is no such input).
