@@ -12,7 +12,7 @@ use candle_linear_attn::models::Model;
 use clap::Parser;
 use common::{
     files::write_safetensors,
-    runtime::{DTypeArg, ModeArg, device, keep_operations_on_their_thread, open_model},
+    runtime::{ComputeArgs, keep_operations_on_their_thread, open_model},
 };
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
@@ -31,15 +31,8 @@ struct Args {
     /// The safetensors file to write.
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// Number format to compute in; f32 on a CPU and the stored one on a GPU unless given.
-    #[arg(long, value_enum)]
-    dtype: Option<DTypeArg>,
-    /// The algorithm of the operators.
-    #[arg(long, value_enum, default_value = "auto")]
-    mode: ModeArg,
-    /// Stay on the CPU.
-    #[arg(long)]
-    cpu: bool,
+    #[command(flatten)]
+    compute: ComputeArgs,
 }
 
 fn main() -> ExitCode {
@@ -51,7 +44,7 @@ fn run(args: &Args) -> Result<()> {
     let len = args.tokens.len();
     let split = args.split.unwrap_or(len);
     ensure!(split <= len, "--split is {split}, must be at most the number of tokens, {len}");
-    let model = open_model(&args.model, args.dtype, args.mode, &device(args.cpu)?)?;
+    let model = open_model(&args.model, &args.compute)?;
     let vocab = model.config().vocab_size();
     if let Some(id) = args.tokens.iter().find(|&&id| id as usize >= vocab) {
         anyhow::bail!("--tokens has {id}, must be less than the vocabulary size, {vocab}");

@@ -2,8 +2,11 @@
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
-use candle_linear_attn::{Mode, models::Model};
-use clap::ValueEnum;
+use candle_linear_attn::{
+    Mode,
+    models::{LoadOptions, Model, Quantization},
+};
+use clap::{Args, ValueEnum};
 use std::path::Path;
 
 /// `--mode`
@@ -63,22 +66,61 @@ pub fn device(force_cpu: bool) -> Result<Device> {
     Device::cuda_if_available(0).context("cannot open the CUDA device; --cpu runs on the CPU instead")
 }
 
-/// Loads the model in `folder`. Without a dtype it is computed in f32 on a CPU, where 16-bit matrix products are slower
-/// than 32-bit ones, and in the dtype it is stored in elsewhere.
-pub fn open_model(folder: &Path, dtype: Option<DTypeArg>, mode: ModeArg, device: &Device) -> Result<Model> {
+/// `--quantize`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum QuantizeArg {
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_k")]
+    Q4K,
+}
+
+impl From<QuantizeArg> for Quantization {
+    fn from(quantize: QuantizeArg) -> Self {
+        match quantize {
+            QuantizeArg::Q8_0 => Self::Q8_0,
+            QuantizeArg::Q4K => Self::Q4K,
+        }
+    }
+}
+
+/// How a model is computed with, as the command lines of the examples have it.
+#[derive(Debug, Clone, Args)]
+pub struct ComputeArgs {
+    /// Number format to compute in; f32 on a CPU, where weights stored in 16 bits stay so in memory, and the stored one on
+    /// a GPU unless given.
+    #[arg(long, value_enum)]
+    pub dtype: Option<DTypeArg>,
+    /// Quantize projections and embeddings while they are read: q8_0 takes 8.5 bits a weight, q4_k 4.5. Matrices whose
+    /// rows are not whole blocks of q4_k (256) take q8_0 (32), and else stay as stored.
+    #[arg(long, value_enum)]
+    pub quantize: Option<QuantizeArg>,
+    /// The algorithm of the operators.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub mode: ModeArg,
+    /// Stay on the CPU.
+    #[arg(long)]
+    pub cpu: bool,
+}
+
+/// Loads the model in `folder`. Without a dtype it is computed in f32 on a CPU, where 16-bit operations are slower than
+/// 32-bit ones, and in the dtype it is stored in elsewhere.
+pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
+    let device = device(args.cpu)?;
     if !folder.is_dir() {
         bail!(
             "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",
             folder.display()
         );
     }
-    let dtype = match dtype {
+    let dtype = match args.dtype {
         Some(dtype) => Some(DType::from(dtype)),
         None if device.is_cpu() => Some(DType::F32),
         None => None,
     };
-    let mut model = Model::load(folder, dtype, device)
+    let options = LoadOptions { dtype, quantize: args.quantize.map(Quantization::from) };
+    let mut model = Model::load_with(folder, &device, options)
         .with_context(|| format!("cannot load the model in {}", folder.display()))?;
-    model.set_mode(mode.into());
+    model.set_mode(args.mode.into());
     Ok(model)
 }

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::common::runtime::{DTypeArg, ModeArg};
+use crate::common::runtime::ComputeArgs;
 use anyhow::{Context, Result, bail, ensure};
 use candle_linear_attn::models::hub;
 use clap::Parser;
@@ -47,15 +47,8 @@ pub struct Args {
     /// Stop after this many tokens if the text has not ended.
     #[arg(short = 'n', long, default_value_t = 400)]
     pub max_new_tokens: usize,
-    /// Number format to compute in; f32 on a CPU and the stored one on a GPU unless given.
-    #[arg(long, value_enum)]
-    pub dtype: Option<DTypeArg>,
-    /// The algorithm of the operators.
-    #[arg(long, value_enum, default_value = "auto")]
-    pub mode: ModeArg,
-    /// Stay on the CPU.
-    #[arg(long)]
-    pub cpu: bool,
+    #[command(flatten)]
+    pub compute: ComputeArgs,
 }
 
 impl Args {

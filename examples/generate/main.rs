@@ -17,7 +17,7 @@ use candle_core::{DType, Tensor};
 use candle_linear_attn::models::{Cache, Model};
 use clap::Parser;
 use common::{
-    runtime::{device, keep_operations_on_their_thread, open_model},
+    runtime::{keep_operations_on_their_thread, open_model},
     text::{TextStream, encode_prompt, load_tokenizer},
 };
 use sampler::Sampler;
@@ -43,7 +43,7 @@ fn run(args: &Args) -> Result<()> {
     let folder = args.model_folder()?;
     // The tokenizer first: it is small, and a folder that lacks it is no use however well its weights load.
     let tokenizer = load_tokenizer(&folder.join("tokenizer.json"))?;
-    let model = open_model(&folder, args.dtype, args.mode, &device(args.cpu)?)?;
+    let model = open_model(&folder, &args.compute)?;
     let ids = encode_prompt(&tokenizer, &prompt)?;
     check_prompt(&model, &ids)?;
 

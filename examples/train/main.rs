@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use args::Args;
 use clap::Parser;
 use common::{
-    runtime::{DTypeArg, device, keep_operations_on_their_thread, open_model},
+    runtime::{ComputeArgs, DTypeArg, device, keep_operations_on_their_thread, open_model},
     text::load_tokenizer,
 };
 use data::{Texts, TokenStream};
@@ -49,7 +49,9 @@ fn evaluate(args: &Args, folder: &Path) -> Result<()> {
     let valid = args.valid.as_deref().context("--eval-only needs --valid")?;
     let device = device(args.cpu)?;
     // In f32 whatever the weights are stored in: the figure is then the weights' and not the arithmetic's.
-    let model = open_model(folder, Some(DTypeArg::F32), args.mode, &device)?;
+    let compute =
+        ComputeArgs { dtype: Some(DTypeArg::F32), quantize: None, mode: args.mode, cpu: args.cpu };
+    let model = open_model(folder, &compute)?;
     let tokenizer = load_tokenizer(&folder.join("tokenizer.json"))?;
     let end_token = tokenizer
         .token_to_id(&args.end_token)

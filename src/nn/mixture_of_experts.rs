@@ -2,7 +2,7 @@
 
 use crate::nn::gated_mlp::MlpNames;
 use crate::nn::routing::{Router, RouterConfig};
-use crate::nn::{Activation, GatedMlp, GatedMlpConfig, GluKind, Linear};
+use crate::nn::{Activation, GatedMlp, GatedMlpConfig, GluKind, Linear, as_stored};
 use candle_core::{D, DType, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
@@ -153,8 +153,8 @@ fn experts(cfg: &MixtureOfExpertsConfig, vb: VarBuilder) -> Result<Vec<GatedMlp>
         return (0..count).map(|i| GatedMlp::with_names(&mlp, names, vb.pp(i))).collect();
     }
     let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
-    let both = vb.get((count, 2 * inner, hidden), "gate_up_proj")?;
-    let down = vb.get((count, hidden, inner), "down_proj")?;
+    let both = as_stored(|| vb.get((count, 2 * inner, hidden), "gate_up_proj"))?;
+    let down = as_stored(|| vb.get((count, hidden, inner), "down_proj"))?;
     let expert = |i| {
         let (both, down) = (both.get(i)?, down.get(i)?);
         let half = |start| Linear::from_parts(both.narrow(0, start, inner)?, None);

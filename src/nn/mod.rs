@@ -91,4 +91,4 @@ pub use weight::Quantization;
 pub(crate) use call::{Call, Mixer};
 pub(crate) use heads::MAX_SIZE;
 pub(crate) use linear::{Linear, normal, project};
-pub(crate) use weight::{Keeping, Weight, keeping, read_dtype};
+pub(crate) use weight::{Keeping, Weight, as_stored, keeping, read_dtype};

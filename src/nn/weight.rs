@@ -67,6 +67,12 @@ pub(crate) fn keeping<R>(keeping: Keeping, build: impl FnOnce() -> R) -> R {
     build()
 }
 
+/// Reads large matrices, to be made a [`Weight`] of.
+pub(crate) fn as_stored<R>(read: impl FnOnce() -> R) -> R {
+    let _scope = Scope::new(&READING, true);
+    read()
+}
+
 /// The dtype in which a checkpoint gives a tensor that it stores in another than is asked for.
 pub(crate) fn read_dtype(stored: DType, asked: DType) -> DType {
     let narrow = matches!(stored, DType::F16 | DType::BF16);
@@ -83,11 +89,7 @@ pub(crate) enum Weight {
 impl Weight {
     /// A parameter by its name.
     pub fn get(vb: &VarBuilder, shape: (usize, usize), name: &str, init: Init) -> Result<Self> {
-        let tensor = {
-            let _scope = Scope::new(&READING, true);
-            vb.get_with_hints(shape, name, init)?
-        };
-        Self::new(tensor)
+        Self::new(as_stored(|| vb.get_with_hints(shape, name, init))?)
     }
 
     /// A matrix at hand. One that is being trained stays what it is: nothing else would follow its updates.
