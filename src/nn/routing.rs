@@ -139,6 +139,12 @@ impl Router {
         if self.cfg.scale != 1. {
             weights = (weights * self.cfg.scale)?;
         }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            // A choice has no slope: optimizers that expect a gradient of every parameter get 0. A factor of 0 would not
+            // do, Candle takes it for the end of a graph.
+            let zeros = bias.mul(&bias.zeros_like()?)?.to_dtype(DType::F32)?.sum_all()?;
+            weights = weights.broadcast_add(&zeros)?;
+        }
         Ok(Routes { of_experts, weights, top_k })
     }
 }

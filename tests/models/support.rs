@@ -111,8 +111,8 @@ pub fn small_config(fields: &str) -> Result<Config> {
     Config::from_json_str(&config)
 }
 
-/// Whether a parameter takes part in choices alone, which have no gradient: its authors set it by other means.
-pub fn has_none(parameter: &str) -> bool {
+/// Whether a parameter takes part in choices alone, so that its gradient is 0: its authors set it by other means.
+pub fn only_chooses(parameter: &str) -> bool {
     parameter.ends_with("e_score_correction_bias")
 }
 
