@@ -120,7 +120,9 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     };
     let segments = sweep.segments.or(own.as_ref());
     let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
-    let cu_segments = at.numbers(cu_segments.as_ref())?;
+    // Not `at`, which is there before them: what it keeps must not outlive what it is of.
+    let mut at_segments = Addresses::new(&pass.machine);
+    let cu_segments = at_segments.numbers(cu_segments.as_ref())?;
     if let Some(segments) = segments {
         call.anchors = segments.of(anchors, cu_segments);
     }
