@@ -44,7 +44,7 @@ const FOLDER: &str = "CLA_TEST_CHECKPOINT";
 
 #[test]
 fn weights_are_in_memory_once() -> Result<()> {
-    for dtype in [DType::F32, DType::F16] {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
         let folder = tempfile::tempdir()?;
         let stored = write(folder.path(), dtype)?;
         // A process of its own: what writing has left in this one would be used again.
