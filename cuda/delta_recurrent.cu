@@ -95,6 +95,13 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
   // x[i], in registers.
   CLA_DEVICE static float pick(const float (&x)[4], int i) { return i == 0 ? x[0] : i == 1 ? x[1] : i == 2 ? x[2] : x[3]; }
 
+  // Before the first step of a segment.
+  CLA_DEVICE void keep_before(int64_t step) {
+    if (!s.anchors.data || (LOW_RANK && reverse && step > 0)) return;
+    const int64_t at = steps.token(step) - steps.start;
+    const bool first = reverse ? step == 0 || (at + 1) % CLA_DELTA_SEGMENT == 0 : at % CLA_DELTA_SEGMENT == 0;
+    if (first) keep(at / CLA_DELTA_SEGMENT);
+  }
   CLA_DEVICE void keep(int64_t segment) {
     float *to = anchor_of(s.anchors, sequence, segment, head, s.heads, (int64_t)s.k_dim * s.v_dim);
     state.store(to + first_column, s.v_dim, 1, s.k_dim, columns());
@@ -125,12 +132,12 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     }
     if (s.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
     if (writes_value) state.add(of + X1, v);
-    const int64_t at = steps.token(step) - steps.start;
-    const bool keeps = reverse && s.anchors.data && at > 0 && at % CLA_DELTA_SEGMENT == 0;
-    // What a low-rank token reads is read before the state fades.
-    if (keeps && LOW_RANK) keep(at / CLA_DELTA_SEGMENT - 1);
+    if (LOW_RANK && reverse && s.anchors.data) {
+      // What a low-rank token reads is read before the state fades.
+      const int64_t at = steps.token(step) - steps.start;
+      if (at > 0 && at % CLA_DELTA_SEGMENT == 0) keep(at / CLA_DELTA_SEGMENT - 1);
+    }
     state.add(of + X2, c);
-    if (keeps && !LOW_RANK) keep(at / CLA_DELTA_SEGMENT - 1);
     // The first warp has the columns of all four threads that share them, the second too.
     const int lane = tid & 31, part = lane / State::COLUMN_GROUPS, column = state.column + part;
     if (tid < 64 && column < columns()) {
@@ -153,12 +160,11 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
       fetch(next, 0);
       place(next, shared);
     }
-    if (s.anchors.data && reverse && count > 0) keep((count - 1) / CLA_DELTA_SEGMENT);
     int stage = 0;
     for (int64_t step = 0; step < count; step++, stage ^= 1) {
       barrier();
       if (step + 1 < count) fetch(next, step + 1);
-      if (s.anchors.data && !reverse && step % CLA_DELTA_SEGMENT == 0) keep(step / CLA_DELTA_SEGMENT);
+      keep_before(step);
       solve(shared + stage * STAGE, step);
       if (step + 1 < count) place(next, shared + (stage ^ 1) * STAGE);
     }

@@ -120,20 +120,18 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     };
     let segments = sweep.segments.or(own.as_ref());
     let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
-    // Not `at`, which is there before them: what it keeps must not outlive what it is of.
-    let mut at_segments = Addresses::new(&pass.machine);
-    let cu_segments = at_segments.numbers(cu_segments.as_ref())?;
-    if let Some(segments) = segments {
-        call.anchors = segments.of(anchors, cu_segments);
-    }
     let mut prepared = None;
     if let (Route::Chunked { columns }, Some(segments)) = (chosen, segments) {
         let each = ffi::PREPARED / DType::F32.size_in_bytes();
         prepared = Some(Buffer::new(&pass.machine, DType::F32, (segments.all, heads, each))?);
         call.columns = columns as i32;
     }
-    let mut at_prepared = Addresses::new(&pass.machine);
-    call.prepared = at_prepared.out_numbers(prepared.as_mut())?.cast();
+    let mut at_scratch = Addresses::new(&pass.machine);
+    let cu_segments = at_scratch.numbers(cu_segments.as_ref())?;
+    if let Some(segments) = segments {
+        call.anchors = segments.of(anchors, cu_segments);
+    }
+    call.prepared = at_scratch.out_numbers(prepared.as_mut())?.cast();
     type Kernel = unsafe extern "C" fn(*const ffi::Sweep, *mut std::ffi::c_void) -> i32;
     let kernels: &[(&str, Kernel)] = match chosen {
         Route::Recurrent => &[("cla_delta_recurrent", ffi::cla_delta_recurrent)],
