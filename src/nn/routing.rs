@@ -1,6 +1,6 @@
 //! Which experts a token is sent to.
 
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::check_size;
 use crate::nn::{Activation, Linear};
 use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
@@ -54,9 +54,7 @@ impl RouterConfig {
     /// Refuses numbers that make no choice, by the field's name.
     pub(crate) fn check(&self) -> Result<()> {
         let Self { num_experts, top_k, groups, top_groups, .. } = *self;
-        if !(1..=MAX_SIZE).contains(&num_experts) {
-            bail!("num_experts is {num_experts}, it must be from 1 to {MAX_SIZE}");
-        }
+        check_size("num_experts", num_experts)?;
         if !(1..=num_experts).contains(&groups) || !num_experts.is_multiple_of(groups) {
             bail!("groups is {groups}, it must divide num_experts, which is {num_experts}");
         }
