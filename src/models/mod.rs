@@ -18,6 +18,7 @@
 
 // A new model is one file with a `Family` and one line in `registry::FAMILIES`.
 
+mod block;
 mod cache;
 mod checkpoint;
 mod config;
