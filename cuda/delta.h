@@ -38,26 +38,33 @@ typedef struct {
   int64_t each, all;
 } cla_delta_states;
 
+// What a problem of these families is, whichever kernels work on it.
 typedef struct {
-  cla_tensor q, k, value, gate, a, b;  // a and b are null but in the low-rank family
-  cla_tensor beta;                     // D is 1; null in the low-rank family
-  cla_tensor inner, out;               // m and out
-  cla_states first, last;
-  // Forwards the state before each segment. In reverse the gradient of the state after each, as far as it comes from behind
-  // the decay of the token that follows, or, after a last token, is given.
-  cla_delta_states anchors;
+  cla_tensor q, k, gate, a, b;   // a and b are null but in the low-rank family
+  cla_tensor beta;               // D is 1; null in the low-rank family
   float scale;
-  int32_t k_dim, v_dim, heads;  // heads: value heads
-  int32_t gate_kind;            // enum cla_gate; never columns
-  int32_t low_rank, reverse;
+  int32_t k_dim, v_dim, heads;   // heads: value heads
+  int32_t gate_kind;             // enum cla_gate; never columns
+  int32_t low_rank;
   // As in cla_sweep.
   const uint32_t *cu_seqlens;
   int32_t sequences;
   int64_t tokens;
+} cla_delta_problem;
+
+typedef struct {
+  cla_delta_problem of;
+  cla_tensor value;
+  cla_tensor inner, out;  // m and out
+  cla_states first, last;
+  // Forwards the state before each segment. In reverse the gradient of the state after each, as far as it comes from behind
+  // the decay of the token that follows, or, after a last token, is given.
+  cla_delta_states anchors;
+  int32_t reverse;
   // Chunked sweeps only: CLA_DELTA_PREPARED bytes for each segment and head, which are all that `anchors` counts, whether it
   // has data or not. Blocks have 16 or 32 columns of the state.
-  unsigned char *prepared;
   int32_t columns;
+  unsigned char *prepared;
 } cla_delta_sweep;
 
 // Token by token, K up to 256 and any V.
@@ -82,19 +89,13 @@ int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep);
 // where a token's read of its own write, which is in both and cancels, takes no part in dg: under strong decay the difference
 // would be rounding.
 typedef struct {
-  cla_tensor q, k, v, gate, a, b, beta, grad_out;
+  cla_delta_problem of;
+  cla_tensor v, grad_out;
   cla_tensor written, of_written;  // m of the two sweeps, f32
   cla_delta_states starts, ends;   // their anchors
   // [B, T, HV, K], and dbeta [B, T, HV, 1]; null: not wanted. dg is [B, T, HV, K] or, for a decay by token, f32
   // [B, T, HV, slices of CLA_DELTA_COLUMNS channels], to be summed up.
   cla_tensor dq, dk, da, db, dg, dbeta;
-  float scale;
-  int32_t k_dim, v_dim, heads;
-  int32_t gate_kind;
-  int32_t low_rank;
-  const uint32_t *cu_seqlens;
-  int32_t sequences;
-  int64_t tokens;
 } cla_delta_gradient;
 
 #define CLA_DELTA_COLUMNS 32

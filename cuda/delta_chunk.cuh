@@ -37,7 +37,7 @@ struct SegmentSteps {
   int count;
 
   CLA_DEVICE SegmentSteps(const cla_delta_sweep &s, int64_t sequence, int64_t segment)
-      : steps(s.cu_seqlens, s.tokens, sequence, s.reverse) {
+      : steps(s.of.cu_seqlens, s.of.tokens, sequence, s.reverse) {
     const int64_t begin = segment * CHUNK, left = steps.count - begin;
     count = left < CHUNK ? (int)left : CHUNK;
     first = steps.start + (s.reverse ? begin + count - 1 : begin);

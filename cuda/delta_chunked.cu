@@ -41,7 +41,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
 
   CLA_DEVICE DeltaChunked(const cla_delta_sweep &s, int tiles, const Place &place)
       : s(s), shared(shared_memory()), head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        q(s.q, batch(s, sequence), head), k(s.k, batch(s, sequence), head), value(s.value, batch(s, sequence), head),
+        q(s.of.q, batch(s, sequence), head), k(s.of.k, batch(s, sequence), head), value(s.value, batch(s, sequence), head),
         inner(s.inner, batch(s, sequence), head), out(s.out, batch(s, sequence), head) {
     tid = thread_index();
     lane = tid & 31;
@@ -49,12 +49,12 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
     solves = tid < 128;
     row0 = lane >> 2;
     pair = (lane & 3) * 2;
-    segments = (Steps(s.cu_seqlens, s.tokens, sequence, REVERSE).count + CHUNK - 1) / CHUNK;
+    segments = (Steps(s.of.cu_seqlens, s.of.tokens, sequence, REVERSE).count + CHUNK - 1) / CHUNK;
     if (value.data) value.data += first_column * value.element * value.size();
   }
 
-  CLA_DEVICE static int64_t batch(const cla_delta_sweep &s, int64_t sequence) { return s.cu_seqlens ? 0 : sequence; }
-  CLA_DEVICE int columns() const { return s.v_dim - first_column < COLUMNS ? s.v_dim - first_column : COLUMNS; }
+  CLA_DEVICE static int64_t batch(const cla_delta_sweep &s, int64_t sequence) { return s.of.cu_seqlens ? 0 : sequence; }
+  CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
   CLA_DEVICE int64_t segment(int64_t i) const { return REVERSE ? segments - 1 - i : i; }
   CLA_DEVICE unsigned char *stage(int64_t i) const { return shared + (i & 1) * L::STAGE; }
   CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
@@ -127,7 +127,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
         CLA_UNROLL
         for (int e = 0; e < 4; e++) {
           const int r = OWN * warp + 8 * n + pair + (e & 1), c = 16 * m + row0 + 8 * (e >> 1);
-          if (r < s.k_dim && c < columns()) f(state[m][n][e], r, c);
+          if (r < s.of.k_dim && c < columns()) f(state[m][n][e], r, c);
         }
       }
     }
@@ -190,12 +190,12 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
       const SegmentSteps at(s, sequence, segment(i));
       unsigned char *to = stage(i);
       auto into = [=](int part) { return [=](int row, int c) { return Tile{to + part}.piece(row, c / 8); }; };
-      fetch_rows<R, 128>(into(L::K), k, at, s.k_dim, tid);
-      if (REVERSE || out.data) fetch_rows<R, 128>(into(L::Q), q, at, s.k_dim, tid);
+      fetch_rows<R, 128>(into(L::K), k, at, s.of.k_dim, tid);
+      if (REVERSE || out.data) fetch_rows<R, 128>(into(L::Q), q, at, s.of.k_dim, tid);
       fetch_rows<COLUMNS, 128>([=](int row, int c) { return (unsigned char *)(value_row(to, row) + c); }, value, at,
                                columns(), tid);
       const unsigned char *from =
-          s.prepared + (segment_index(s.anchors, sequence, segment(i)) * s.heads + head) * Prepared::BYTES;
+          s.prepared + (segment_index(s.anchors, sequence, segment(i)) * s.of.heads + head) * Prepared::BYTES;
       CLA_UNROLL_TWICE
       for (int at = 16 * tid; at < Prepared::BYTES; at += 16 * 128) copy16_async(to + L::PREPARED + at, from + at, true);
     }
@@ -222,7 +222,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
         float seen[4];
         load4(seen, (const float *)operand(L::SEEN, warp, m, n));
         CLA_UNROLL
-        for (int e = 0; e < 4; e++) acc[m][n][e] += s.scale * seen[e];
+        for (int e = 0; e < 4; e++) acc[m][n][e] += s.of.scale * seen[e];
       }
       give(L::OF_RIGHT, warp, m, acc[m]);
     }
@@ -292,7 +292,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
   CLA_DEVICE void give_grad(unsigned char *of) const {
     const float *left = factors(of, Prepared::TO_END);
     float x[M][2][4];
-    each(x, [&](float &y, int t, int c) { y = s.scale * left[t] * from_bf16(value_row(of, t)[c]); });
+    each(x, [&](float &y, int t, int c) { y = s.of.scale * left[t] * from_bf16(value_row(of, t)[c]); });
     CLA_UNROLL
     for (int m = 0; m < M; m++) give(L::OF_GRAD, warp, m, x[m]);
   }
@@ -301,8 +301,8 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
 
   CLA_DEVICE void keep(int64_t i) {
     if (!s.anchors.data) return;
-    float *to = anchor_of(s.anchors, sequence, segment(i), head, s.heads, (int64_t)s.k_dim * s.v_dim);
-    store_state(to + first_column, s.v_dim, 1);
+    float *to = anchor_of(s.anchors, sequence, segment(i), head, s.of.heads, (int64_t)s.of.k_dim * s.of.v_dim);
+    store_state(to + first_column, s.of.v_dim, 1);
   }
 
   CLA_DEVICE void run() {
@@ -339,7 +339,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
         update_state(of);
       } else if (!REVERSE && out.data) {
         add_by_rows(acc, L::OF_C, warp + 1, tile(of, L::PREPARED + Prepared::P), true);
-        store(out, at, acc, s.scale);
+        store(out, at, acc, s.of.scale);
       }
     }
     if (!solves || !s.last.data) return;
@@ -349,13 +349,13 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
 };
 
 template <int R, int M, bool REVERSE> CLA_KERNEL(256, 1) void delta_chunked_kernel(cla_delta_sweep s) {
-  const int tiles = (s.v_dim + 16 * M - 1) / (16 * M);
-  DeltaChunked<R, M, REVERSE>(s, tiles, Place(block_x() / tiles, s.heads, 1)).run();
+  const int tiles = (s.of.v_dim + 16 * M - 1) / (16 * M);
+  DeltaChunked<R, M, REVERSE>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
 }
 
 template <int R, int M, bool REVERSE> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
-  const int64_t tiles = (s.v_dim + 16 * M - 1) / (16 * M);
-  const Dims grid = {(int64_t)s.sequences * s.heads * tiles, 1};
+  const int64_t tiles = (s.of.v_dim + 16 * M - 1) / (16 * M);
+  const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
   return launch(delta_chunked_kernel<R, M, REVERSE>, grid, 256, DeltaChunkLayout<R, M>::SHARED, stream, s);
 }
 
@@ -368,7 +368,7 @@ template <int R, int M> int32_t either_way(const cla_delta_sweep &s, void *strea
 extern "C" int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
-  if (s.k_dim <= 64) return s.columns <= 16 ? either_way<64, 1>(s, stream) : either_way<64, 2>(s, stream);
+  if (s.of.k_dim <= 64) return s.columns <= 16 ? either_way<64, 1>(s, stream) : either_way<64, 2>(s, stream);
   return s.columns <= 16 ? either_way<128, 1>(s, stream) : either_way<128, 2>(s, stream);
 }
 
@@ -376,8 +376,8 @@ extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
   auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
-  if (s.low_rank || s.gate_kind > CLA_GATE_SCALAR || s.k_dim > 128) return -1;
-  if (!bf16(s.q) || !bf16(s.k) || !bf16(s.value)) return -1;
-  if (s.k_dim <= 64) return s.columns <= 16 ? DeltaChunkLayout<64, 1>::SHARED : DeltaChunkLayout<64, 2>::SHARED;
+  if (s.of.low_rank || s.of.gate_kind > CLA_GATE_SCALAR || s.of.k_dim > 128) return -1;
+  if (!bf16(s.of.q) || !bf16(s.of.k) || !bf16(s.value)) return -1;
+  if (s.of.k_dim <= 64) return s.columns <= 16 ? DeltaChunkLayout<64, 1>::SHARED : DeltaChunkLayout<64, 2>::SHARED;
   return s.columns <= 16 ? DeltaChunkLayout<128, 1>::SHARED : DeltaChunkLayout<128, 2>::SHARED;
 }

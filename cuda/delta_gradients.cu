@@ -38,16 +38,16 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
   CLA_DEVICE DeltaGradients(const cla_delta_gradient &c, int slice, int head, int64_t sequence, int64_t segment)
       : c(c), shared((float *)shared_memory()), tid(thread_index()), head(head),
         first_channel(slice * COLUMNS), sequence(sequence), segment(segment),
-        steps(c.cu_seqlens, c.tokens, sequence, false), q(c.q, steps.batch, head), k(c.k, steps.batch, head),
-        a(c.a, steps.batch, head), b(c.b, steps.batch, head), gate(c.gate, steps.batch, head),
-        beta(c.beta, steps.batch, head), grad_out(c.grad_out, steps.batch, head), v(c.v, steps.batch, head),
+        steps(c.of.cu_seqlens, c.of.tokens, sequence, false), q(c.of.q, steps.batch, head), k(c.of.k, steps.batch, head),
+        a(c.of.a, steps.batch, head), b(c.of.b, steps.batch, head), gate(c.of.gate, steps.batch, head),
+        beta(c.of.beta, steps.batch, head), grad_out(c.grad_out, steps.batch, head), v(c.v, steps.batch, head),
         written(c.written, steps.batch, head), of_written(c.of_written, steps.batch, head), dq(c.dq, steps.batch, head),
         dk(c.dk, steps.batch, head), da(c.da, steps.batch, head), db(c.db, steps.batch, head), dg(c.dg, steps.batch, head),
         dbeta(c.dbeta, steps.batch, head), begin(segment * SEGMENT) {
     count = steps.count - begin < SEGMENT ? (int)(steps.count - begin) : SEGMENT;
   }
 
-  CLA_DEVICE int channels() const { return c.k_dim - first_channel < COLUMNS ? c.k_dim - first_channel : COLUMNS; }
+  CLA_DEVICE int channels() const { return c.of.k_dim - first_channel < COLUMNS ? c.of.k_dim - first_channel : COLUMNS; }
   CLA_DEVICE int64_t token(int i) const { return steps.start + begin + i; }
   // Whether the sequence has the token behind the segment's i-th.
   CLA_DEVICE bool has_next(int i) const { return begin + i + 1 < steps.count; }
@@ -62,7 +62,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     CLA_UNROLL
     for (int j = 0; j < PER_THREAD; j++) {
       const int r = tid + j * THREADS;
-      const bool valid = r < c.v_dim;
+      const bool valid = r < c.of.v_dim;
       f.a[j] = valid ? v.load(t, r) : 0.f;
       f.b[j] = valid && LOW_RANK ? written.load(t, r) : 0.f;
       f.p[j] = valid ? grad_out.load(t, r) : 0.f;
@@ -74,7 +74,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     f.key_k = valid ? k.load(t, channel) : 0.f;
     f.key_b = valid && LOW_RANK ? b.load(t, channel) : 0.f;
     f.key_r = valid && is_read ? (LOW_RANK ? a.load(read_by, channel) : f.key_k) : 0.f;
-    f.gate = valid && c.gate_kind != CLA_NO_GATE ? gate.load(t, c.gate_kind == CLA_GATE_ROWS ? channel : 0) : 0.f;
+    f.gate = valid && c.of.gate_kind != CLA_NO_GATE ? gate.load(t, c.of.gate_kind == CLA_GATE_ROWS ? channel : 0) : 0.f;
     f.beta = tid < COLUMNS && !LOW_RANK ? beta.load(t, 0) : 1.f;
   }
   CLA_DEVICE void place(const Fetched &f, int i) const {
@@ -117,11 +117,11 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     return sum;
   }
   CLA_DEVICE void load(const cla_delta_states &states) {
-    const float *from = anchor_of(states, sequence, segment, head, c.heads, (int64_t)c.k_dim * c.v_dim);
-    state.load(from + first_channel * (int64_t)c.v_dim, 1, c.v_dim, c.v_dim, channels());
+    const float *from = anchor_of(states, sequence, segment, head, c.of.heads, (int64_t)c.of.k_dim * c.of.v_dim);
+    state.load(from + first_channel * (int64_t)c.of.v_dim, 1, c.of.v_dim, c.of.v_dim, channels());
   }
   CLA_DEVICE void fade(const float *of) {
-    if (c.gate_kind == CLA_NO_GATE) return;
+    if (c.of.gate_kind == CLA_NO_GATE) return;
     float decay[4];
     load4(decay, of + DECAY + state.column);
     state.scale_columns(decay);
@@ -169,7 +169,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
   // In the low-rank family a sequence's first token reads the initial state.
   CLA_DEVICE void read_initial_state() {
     float *row = shared + OF_Q;  // free as yet
-    for (int r = tid; r < ROWS; r += THREADS) row[r] = r < c.v_dim ? of_written.load(token(0), r) : 0.f;
+    for (int r = tid; r < ROWS; r += THREADS) row[r] = r < c.of.v_dim ? of_written.load(token(0), r) : 0.f;
     barrier();
     read_into(row, sums(1));
     barrier();
@@ -195,7 +195,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
       if (LOW_RANK) read_into(of + B, sums(i) + WARPS * COLUMNS);
       multiply_rows(of, dots(i));
       if (i > 0) {
-        add(of, P, KEY_Q, c.scale);
+        add(of, P, KEY_Q, c.of.scale);
         add(of, Q, KEY_R, read_factor(of[BETA]));
         fade(of);
         place(next, i - 1);
@@ -238,7 +238,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     const float *of = stage(i), *dot = dots(i);
     const int64_t t = token(i);
     const float query = of[KEY_Q + tid], key = of[KEY_K + tid], rank = of[KEY_B + tid], r = of[KEY_R + tid];
-    const float beta = of[BETA + tid], s = c.scale;
+    const float beta = of[BETA + tid], s = c.of.scale;
     const float of_q = s * found(0, i)[tid], of_r = read_factor(beta) * found(1, i)[tid];
     const float of_k = beta * sum_of_warps(sums(i), tid);
     const float of_b = LOW_RANK ? sum_of_warps(sums(i) + WARPS * COLUMNS, tid) : 0.f;
@@ -247,7 +247,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     if (i + 1 < count) sum -= (double)(key * of_k) + (double)(rank * of_b);
     if (of[DECAY + tid] == 0.f) sum = 0.;
     if (dg.data) {
-      if (c.gate_kind == CLA_GATE_ROWS) {
+      if (c.of.gate_kind == CLA_GATE_ROWS) {
         store(dg, t, (float)sum);
       } else {
         const float all = sum_of_lanes(tid < channels() ? (float)sum : 0.f);
@@ -269,9 +269,9 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
 };
 
 template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : EACH == 8 ? 3 : 4) void delta_gradients_kernel(cla_delta_gradient c) {
-  const int slices = (c.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  const int slice = block_x() % slices, head = block_x() / slices % c.heads;
-  const SegmentOf of(c.starts, c.sequences, block_x() / slices / c.heads);
+  const int slices = (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
+  const int slice = block_x() % slices, head = block_x() / slices % c.of.heads;
+  const SegmentOf of(c.starts, c.of.sequences, block_x() / slices / c.of.heads);
   DeltaGradients<EACH, LOW_RANK> gradients(c, slice, head, of.sequence, of.segment);
   gradients.run_forwards();
   gradients.run_in_reverse();
@@ -280,15 +280,15 @@ template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : EACH == 8 ? 3 
 template <int EACH, bool LOW_RANK> int32_t launch_delta_gradients(cla_delta_gradient c, void *stream) {
   using Kernel = DeltaGradients<EACH, LOW_RANK>;
   if (!LOW_RANK) c.v = c.written;  // the A of the kernel: choosing there would put all of `c` in local memory
-  const int64_t slices = (c.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  const Dims grid = {c.starts.all * c.heads * slices, 1};
+  const int64_t slices = (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
+  const Dims grid = {c.starts.all * c.of.heads * slices, 1};
   return launch(delta_gradients_kernel<EACH, LOW_RANK>, grid, Kernel::THREADS, Kernel::SHARED, stream, c);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream) {
-  return cla::by_rows(call->v_dim, call->low_rank, [&](auto each, auto low_rank) {
+  return cla::by_rows(call->of.v_dim, call->of.low_rank, [&](auto each, auto low_rank) {
     return cla::launch_delta_gradients<decltype(each)::value, decltype(low_rank)::value>(*call, stream);
   });
 }

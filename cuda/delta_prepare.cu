@@ -19,13 +19,13 @@ template <int R> struct DeltaPrepare {
   unsigned char *to;
 
   CLA_DEVICE DeltaPrepare(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
-      : s(s), shared(shared_memory()), head(head), at(s, of.sequence, of.segment), gate(s.gate, at.steps.batch, head) {
+      : s(s), shared(shared_memory()), head(head), at(s, of.sequence, of.segment), gate(s.of.gate, at.steps.batch, head) {
     tid = thread_index();
     lane = tid & 31;
     warp = tid >> 5;
     row0 = lane >> 2;
     pair = (lane & 3) * 2;
-    to = s.prepared + (index * s.heads + head) * Prepared::BYTES;
+    to = s.prepared + (index * s.of.heads + head) * Prepared::BYTES;
   }
 
   CLA_DEVICE Tile tile(int which) const { return {shared + which * KEY}; }
@@ -37,15 +37,15 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE float *factors() const { return (float *)(shared + FACTORS); }
 
   CLA_DEVICE void load() {
-    const Rows q(s.q, at.steps.batch, head), k(s.k, at.steps.batch, head), beta(s.beta, at.steps.batch, head);
+    const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head), beta(s.of.beta, at.steps.batch, head);
     auto into = [&](Tile t) { return [=](int row, int c) { return t.piece(row, c / 8); }; };
-    fetch_rows<R, THREADS>(into(tile(0)), k, at, s.k_dim, tid);
-    fetch_rows<R, THREADS>(into(tile(1)), q, at, s.k_dim, tid);
+    fetch_rows<R, THREADS>(into(tile(0)), k, at, s.of.k_dim, tid);
+    fetch_rows<R, THREADS>(into(tile(1)), q, at, s.of.k_dim, tid);
     copies_commit();
     if (tid < CHUNK) {
       // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
       const int row = s.reverse ? tid - 1 : tid;
-      const bool fades = s.gate_kind != CLA_NO_GATE && row >= 0 && tid < at.count;
+      const bool fades = s.of.gate_kind != CLA_NO_GATE && row >= 0 && tid < at.count;
       gates()[tid] = fades ? gate.load(at.token(row), 0) : 0.f;
       factors()[Prepared::BETA + tid] = tid < at.count ? beta.load(at.token(tid), 0) : 0.f;
     }
@@ -65,7 +65,7 @@ template <int R> struct DeltaPrepare {
       else fades(t)[tid] = t < tid ? 0.f : left;
       if (t == at.count - 1) at_end = left;
     }
-    if (s.reverse && s.gate_kind != CLA_NO_GATE) at_end *= exp_fast(gate.load(at.token(at.count - 1), 0));
+    if (s.reverse && s.of.gate_kind != CLA_NO_GATE) at_end *= exp_fast(gate.load(at.token(at.count - 1), 0));
     factors()[from_start ? Prepared::WHOLE : Prepared::TO_END + tid] = at_end;
   }
 
@@ -158,17 +158,17 @@ template <int R> struct DeltaPrepare {
 };
 
 template <int R> CLA_KERNEL(128, 3) void delta_prepare_kernel(cla_delta_sweep s) {
-  const int64_t index = block_x() / s.heads;
-  DeltaPrepare<R>(s, SegmentOf(s.anchors, s.sequences, index), index, block_x() % s.heads).run();
+  const int64_t index = block_x() / s.of.heads;
+  DeltaPrepare<R>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
 }
 
 template <int R> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {
   using Kernel = DeltaPrepare<R>;
-  return launch(delta_prepare_kernel<R>, Dims{s.anchors.all * s.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
+  return launch(delta_prepare_kernel<R>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream) {
-  return sweep->k_dim <= 64 ? cla::launch_delta_prepare<64>(*sweep, stream) : cla::launch_delta_prepare<128>(*sweep, stream);
+  return sweep->of.k_dim <= 64 ? cla::launch_delta_prepare<64>(*sweep, stream) : cla::launch_delta_prepare<128>(*sweep, stream);
 }

@@ -26,12 +26,12 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
   CLA_DEVICE DeltaRecurrent(const cla_delta_sweep &s, int tiles, const Place &place)
       : s(s), reverse(s.reverse), shared((float *)shared_memory()), tid(thread_index()),
         head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        steps(s.cu_seqlens, s.tokens, sequence, reverse), q(s.q, steps.batch, head), k(s.k, steps.batch, head),
-        value(s.value, steps.batch, head), gate(s.gate, steps.batch, head), a(s.a, steps.batch, head),
-        b(s.b, steps.batch, head), beta(s.beta, steps.batch, head), inner(s.inner, steps.batch, head),
+        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse), q(s.of.q, steps.batch, head), k(s.of.k, steps.batch, head),
+        value(s.value, steps.batch, head), gate(s.of.gate, steps.batch, head), a(s.of.a, steps.batch, head),
+        b(s.of.b, steps.batch, head), beta(s.of.beta, steps.batch, head), inner(s.inner, steps.batch, head),
         out(s.out, steps.batch, head) {}
 
-  CLA_DEVICE int columns() const { return s.v_dim - first_column < COLUMNS ? s.v_dim - first_column : COLUMNS; }
+  CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
 
   // What a thread loads of a step, one step ahead.
   struct Fetched {
@@ -42,10 +42,10 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     CLA_UNROLL
     for (int i = 0; i < PER_THREAD; i++) {
       const int r = tid + i * THREADS;
-      const bool valid = r < s.k_dim;
+      const bool valid = r < s.of.k_dim;
       f.q[i] = valid ? q.load(t, r) : 0.f;
       f.k[i] = valid ? k.load(t, r) : 0.f;
-      f.g[i] = valid && s.gate_kind != CLA_NO_GATE ? gate.load(t, s.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
+      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? gate.load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
       f.a[i] = valid && LOW_RANK ? a.load(t, r) : 0.f;
       f.b[i] = valid && LOW_RANK ? b.load(t, r) : 0.f;
     }
@@ -60,7 +60,7 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
       qk += f.q[i] * f.k[i];
       qb += f.q[i] * f.b[i];
       if (r >= ROWS) continue;
-      const float decay = exp_fast(f.g[i]), query = s.scale * f.q[i] * decay;
+      const float decay = exp_fast(f.g[i]), query = s.of.scale * f.q[i] * decay;
       to[DECAY + r] = decay;
       if (LOW_RANK) {
         to[R1 + r] = reverse ? f.b[i] : f.a[i];
@@ -78,8 +78,8 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     qk = sum_of_lanes(qk);
     if (LOW_RANK) qb = sum_of_lanes(qb);
     if (tid % 32 == 0) {
-      to[DOTS + tid / 32] = s.scale * qk;
-      to[DOTS + WARPS + tid / 32] = s.scale * qb;
+      to[DOTS + tid / 32] = s.of.scale * qk;
+      to[DOTS + WARPS + tid / 32] = s.of.scale * qb;
     }
     if (tid < COLUMNS) to[VALUE + tid] = f.value;
     if (tid == 0) to[BETA] = f.beta;
@@ -103,8 +103,8 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     if (first) keep(at / CLA_DELTA_SEGMENT);
   }
   CLA_DEVICE void keep(int64_t segment) {
-    float *to = anchor_of(s.anchors, sequence, segment, head, s.heads, (int64_t)s.k_dim * s.v_dim);
-    state.store(to + first_column, s.v_dim, 1, s.k_dim, columns());
+    float *to = anchor_of(s.anchors, sequence, segment, head, s.of.heads, (int64_t)s.of.k_dim * s.of.v_dim);
+    state.store(to + first_column, s.of.v_dim, 1, s.of.k_dim, columns());
   }
 
   CLA_DEVICE void solve(const float *of, int64_t step) {
@@ -130,7 +130,7 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
       c[i] = f * m[i];
       y[i] = hv * v[i] + hc * c[i] + (reads ? sum_of_warps(others + state.column + i, COLUMNS) : 0.f);
     }
-    if (s.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
+    if (s.of.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
     if (writes_value) state.add(of + X1, v);
     if (LOW_RANK && reverse && s.anchors.data) {
       // What a low-rank token reads is read before the state fades.
@@ -151,7 +151,7 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     const int64_t count = steps.count;
     if (s.first.data) {
       const float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
-      state.load(from, s.first.row, s.first.col, s.k_dim, columns());
+      state.load(from, s.first.row, s.first.col, s.of.k_dim, columns());
     } else {
       state.zero();
     }
@@ -170,26 +170,26 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     }
     if (!s.last.data) return;
     float *to = s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col;
-    state.store(to, s.last.row, s.last.col, s.k_dim, columns());
+    state.store(to, s.last.row, s.last.col, s.of.k_dim, columns());
   }
 };
 
 template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : EACH == 8 && LOW_RANK ? 3 : 4) void delta_recurrent_kernel(cla_delta_sweep s) {
-  const int tiles = (s.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  DeltaRecurrent<EACH, LOW_RANK>(s, tiles, Place(block_x() / tiles, s.heads, 1)).run();
+  const int tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
+  DeltaRecurrent<EACH, LOW_RANK>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
 }
 
 template <int EACH, bool LOW_RANK> int32_t launch_delta_recurrent(const cla_delta_sweep &s, void *stream) {
   using Kernel = DeltaRecurrent<EACH, LOW_RANK>;
-  const int64_t tiles = (s.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  const Dims grid = {(int64_t)s.sequences * s.heads * tiles, 1};
+  const int64_t tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
+  const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
   return launch(delta_recurrent_kernel<EACH, LOW_RANK>, grid, Kernel::THREADS, Kernel::SHARED, stream, s);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream) {
-  return cla::by_rows(sweep->k_dim, sweep->low_rank, [&](auto each, auto low_rank) {
+  return cla::by_rows(sweep->of.k_dim, sweep->of.low_rank, [&](auto each, auto low_rank) {
     return cla::launch_delta_recurrent<decltype(each)::value, decltype(low_rank)::value>(*sweep, stream);
   });
 }

@@ -7,15 +7,6 @@
 
 namespace cla {
 
-// Four numbers in 16 bytes.
-CLA_DEVICE void load4(float (&x)[4], const float *from) {
-  const Vec4 v = load16(from);
-  x[0] = bits_to_float(v.x), x[1] = bits_to_float(v.y), x[2] = bits_to_float(v.z), x[3] = bits_to_float(v.w);
-}
-CLA_DEVICE void store4(float *to, const float (&x)[4]) {
-  store16(to, {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])});
-}
-
 // A thread has EACH rows of four columns. Its rows come in runs of up to four, so that numbers of theirs are in one piece of
 // shared memory.
 template <int EACH> struct DeltaState {
@@ -144,25 +135,14 @@ template <int EACH> struct DeltaState {
   }
 };
 
-CLA_DEVICE float sum_of_lanes(float x) {
-  CLA_UNROLL
-  for (int d = 16; d > 0; d /= 2) x += shuffle_xor(x, d);
-  return x;
-}
-
 // The segment `at` of all, as one of a sequence.
 struct SegmentOf {
   int64_t sequence, segment;
 
   CLA_DEVICE SegmentOf(const cla_delta_states &s, int32_t sequences, int64_t at) {
     if (const uint32_t *first = s.cu_segments) {
-      int32_t below = 0, to = sequences;  // first[below] <= at < first[to]
-      while (to - below > 1) {
-        const int32_t middle = below + (to - below) / 2;
-        if (first[middle] <= at) below = middle;
-        else to = middle;
-      }
-      sequence = below, segment = at - first[below];
+      sequence = run_of(first, sequences, at);
+      segment = at - first[sequence];
     } else {
       sequence = at / s.each, segment = at % s.each;
     }

@@ -22,43 +22,44 @@ pub(super) struct SegmentStates {
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub(super) struct Sweep {
+pub(super) struct Problem {
     pub q: Tensor,
     pub k: Tensor,
-    pub value: Tensor,
     pub gate: Tensor,
     pub a: Tensor,
     pub b: Tensor,
     pub beta: Tensor,
-    pub inner: Tensor,
-    pub out: Tensor,
-    pub first: States,
-    pub last: States,
-    pub anchors: SegmentStates,
     pub scale: f32,
     pub k_dim: i32,
     pub v_dim: i32,
     pub heads: i32,
     pub gate_kind: Gate,
     pub low_rank: i32,
-    pub reverse: i32,
     pub cu_seqlens: *const u32,
     pub sequences: i32,
     pub tokens: i64,
-    pub prepared: *mut u8,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Sweep {
+    pub of: Problem,
+    pub value: Tensor,
+    pub inner: Tensor,
+    pub out: Tensor,
+    pub first: States,
+    pub last: States,
+    pub anchors: SegmentStates,
+    pub reverse: i32,
     pub columns: i32,
+    pub prepared: *mut u8,
 }
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(super) struct Gradient {
-    pub q: Tensor,
-    pub k: Tensor,
+    pub of: Problem,
     pub v: Tensor,
-    pub gate: Tensor,
-    pub a: Tensor,
-    pub b: Tensor,
-    pub beta: Tensor,
     pub grad_out: Tensor,
     pub written: Tensor,
     pub of_written: Tensor,
@@ -70,15 +71,6 @@ pub(super) struct Gradient {
     pub db: Tensor,
     pub dg: Tensor,
     pub dbeta: Tensor,
-    pub scale: f32,
-    pub k_dim: i32,
-    pub v_dim: i32,
-    pub heads: i32,
-    pub gate_kind: Gate,
-    pub low_rank: i32,
-    pub cu_seqlens: *const u32,
-    pub sequences: i32,
-    pub tokens: i64,
 }
 
 unsafe extern "C" {

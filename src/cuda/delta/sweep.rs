@@ -7,7 +7,7 @@ use super::route::{Route, Size, route};
 use crate::cuda::ffi::Gate;
 use crate::cuda::memory::{Addresses, Buffer, Held};
 use crate::cuda::sweep::Pass;
-use crate::problem::{Decay, Inputs, Problem, Update};
+use crate::problem::{Decay, Inputs, Update};
 
 /// The segments of all sequences.
 pub(super) struct Segments {
@@ -59,11 +59,48 @@ pub(super) struct Sweep<'a> {
     pub segments: Option<&'a Segments>,
 }
 
-fn gate_kind(problem: &Problem) -> Gate {
-    match problem.decay {
-        Decay::None => Gate::None,
-        Decay::Head | Decay::Scalar => Gate::Scalar,
-        Decay::Channel => Gate::Rows,
+/// What all kernels read of a problem, open for reading as long as this is there.
+struct Opened<'a> {
+    pass: &'a Pass<'a>,
+    of_keys: [Option<Held<'a>>; 6],
+    cu_seqlens: Option<Held<'a>>,
+}
+
+impl<'a> Opened<'a> {
+    fn new(pass: &'a Pass<'a>, x: &'a Inputs<Tensor>) -> Self {
+        let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
+        Self {
+            pass,
+            of_keys: of_keys.map(|x| x.map(Held::new)),
+            cu_seqlens: pass.cu_seqlens.as_ref().map(Held::new),
+        }
+    }
+
+    fn problem(&'a self, at: &mut Addresses<'a>) -> Result<ffi::Problem> {
+        let p = self.pass.problem;
+        let [q, k, gate, a, b, beta] = self.of_keys.each_ref().map(Option::as_ref);
+        let mut tensor = |x| at.tensor(x, p.v_heads);
+        Ok(ffi::Problem {
+            q: tensor(q)?,
+            k: tensor(k)?,
+            gate: tensor(gate)?,
+            a: tensor(a)?,
+            b: tensor(b)?,
+            beta: tensor(beta)?,
+            scale: p.scale,
+            k_dim: p.k_dim as i32,
+            v_dim: p.v_dim as i32,
+            heads: p.v_heads as i32,
+            gate_kind: match p.decay {
+                Decay::None => Gate::None,
+                Decay::Head | Decay::Scalar => Gate::Scalar,
+                Decay::Channel => Gate::Rows,
+            },
+            low_rank: (p.update == Update::LowRank).into(),
+            cu_seqlens: at.numbers(self.cu_seqlens.as_ref())?,
+            sequences: p.sequences.len() as i32,
+            tokens: p.tokens as i64,
+        })
     }
 }
 
@@ -74,38 +111,21 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     }
     let p = pass.problem;
     let heads = p.v_heads;
-    let cu_seqlens = pass.cu_seqlens.as_ref().map(Held::new);
-    let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
-    let of_keys = of_keys.map(|x| x.map(Held::new));
-    let [q, k, gate, a, b, beta] = of_keys.each_ref().map(Option::as_ref);
+    let opened = Opened::new(pass, x);
     let [value, first] = [sweep.value, sweep.first].map(|x| x.map(Held::new));
     let mut at = Addresses::new(&pass.machine);
     let anchors = at.out_numbers(sweep.anchors)?;
     let mut call = ffi::Sweep {
-        q: at.tensor(q, heads)?,
-        k: at.tensor(k, heads)?,
+        of: opened.problem(&mut at)?,
         value: at.tensor(value.as_ref(), heads)?,
-        gate: at.tensor(gate, heads)?,
-        a: at.tensor(a, heads)?,
-        b: at.tensor(b, heads)?,
-        beta: at.tensor(beta, heads)?,
         inner: at.out(sweep.inner)?,
         out: at.out(sweep.out)?,
         first: at.states(first.as_ref(), false)?,
         last: at.out_states(sweep.last, false)?,
         anchors: SegmentStates { data: anchors, cu_segments: std::ptr::null(), each: 0, all: 0 },
-        scale: p.scale,
-        k_dim: p.k_dim as i32,
-        v_dim: p.v_dim as i32,
-        heads: heads as i32,
-        gate_kind: gate_kind(p),
-        low_rank: (p.update == Update::LowRank).into(),
         reverse: sweep.reverse.into(),
-        cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
-        sequences: p.sequences.len() as i32,
-        tokens: p.tokens as i64,
-        prepared: std::ptr::null_mut(),
         columns: 0,
+        prepared: std::ptr::null_mut(),
     };
     let needs = |columns: usize| {
         let call = ffi::Sweep { columns: columns as i32, ..call };
@@ -166,13 +186,10 @@ pub(super) struct Gradients<'a> {
 
 /// Queues the gradients of keys, gates and beta.
 pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> Result<()> {
-    let p = pass.problem;
-    let heads = p.v_heads;
-    let numbers = [pass.cu_seqlens.as_ref(), of.segments.cu.as_ref(), Some(of.starts), Some(of.ends)];
-    let [cu_seqlens, cu_segments, starts, ends] = numbers.map(|x| x.map(Held::new));
-    let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
-    let of_keys = of_keys.map(|x| x.map(Held::new));
-    let [q, k, gate, a, b, beta] = of_keys.each_ref().map(Option::as_ref);
+    let heads = pass.problem.v_heads;
+    let opened = Opened::new(pass, x);
+    let numbers = [of.segments.cu.as_ref(), Some(of.starts), Some(of.ends)];
+    let [cu_segments, starts, ends] = numbers.map(|x| x.map(Held::new));
     let of_values = [Some(&x.v), of.grad_out, Some(of.written), Some(of.of_written)];
     let of_values = of_values.map(|x| x.map(Held::new));
     let [v, grad_out, written, of_written] = of_values.each_ref().map(Option::as_ref);
@@ -180,13 +197,8 @@ pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> R
     let cu_segments = at.numbers(cu_segments.as_ref())?;
     let [starts, ends]: [*const f32; 2] = [at.numbers(starts.as_ref())?, at.numbers(ends.as_ref())?];
     let call = ffi::Gradient {
-        q: at.tensor(q, heads)?,
-        k: at.tensor(k, heads)?,
+        of: opened.problem(&mut at)?,
         v: at.tensor(v, heads)?,
-        gate: at.tensor(gate, heads)?,
-        a: at.tensor(a, heads)?,
-        b: at.tensor(b, heads)?,
-        beta: at.tensor(beta, heads)?,
         grad_out: at.tensor(grad_out, heads)?,
         written: at.tensor(written, heads)?,
         of_written: at.tensor(of_written, heads)?,
@@ -198,15 +210,6 @@ pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> R
         db: at.out(of.db)?,
         dg: at.out(of.dg)?,
         dbeta: at.out(of.dbeta)?,
-        scale: p.scale,
-        k_dim: p.k_dim as i32,
-        v_dim: p.v_dim as i32,
-        heads: heads as i32,
-        gate_kind: gate_kind(p),
-        low_rank: (p.update == Update::LowRank).into(),
-        cu_seqlens: at.numbers(cu_seqlens.as_ref())?,
-        sequences: p.sequences.len() as i32,
-        tokens: p.tokens as i64,
     };
     // SAFETY: as in `run`.
     let code = unsafe { ffi::cla_delta_gradients(&call, pass.machine.stream()) };
