@@ -83,6 +83,19 @@ fn delta_families_for_every_scale_and_length() {
     }
 }
 
+/// These go in chunks in bf16 alone: on both sides of the end of a segment and of the number of channels that kernels hold.
+#[test]
+fn delta_in_chunks_for_every_scale_and_length() {
+    let sizes = [(16, 17), (64, 64), (65, 20), (100, 33), (128, 40), (33, 70)];
+    for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+        for (i, (k, v)) in sizes.into_iter().enumerate() {
+            let (t, scale) = (LENGTHS[1 + i], SCALES[i % SCALES.len()]);
+            let case = Case { op, k, v, t, scale, dtype: DType::BF16, h: 1, group: 2, ..Case::default() };
+            check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
 #[test]
 fn scales_in_16_bits() {
     for scale in SCALES {
