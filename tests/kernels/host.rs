@@ -72,6 +72,22 @@ fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {
     Ok(())
 }
 
+/// Where there are enough blocks for all multiprocessors, those of the chunked delta kernels are twice as wide.
+#[test]
+fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
+    for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+        for (k, v) in [(16, 40), (100, 70)] {
+            let case = Case { op, k, v, t: 135, scale: Some(-0.37), dtype: DType::BF16, ..Case::default() };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            let run = || case.run(Mode::FusedChunk, &inputs, Graph::ALL);
+            let got = cuda_host::run_on(1, 227 << 10, run)?;
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// K = 300 is refused by the kernels and not by the CPU backend: which of them is at work shows.
 #[test]
 fn the_kernels_are_for_the_thread_and_time_that_asked_for_them() {
