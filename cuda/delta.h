@@ -96,6 +96,7 @@ typedef struct {
   // [B, T, HV, K], and dbeta [B, T, HV, 1]; null: not wanted. dg is [B, T, HV, K] or, for a decay by token, f32
   // [B, T, HV, slices of CLA_DELTA_COLUMNS channels], to be summed up.
   cla_tensor dq, dk, da, db, dg, dbeta;
+  int64_t shared_limit;  // dynamic shared memory that a block may have, in bytes; 0: token by token
 } cla_delta_gradient;
 
 #define CLA_DELTA_COLUMNS 32

@@ -36,14 +36,27 @@ struct SegmentSteps {
   int64_t first;
   int count;
 
-  CLA_DEVICE SegmentSteps(const cla_delta_sweep &s, int64_t sequence, int64_t segment)
-      : steps(s.of.cu_seqlens, s.of.tokens, sequence, s.reverse) {
+  CLA_DEVICE SegmentSteps(const cla_delta_problem &of, int64_t sequence, int64_t segment, bool reverse)
+      : steps(of.cu_seqlens, of.tokens, sequence, reverse) {
     const int64_t begin = segment * CHUNK, left = steps.count - begin;
     count = left < CHUNK ? (int)left : CHUNK;
-    first = steps.start + (s.reverse ? begin + count - 1 : begin);
+    first = steps.start + (reverse ? begin + count - 1 : begin);
   }
   CLA_DEVICE int64_t token(int row) const { return steps.reverse ? first - row : first + row; }
 };
+
+// What is left at each step of what is written at each one before, f(later, earlier, left), and of what is there before the
+// first, f(later, -1, left). By threads 0 to CHUNK. Logarithms are summed up a step at a time: a difference of two sums would
+// be one of large numbers, or of infinities.
+template <class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
+  if (tid > CHUNK) return;
+  const int from = tid == CHUNK ? -1 : tid;
+  float sum = 0.f;
+  for (int t = 0; t < CHUNK; t++) {
+    if (t > from) sum += gates[t];
+    f(t, from, t < from ? 0.f : exp_fast(sum));
+  }
+}
 
 // The rows of a segment, `width` of up to WIDTH columns, into a tile; zeros elsewhere. By THREADS threads, of which this is
 // `tid`. Copies are to be committed and waited for.

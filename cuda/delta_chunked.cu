@@ -187,7 +187,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
   CLA_DEVICE void fetch(int64_t i) const {
     if (i < segments) {
       const int tid = this->tid - 128;
-      const SegmentSteps at(s, sequence, segment(i));
+      const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
       unsigned char *to = stage(i);
       auto into = [=](int part) { return [=](int row, int c) { return Tile{to + part}.piece(row, c / 8); }; };
       fetch_rows<R, 128>(into(L::K), k, at, s.of.k_dim, tid);
@@ -315,7 +315,7 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
     CLA_NO_UNROLL
     for (int64_t i = 0; i < segments; i++) {
       unsigned char *of = stage(i);
-      const SegmentSteps at(s, sequence, segment(i));
+      const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
       float acc[M][2][4];
       zero(acc);
       if (!solves) copies_wait<0>();

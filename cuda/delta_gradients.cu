@@ -1,4 +1,4 @@
-// The gradients of keys, gates and beta in the delta families (see delta.h), from what the two sweeps left. What every token
+// The gradients of keys, gates and beta in the delta families (see delta.h), token by token, from what the two sweeps left. What every token
 // wrote is known by then, and so is the gradient of everything that was read: states and their gradients are sums that fade.
 // A block has 32 channels of one segment of a head: the state's columns here, its rows are the values.
 //
@@ -9,6 +9,7 @@
 //     in reverse of_k = G^T A          of_b = G^T B     G = D (G + P (s q)^T + Q (factor r)^T)
 //
 // The products leave out what a token reads of itself, for dg; its terms are added to the gradients of the keys.
+#include "delta_gradients.cuh"
 #include "delta_state.cuh"
 
 namespace cla {
@@ -288,6 +289,8 @@ template <int EACH, bool LOW_RANK> int32_t launch_delta_gradients(cla_delta_grad
 }  // namespace cla
 
 extern "C" int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream) {
+  const int32_t code = cla::delta_chunk_gradients(*call, stream);
+  if (code != cla::NOT_IN_CHUNKS) return code;
   return cla::by_rows(call->of.v_dim, call->of.low_rank, [&](auto each, auto low_rank) {
     return cla::launch_delta_gradients<decltype(each)::value, decltype(low_rank)::value>(*call, stream);
   });

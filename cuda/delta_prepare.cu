@@ -19,7 +19,7 @@ template <int R> struct DeltaPrepare {
   unsigned char *to;
 
   CLA_DEVICE DeltaPrepare(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
-      : s(s), shared(shared_memory()), head(head), at(s, of.sequence, of.segment), gate(s.of.gate, at.steps.batch, head) {
+      : s(s), shared(shared_memory()), head(head), at(s.of, of.sequence, of.segment, s.reverse), gate(s.of.gate, at.steps.batch, head) {
     tid = thread_index();
     lane = tid & 31;
     warp = tid >> 5;
@@ -53,20 +53,13 @@ template <int R> struct DeltaPrepare {
     barrier();
   }
 
-  // Sums of logarithms a step at a time: a difference of two would be one of large numbers, or of infinities.
   CLA_DEVICE void sum_gates() {
-    if (tid > CHUNK) return;
-    const bool from_start = tid == CHUNK;
-    float sum = 0.f, at_end = 1.f;
-    for (int t = 0; t < CHUNK; t++) {
-      if (from_start || t > tid) sum += gates()[t];
-      const float left = exp_fast(sum);
-      if (from_start) factors()[Prepared::FROM_START + t] = left;
-      else fades(t)[tid] = t < tid ? 0.f : left;
-      if (t == at.count - 1) at_end = left;
-    }
-    if (s.reverse && s.of.gate_kind != CLA_NO_GATE) at_end *= exp_fast(gate.load(at.token(at.count - 1), 0));
-    factors()[from_start ? Prepared::WHOLE : Prepared::TO_END + tid] = at_end;
+    const float last = s.reverse && s.of.gate_kind != CLA_NO_GATE ? exp_fast(gate.load(at.token(at.count - 1), 0)) : 1.f;
+    each_fade(gates(), tid, [&](int t, int from, float left) {
+      if (from < 0) factors()[Prepared::FROM_START + t] = left;
+      else fades(t)[from] = left;
+      if (t == CHUNK - 1) factors()[from < 0 ? Prepared::WHOLE : Prepared::TO_END + from] = last * left;
+    });
   }
 
   // The lower triangles of K K^T and P.

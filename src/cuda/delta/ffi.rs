@@ -71,6 +71,7 @@ pub(super) struct Gradient {
     pub db: Tensor,
     pub dg: Tensor,
     pub dbeta: Tensor,
+    pub shared_limit: i64,
 }
 
 unsafe extern "C" {

@@ -7,6 +7,7 @@ use super::route::{Route, Size, route};
 use crate::cuda::ffi::Gate;
 use crate::cuda::memory::{Addresses, Buffer, Held};
 use crate::cuda::sweep::Pass;
+use crate::options::Mode;
 use crate::problem::{Decay, Inputs, Update};
 
 /// The segments of all sequences.
@@ -210,6 +211,7 @@ pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> R
         db: at.out(of.db)?,
         dg: at.out(of.dg)?,
         dbeta: at.out(of.dbeta)?,
+        shared_limit: if pass.problem.mode == Mode::Recurrent { 0 } else { pass.card.shared_memory as i64 },
     };
     // SAFETY: as in `run`.
     let code = unsafe { ffi::cla_delta_gradients(&call, pass.machine.stream()) };

@@ -1,0 +1,426 @@
+// The gradients of keys, of a gate by token and of beta (see delta.h) in matrix form, all segments at once, on tensor cores.
+// With the steps of a segment as rows, M and U what the two sweeps left, S the state before the segment, E the gradient from
+// behind it, and
+//
+//     D_ts = exp(g_{s+1} + ... + g_t) for s < t, else 0       from = exp(g_0 + ... + g_t)     left = exp(g_{t+1} + ...)
+//     A    = s (dO (beta M)^T) . D                            B    = -beta (U (beta M)^T) . D
+//
+// the products of delta_gradients.cu are
+//
+//     reads by q   dQ = s from dO S^T + A K
+//     reads by k   R  = -beta from U S^T + B K
+//     writes       W  = beta left M E^T + A^T Q + B^T K       dK = W + R
+//
+// each without a token's term with itself, own = s beta (dO . M), which dQ and dK get at the end.
+#include "delta_chunk.cuh"
+#include "delta_gradients.cuh"
+
+namespace cla {
+
+// R: channels of keys, padded. Values are padded to 128.
+template <int R> struct DeltaChunkGradients {
+  static constexpr int THREADS = 256, V = 128, VALUE = V * 128, KEY = R * 128;
+  static constexpr int FADES_PITCH = CHUNK + 8, FADES_BYTES = 4 * CHUNK * FADES_PITCH;
+  // do, then M, U and the state or the gradient behind, each as the sum of two parts, then A and B, the same.
+  static constexpr int GRAD_OUT = 0, M = VALUE, U = M + 2 * VALUE, STATE = U + 2 * VALUE, STATE_PART = R / 64 * VALUE;
+  static constexpr int A = STATE + 2 * STATE_PART, B = A + 2 * SUBTILE, K = B + 2 * SUBTILE;
+  // What is left of decays until A and B are there, q from then on.
+  static constexpr int Q = K + KEY, FADES = Q, NUMBERS = Q + (KEY > FADES_BYTES ? KEY : FADES_BYTES);
+  // Of each step: its gate, beta, from, left, own, dbeta; then sums of half a row each: of dg, and of what W has from E.
+  static constexpr int GATE = 0, BETA = CHUNK, FROM = 2 * CHUNK, LEFT = 3 * CHUNK, OWN = 4 * CHUNK, DBETA = 5 * CHUNK;
+  static constexpr int SUMS = 6 * CHUNK, FIRST = SUMS + 2 * CHUNK, BEHIND = FIRST + 2 * CHUNK, WHOLE = BEHIND + THREADS / 32;
+  static constexpr int SHARED = NUMBERS + 4 * (WHOLE + 1);
+  // A warp has 16 rows and half of the channels.
+  static constexpr int OWN_CHANNELS = R / 2, TILES = OWN_CHANNELS / 8;
+
+  const cla_delta_gradient &c;
+  unsigned char *shared;
+  int tid, lane, rows, half, row0, pair, head, v_steps;
+  int64_t segment;
+  SegmentSteps at;
+
+  CLA_DEVICE DeltaChunkGradients(const cla_delta_gradient &c, const SegmentOf &of, int64_t index, int head)
+      : c(c), shared(shared_memory()), head(head), segment(index), at(c.of, of.sequence, of.segment, false) {
+    tid = thread_index();
+    lane = tid & 31;
+    rows = 16 * ((tid >> 5) & 3);
+    half = tid >> 7;
+    row0 = lane >> 2;
+    pair = (lane & 3) * 2;
+    v_steps = (c.of.v_dim + 15) / 16;
+  }
+
+  CLA_DEVICE Tile tile(int which, int part = 0, int size = 0) const { return {shared + which + part * size}; }
+  CLA_DEVICE float *numbers(int which) const { return (float *)(shared + NUMBERS) + which; }
+  CLA_DEVICE float *fades(int row) const { return (float *)(shared + FADES) + row * FADES_PITCH; }
+  CLA_DEVICE Rows rows_of(const cla_tensor &x) const { return Rows(x, at.steps.batch, head); }
+  CLA_DEVICE bool gated() const { return c.of.gate_kind != CLA_NO_GATE; }
+  // The first of the warp's channels, in the tiles of the state: which, and the row there.
+  CLA_DEVICE int channel() const { return half * OWN_CHANNELS; }
+  CLA_DEVICE Tile state_tile(int part, int channel) const {
+    return {shared + STATE + part * STATE_PART + channel / 64 * VALUE};
+  }
+
+  // ---- loading ----
+
+  CLA_DEVICE static void split(Tile high, Tile low, int row, int column, const float (&x)[8]) {
+    uint32_t h[4], l[4];
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) {
+      h[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+      l[i] = pack_rest(h[i], x[2 * i], x[2 * i + 1]);
+    }
+    store16(high.piece(row, column / 8), {h[0], h[1], h[2], h[3]});
+    store16(low.piece(row, column / 8), {l[0], l[1], l[2], l[3]});
+  }
+  // Eight numbers of a row of v_dim, zeros behind its end.
+  CLA_DEVICE void load8(float (&x)[8], const float *row, int column, bool valid) const {
+    const int left = valid ? c.of.v_dim - column : 0;
+    if (left >= 8 && ((uintptr_t)(row + column) & 15) == 0) {
+      float first[4], second[4];
+      load4(first, row + column);
+      load4(second, row + column + 4);
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) x[i] = first[i], x[4 + i] = second[i];
+    } else {
+      CLA_UNROLL
+      for (int i = 0; i < 8; i++) x[i] = i < left ? row[column + i] : 0.f;
+    }
+  }
+  CLA_DEVICE void split_rows(int to, const Rows &from) const {
+    CLA_UNROLL
+    for (int i = tid; i < CHUNK * V / 8; i += THREADS) {
+      const int row = i / (V / 8), column = i % (V / 8) * 8;
+      float x[8];
+      load8(x, (const float *)from.row(at.token(row)), column, row < at.count);
+      split(tile(to), tile(to, 1, VALUE), row, column, x);
+    }
+  }
+  // A state of K x V, as the operand of products over values. Returns the thread's part of its product with what is there.
+  template <bool MULTIPLY> CLA_DEVICE float split_state(const cla_delta_states &states) const {
+    const int64_t size = (int64_t)c.of.k_dim * c.of.v_dim;
+    const float *from = states.data + (segment * c.of.heads + head) * size;
+    float sum = 0.f;
+    CLA_UNROLL_TWICE
+    for (int i = tid; i < R * V / 8; i += THREADS) {
+      const int row = i / (V / 8), column = i % (V / 8) * 8;
+      const Tile high = state_tile(0, row), low = state_tile(1, row);
+      float x[8];
+      load8(x, from + row * (int64_t)c.of.v_dim, column, row < c.of.k_dim);
+      if (MULTIPLY) {
+        const Vec4 h = load16(high.piece(row % 64, column / 8)), l = load16(low.piece(row % 64, column / 8));
+        const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
+        CLA_UNROLL
+        for (int j = 0; j < 4; j++) {
+          sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[2 * j];
+          sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[2 * j + 1];
+        }
+      }
+      split(high, low, row % 64, column, x);
+    }
+    return sum;
+  }
+  CLA_DEVICE void fetch_key(int to, const cla_tensor &from) const {
+    const Tile t = tile(to);
+    fetch_rows<R, THREADS>([=](int row, int c) { return t.piece(row, c / 8); }, rows_of(from), at, c.of.k_dim, tid);
+    copies_commit();
+  }
+
+  CLA_DEVICE void load() const {
+    const Tile of_out = tile(GRAD_OUT);
+    fetch_rows<V, THREADS>([=](int row, int c) { return of_out.piece(row, c / 8); }, rows_of(c.grad_out), at, c.of.v_dim, tid);
+    fetch_key(K, c.of.k);
+    if (tid < CHUNK) {
+      const bool valid = tid < at.count;
+      numbers(GATE)[tid] = valid && gated() ? rows_of(c.of.gate).load(at.token(tid), 0) : 0.f;
+      numbers(BETA)[tid] = valid ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;
+    }
+    split_rows(M, rows_of(c.written));
+    split_rows(U, rows_of(c.of_written));
+    split_state<false>(c.starts);
+    copies_wait<0>();
+    barrier();
+    each_fade(numbers(GATE), tid, [&](int t, int from, float left) {
+      if (from < 0) numbers(FROM)[t] = left;
+      else fades(t)[from] = left;
+      if (t == CHUNK - 1) *numbers(from < 0 ? WHOLE : LEFT + from) = left;
+    });
+    barrier();
+  }
+
+  // ---- products ----
+
+  // acc += a b^T for two operands that are sums of two parts, if `two_a` the first is: (16 rows) x (8 N columns of the result,
+  // rows of b from `first` on in tiles of 64).
+  template <int N, class B> CLA_DEVICE void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t *rest, B load) const {
+    CLA_UNROLL
+    for (int j = 0; j < N; j += 2) {
+      uint32_t high[4], low[4];
+      load(high, low, 8 * j);
+      mma16(acc[j], acc[j + 1], a, high);
+      mma16(acc[j], acc[j + 1], a, low);
+      if (rest) {
+        const uint32_t x[4] = {rest[0], rest[1], rest[2], rest[3]};
+        mma16(acc[j], acc[j + 1], x, high);
+      }
+    }
+  }
+  template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) x[j][e] = 0.f;
+    }
+  }
+  // f(number, step, channel or column from the warp's first)
+  template <int N, class F> CLA_DEVICE void each(float (&acc)[N][4], F f) const {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) f(acc[j][e], rows + row0 + 8 * (e >> 1), 8 * j + pair + (e & 1));
+    }
+  }
+
+  CLA_DEVICE void find_scores() const {
+    constexpr int COLUMNS = CHUNK / 2;
+    const int first = half * COLUMNS;
+    float a[COLUMNS / 8][4], b[COLUMNS / 8][4];
+    zero(a);
+    zero(b);
+    CLA_UNROLL_TWICE
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t of_out[4], u[4], u_rest[4];
+      load_a(of_out, tile(GRAD_OUT), rows, 16 * step);
+      load_a(u, tile(U), rows, 16 * step);
+      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
+      auto load = [&](uint32_t(&high)[4], uint32_t(&low)[4], int j) {
+        load_b(high, tile(M), first + j, 16 * step);
+        load_b(low, tile(M, 1, VALUE), first + j, 16 * step);
+      };
+      multiply(a, of_out, nullptr, load);
+      multiply(b, u, u_rest, load);
+    }
+    const float *beta = numbers(BETA);
+    auto store = [&](int to, float(&x)[COLUMNS / 8][4]) {
+      CLA_UNROLL
+      for (int j = 0; j < COLUMNS / 8; j++) {
+        CLA_UNROLL
+        for (int h = 0; h < 2; h++) {
+          const int t = rows + row0 + 8 * h, s = first + 8 * j + pair;
+          const uint32_t high = pack_bf16(x[j][2 * h], x[j][2 * h + 1]);
+          *(uint32_t *)tile(to).element(t, s) = high;
+          *(uint32_t *)tile(to, 1, SUBTILE).element(t, s) = pack_rest(high, x[j][2 * h], x[j][2 * h + 1]);
+        }
+      }
+    };
+    each(a, [&](float &x, int t, int at) {
+      const int s = first + at;
+      if (s == t) numbers(OWN)[t] = c.of.scale * beta[t] * x;
+      x = s < t ? c.of.scale * beta[s] * fades(t)[s] * x : 0.f;
+    });
+    each(b, [&](float &x, int t, int at) {
+      const int s = first + at;
+      if (s == t) numbers(DBETA)[t] = x;
+      x = s < t ? -beta[t] * beta[s] * fades(t)[s] * x : 0.f;
+    });
+    store(A, a);
+    store(B, b);
+  }
+
+  // acc += x y, or x^T y, of a square of scores and the rows of a key; `low` says on which side of the diagonal x is.
+  template <bool TRANSPOSED> CLA_DEVICE void add_scored(float (&acc)[TILES][4], int x, int y) const {
+    const int of_rows = rows / 16, from = TRANSPOSED ? of_rows : 0, to = TRANSPOSED ? CHUNK / 16 : of_rows + 1;
+    CLA_NO_UNROLL
+    for (int step = from; step < to; step++) {
+      uint32_t high[4], low[4];
+      if (TRANSPOSED) {
+        load_a_transposed(high, tile(x), 16 * step, rows);
+        load_a_transposed(low, tile(x, 1, SUBTILE), 16 * step, rows);
+      } else {
+        load_a(high, tile(x), rows, 16 * step);
+        load_a(low, tile(x, 1, SUBTILE), rows, 16 * step);
+      }
+      CLA_UNROLL
+      for (int j = 0; j < TILES; j += 2) {
+        uint32_t of_key[4];
+        load_b_transposed(of_key, tile(y), 16 * step, channel() + 8 * j);
+        mma16(acc[j], acc[j + 1], high, of_key);
+        mma16(acc[j], acc[j + 1], low, of_key);
+      }
+    }
+  }
+
+  // The state, or the gradient behind, for the warp's channels.
+  CLA_DEVICE auto state_at(int step) const {
+    return [this, step](uint32_t(&high)[4], uint32_t(&low)[4], int j) {
+      const int at = channel() + j;
+      load_b(high, state_tile(0, at), at % 64, 16 * step);
+      load_b(low, state_tile(1, at), at % 64, 16 * step);
+    };
+  }
+  CLA_DEVICE void read(float (&of_q)[TILES][4], float (&of_k)[TILES][4]) const {
+    zero(of_q);
+    zero(of_k);
+    CLA_NO_UNROLL
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t of_out[4], u[4], u_rest[4];
+      load_a(of_out, tile(GRAD_OUT), rows, 16 * step);
+      load_a(u, tile(U), rows, 16 * step);
+      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
+      multiply(of_q, of_out, nullptr, state_at(step));
+      multiply(of_k, u, u_rest, state_at(step));
+    }
+    const float *from = numbers(FROM), *beta = numbers(BETA);
+    each(of_q, [&](float &x, int t, int) { x *= c.of.scale * from[t]; });
+    each(of_k, [&](float &x, int t, int) { x *= -beta[t] * from[t]; });
+    add_scored<false>(of_q, A, K);
+    add_scored<false>(of_k, B, K);
+  }
+  CLA_DEVICE void write(float (&acc)[TILES][4], float (&first)[2]) const {
+    zero(acc);
+    CLA_NO_UNROLL
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t m[4], rest[4];
+      load_a(m, tile(M), rows, 16 * step);
+      load_a(rest, tile(M, 1, VALUE), rows, 16 * step);
+      multiply(acc, m, rest, state_at(step));
+    }
+    const float *left = numbers(LEFT), *beta = numbers(BETA);
+    each(acc, [&](float &x, int t, int) { x *= beta[t] * left[t]; });
+    add_products(first, acc, K, 1.f);
+    add_scored<true>(acc, A, Q);
+    add_scored<true>(acc, B, K);
+  }
+
+  // Of the thread's two rows: sum += factor (acc . y)
+  CLA_DEVICE void add_products(float (&sum)[2], const float (&acc)[TILES][4], int y, float factor) const {
+    CLA_UNROLL
+    for (int j = 0; j < TILES; j++) {
+      CLA_UNROLL
+      for (int h = 0; h < 2; h++) {
+        const uint32_t of_key = key_pair(y, rows + row0 + 8 * h, j);
+        sum[h] += factor * (acc[j][2 * h] * low_bf16(of_key) + acc[j][2 * h + 1] * high_bf16(of_key));
+      }
+    }
+  }
+  CLA_DEVICE uint32_t key_pair(int which, int row, int j) const {
+    return *(const uint32_t *)tile(which).element(row, channel() + 8 * j + pair);
+  }
+  // Of a row, from the four lanes that have it.
+  CLA_DEVICE void give_sums(const float (&sum)[2], int to) const {
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      float x = sum[h];
+      x += shuffle_xor(x, 1);
+      x += shuffle_xor(x, 2);
+      if (pair == 0) numbers(to)[half * CHUNK + rows + row0 + 8 * h] = x;
+    }
+  }
+
+  // acc, and what tokens read of what they write, which is `own` times the other key.
+  CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], int other) const {
+    if (!tensor.data) return;
+    const Rows to = rows_of(tensor);
+    const bool pairs = c.of.k_dim % 2 == 0;  // a result is contiguous
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      const int row = rows + row0 + 8 * h;
+      if (row >= at.count) continue;
+      const float own = numbers(OWN)[row];
+      CLA_UNROLL
+      for (int j = 0; j < TILES; j++) {
+        const int at_channel = channel() + 8 * j + pair;
+        const uint32_t key = key_pair(other, row, j);
+        const float x[2] = {acc[j][2 * h] + own * low_bf16(key), acc[j][2 * h + 1] + own * high_bf16(key)};
+        if (pairs && to.dtype == CLA_BF16) {
+          if (at_channel < c.of.k_dim) *(uint32_t *)(to.row(at.token(row)) + 2 * at_channel) = pack_bf16(x[0], x[1]);
+        } else {
+          CLA_UNROLL
+          for (int i = 0; i < 2; i++) {
+            if (at_channel + i < c.of.k_dim) to.store(at.token(row), at_channel + i, x[i]);
+          }
+        }
+      }
+    }
+  }
+
+  // ---- the gradients of a step's numbers ----
+
+  CLA_DEVICE void store_numbers() const {
+    if (tid >= at.count) return;
+    const int64_t t = at.token(tid);
+    if (c.dbeta.data) rows_of(c.dbeta).store(t, 0, numbers(DBETA)[tid]);
+    if (!c.dg.data) return;
+    double sum = 0.;
+    bool forgot = false;
+    for (int i = tid; i < at.count && !forgot; i++) {
+      forgot = exp_fast(numbers(GATE)[i]) == 0.f;
+      if (!forgot) sum += (double)numbers(SUMS)[i] + (double)numbers(SUMS)[CHUNK + i];
+    }
+    if (!forgot) {
+      float behind = 0.f;
+      for (int w = 0; w < THREADS / 32; w++) behind += numbers(BEHIND)[w];
+      sum += (double)numbers(WHOLE)[0] * behind;
+      for (int i = 0; i + 1 < at.count; i++) sum += (double)numbers(FIRST)[i] + (double)numbers(FIRST)[CHUNK + i];
+    }
+    const Rows dg = rows_of(c.dg);
+    for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
+      dg.store(t, slice, slice == 0 ? (float)sum : 0.f);
+    }
+  }
+
+  CLA_DEVICE void run() const {
+    load();
+    find_scores();
+    barrier();
+    fetch_key(Q, c.of.q);
+    float of_q[TILES][4], of_k[TILES][4], sum[2] = {0.f, 0.f}, first[2] = {0.f, 0.f};
+    read(of_q, of_k);
+    copies_wait<0>();
+    barrier();
+    add_products(sum, of_q, Q, 1.f);
+    add_products(sum, of_k, K, 1.f);
+    store(c.dq, of_q, K);
+    const float behind = sum_of_lanes(split_state<true>(c.ends));
+    if (lane == 0) numbers(BEHIND)[tid >> 5] = behind;
+    barrier();
+    write(of_q, first);
+    float of_writes[2] = {0.f, 0.f};
+    add_products(of_writes, of_q, K, -1.f);
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      // What the last token wrote is not in what the sums begin with.
+      if (rows + row0 + 8 * h + 1 < at.count) sum[h] += of_writes[h];
+    }
+    give_sums(sum, SUMS);
+    give_sums(first, FIRST);
+    CLA_UNROLL
+    for (int j = 0; j < TILES; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) of_q[j][e] += of_k[j][e];
+    }
+    store(c.dk, of_q, Q);
+    barrier();
+    store_numbers();
+  }
+};
+
+template <int R> CLA_KERNEL(256, 1) void delta_chunk_gradients_kernel(const CLA_CONSTANT cla_delta_gradient c) {
+  const int64_t index = block_x() / c.of.heads;
+  DeltaChunkGradients<R>(c, SegmentOf(c.starts, c.of.sequences, index), index, block_x() % c.of.heads).run();
+}
+
+template <int R> int32_t launch_chunk_gradients(const cla_delta_gradient &c, void *stream) {
+  using Kernel = DeltaChunkGradients<R>;
+  if (Kernel::SHARED > c.shared_limit) return NOT_IN_CHUNKS;
+  return launch(delta_chunk_gradients_kernel<R>, Dims{c.starts.all * c.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, c);
+}
+
+int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
+  auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
+  const bool fits = !c.of.low_rank && c.of.gate_kind <= CLA_GATE_SCALAR && c.of.k_dim <= 128 && c.of.v_dim <= 128;
+  if (!fits || !bf16(c.of.q) || !bf16(c.of.k) || !bf16(c.grad_out)) return NOT_IN_CHUNKS;
+  return c.of.k_dim <= 64 ? launch_chunk_gradients<64>(c, stream) : launch_chunk_gradients<128>(c, stream);
+}
+
+}  // namespace cla
