@@ -42,8 +42,8 @@ pub struct TextStream<'a> {
 
 impl<'a> TextStream<'a> {
     /// The prompt is decoded and dropped: some decoders strip the space before the first token they see.
-    pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
-        let mut stream = Self { stream: tokenizer.decode_stream(true) };
+    pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32], skip_special_tokens: bool) -> Result<Self> {
+        let mut stream = Self { stream: tokenizer.decode_stream(skip_special_tokens) };
         for &id in prompt {
             stream.push(id)?;
         }

@@ -27,18 +27,31 @@ pub struct Args {
     /// Text to go on from; "-" reads it from stdin.
     #[arg(long, default_value = DEFAULT_PROMPT)]
     prompt: String,
-    /// Below 1 the likely tokens become likelier; 0 always takes the likeliest.
-    #[arg(long, default_value_t = 0.8)]
-    pub temperature: f64,
+    /// Talk with the model: a line of stdin is a message, /exit ends. Written by the chat template of the folder.
+    #[arg(long, conflicts_with = "prompt")]
+    pub chat: bool,
+    /// What --chat tells the model before all else.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Do not show what --chat has the model think before it answers.
+    #[arg(long, requires = "chat")]
+    pub hide_thinking: bool,
+    /// Ask the template of --chat for answers without thinking.
+    #[arg(long, requires = "chat")]
+    pub no_think: bool,
+    /// Below 1 the likely tokens become likelier; 0 always takes the likeliest. This and the next three are as the
+    /// folder's generation_config.json says unless given, else 0.8, 0.95, all and 1.
+    #[arg(long)]
+    pub temperature: Option<f64>,
     /// Choose among the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 0.95)]
-    pub top_p: f64,
+    #[arg(long)]
+    pub top_p: Option<f64>,
     /// Choose among this many of the likeliest tokens.
     #[arg(long)]
     pub top_k: Option<usize>,
     /// Above 1, makes tokens of the last --repeat-last-n less likely.
-    #[arg(long, default_value_t = 1.0)]
-    pub repeat_penalty: f32,
+    #[arg(long)]
+    pub repeat_penalty: Option<f32>,
     #[arg(long, default_value_t = 64)]
     pub repeat_last_n: usize,
     /// The same seed writes the same text.
@@ -54,22 +67,22 @@ pub struct Args {
 impl Args {
     /// Refuses numbers that no text can be sampled with.
     pub fn validate(&self) -> Result<()> {
-        ensure!(
-            self.temperature.is_finite() && self.temperature >= 0.0,
-            "--temperature is {}, must be 0 or a positive number",
-            self.temperature
-        );
-        ensure!(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "--top-p is {}, must be more than 0 and at most 1",
-            self.top_p
-        );
+        if let Some(temperature) = self.temperature {
+            ensure!(
+                temperature.is_finite() && temperature >= 0.0,
+                "--temperature is {temperature}, must be 0 or a positive number"
+            );
+        }
+        if let Some(top_p) = self.top_p {
+            ensure!(top_p > 0.0 && top_p <= 1.0, "--top-p is {top_p}, must be more than 0 and at most 1");
+        }
         ensure!(self.top_k != Some(0), "--top-k is 0, must be at least 1");
-        ensure!(
-            (1e-3..=1e3).contains(&self.repeat_penalty),
-            "--repeat-penalty is {}, must be from 0.001 to 1000",
-            self.repeat_penalty
-        );
+        if let Some(penalty) = self.repeat_penalty {
+            ensure!(
+                (1e-3..=1e3).contains(&penalty),
+                "--repeat-penalty is {penalty}, must be from 0.001 to 1000"
+            );
+        }
         ensure!(
             self.revision.is_none() || self.model_id.is_some(),
             "--revision belongs to --model-id, which is not given"

@@ -1,6 +1,6 @@
 //! From logits to the next token.
 
-use crate::args::Args;
+use crate::settings::Settings;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 use candle_transformers::{
@@ -15,10 +15,10 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    pub fn new(args: &Args) -> Self {
+    pub fn new(settings: &Settings) -> Self {
         // candle takes p as f32, and 0 leaves it no token to choose.
-        let (temperature, p) = (args.temperature, args.top_p.max(f32::MIN_POSITIVE.into()));
-        let sampling = match args.top_k {
+        let (temperature, p) = (settings.temperature, settings.top_p.max(f32::MIN_POSITIVE.into()));
+        let sampling = match settings.top_k {
             // A temperature this low is the likeliest token but for overflow.
             _ if temperature < 1e-5 => Sampling::ArgMax,
             None if p < 1.0 => Sampling::TopP { p, temperature },
@@ -27,9 +27,9 @@ impl Sampler {
             Some(k) => Sampling::TopK { k, temperature },
         };
         Self {
-            processor: LogitsProcessor::from_sampling(args.seed, sampling),
-            repeat_penalty: args.repeat_penalty,
-            repeat_last_n: args.repeat_last_n,
+            processor: LogitsProcessor::from_sampling(settings.seed, sampling),
+            repeat_penalty: settings.repeat_penalty,
+            repeat_last_n: settings.repeat_last_n,
         }
     }
 

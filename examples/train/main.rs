@@ -49,8 +49,7 @@ fn evaluate(args: &Args, folder: &Path) -> Result<()> {
     let valid = args.valid.as_deref().context("--eval-only needs --valid")?;
     let device = device(args.cpu)?;
     // In f32 whatever the weights are stored in: the figure is then the weights' and not the arithmetic's.
-    let compute =
-        ComputeArgs { dtype: Some(DTypeArg::F32), quantize: None, mode: args.mode, cpu: args.cpu };
+    let compute = ComputeArgs { dtype: Some(DTypeArg::F32), quantize: None, mode: args.mode, cpu: args.cpu };
     let model = open_model(folder, &compute)?;
     let tokenizer = load_tokenizer(&folder.join("tokenizer.json"))?;
     let end_token = tokenizer
