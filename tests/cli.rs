@@ -185,3 +185,63 @@ fn bad_arguments_of_logits_are_named() {
     assert!(message.contains("cannot write --output"), "{message}");
     assert!(fail(&mut logits(Path::new("nowhere"), "1", &[], &output)).contains("nowhere"));
 }
+
+/// The tiny model with a template and what a chat model's folder has besides.
+fn chat_folder() -> PathBuf {
+    let folder = FOLDER.path().join("chat");
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model().join(file), folder.join(file)).unwrap();
+    }
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
+        {% if add_generation_prompt %}[assistant]{% endif %}";
+    let config = serde_json::json!({"chat_template": template});
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+    std::fs::write(folder.join("generation_config.json"), r#"{"do_sample": false}"#).unwrap();
+    folder
+}
+
+/// What a session says to these lines, and its report.
+fn chat(lines: &str, arguments: &[&str]) -> (String, String) {
+    let mut command = example("generate");
+    command.arg("--model").arg(chat_folder()).args(["--chat", "-n", "12"]).args(arguments);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let report = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{report}");
+    (String::from_utf8(output.stdout).unwrap(), report)
+}
+
+#[test]
+fn a_chat_reads_lines_until_it_is_told_to_stop() {
+    let (one, report) = chat("Hello\n", &[]);
+    assert!(one.ends_with('\n') && one.len() > 1 && report.contains("decode: "), "{one:?} {report}");
+    // By its file the model does not sample: what was said first is answered as before, whatever comes after it.
+    let (more, _) = chat("Hello\n\nAnd now?\nOne more\nThe last\n/exit\nNot this\n", &["--seed", "9"]);
+    assert!(more.starts_with(&one) && more.len() > one.len(), "{more:?}");
+    assert_eq!(chat("Hello\n\nAnd now?\nOne more\nThe last", &[]).0, more);
+    let prompt = |report: &str| report.split(" tokens").next().unwrap().to_owned();
+    assert_ne!(prompt(&chat("Hello\n", &["--system", "You are a bear."]).1), prompt(&report));
+}
+
+#[test]
+fn a_chat_needs_a_template_and_its_options_a_chat() {
+    let message = fail(&mut generate(&["--chat"]));
+    assert!(message.contains("has no chat template"), "{message}");
+    for arguments in [&["--system", "x"][..], &["--hide-thinking"], &["--no-think"], &["--chat", "--prompt", "x"]] {
+        let message = fail(&mut generate(arguments));
+        assert!(message.contains("--chat"), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn quantized_models_write_too() {
+    for format in ["q8_0", "q4_k"] {
+        let text = succeed(&mut generate(&["--temperature", "0", "-n", "20", "--quantize", format]));
+        assert!(text.starts_with("Once upon a time") && text.len() > 60, "{format}: {text}");
+    }
+    let message = fail(&mut generate(&["--quantize", "q3"]));
+    assert!(message.contains("q8_0") && message.contains("q4_k"), "{message}");
+}
