@@ -3,14 +3,6 @@
 
 namespace cla {
 
-// Whether all rows of a tensor can be moved 16 bytes at a time.
-static bool in_pieces(const cla_tensor &x, int width) {
-  const int each = x.dtype == CLA_F32 ? 4 : 8;
-  auto whole = [&](int64_t n) { return n % each == 0; };
-  return x.data && x.element == 1 && whole(width) && whole(x.batch) && whole(x.token) && whole(x.head) &&
-         (uintptr_t)x.data % 16 == 0;
-}
-
 // The kernels that copy their inputs to shared memory as they are, if those are bf16, lie well and the kernel fits, else those
 // that take everything.
 static int32_t chunked(const Call &call) {

@@ -10,35 +10,32 @@
 // columns of the state: W warpgroups with 64 columns each. They hold X^T, so that what they accumulate is already the A
 // operand of X^T read^T and nothing is transposed anywhere.
 #pragma once
-#include "chunked_gates.cuh"
+#include "chunked_outputs.cuh"
 
 namespace cla {
 
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked : ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE> {
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked : ChunkOutputs<ROWS, W, NARROW, BF16_OUT, GATE> {
   using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
-  using Base = ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base = ChunkOutputs<ROWS, W, NARROW, BF16_OUT, GATE>;
   using Base::s, Base::shared, Base::place, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::out;
   using Base::tid, Base::warp, Base::group, Base::row0, Base::pair, Base::first_column, Base::begin, Base::end;
   using Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
-  using Base::value_tile, Base::scores, Base::out_tile, Base::wide_out, Base::decays, Base::count_at;
-  using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start, Base::to_end, Base::whole, Base::total;
-  using Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor, Base::anchor, Base::total_of;
-  using Base::limit, Base::sum_vector_gates, Base::decay_chunk, Base::count_decay, Base::fill_part;
-  template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
+  using Base::value_tile, Base::scores, Base::count_at, Base::column, Base::waits, Base::finish, Base::flush;
+  using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start;
+  using Base::to_end, Base::whole, Base::total, Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor;
+  using Base::total_of;
+  using Base::limit, Base::decay_chunk, Base::count_decay, Base::fill_part;
   using Fetched = typename Base::Fetched;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
   static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
 
   float state[R / 8][4];
-  bool out_waits = false;  // some of it, in shared memory
 
   CLA_DEVICE Chunked(const cla_sweep &s) : Base(s) {}
 
   // ---- the state ----
 
-  // The thread's columns of the state (rows of its transpose) within the block, h = 0 or 1.
-  CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
   CLA_DEVICE int state_row(int j, int e) const { return 8 * j + pair + (e & 1); }
 
   template <class F> CLA_DEVICE void each_state(F f) {
@@ -280,71 +277,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     if (VECTOR) scale_state(end_factor());
   }
 
-  // ---- the result ----
-
-  // Output waits in shared memory where there is room for it.
-  CLA_DEVICE void finish(float (&acc)[8][4], int64_t step, int from, int to) {
-    CLA_UNROLL
-    for (int j = 0; j < 8; j++) {
-      CLA_UNROLL
-      for (int e = 0; e < 4; e++) {
-        const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
-        acc[j][e] *= s.out_scale;
-        if (BY_COLUMN && t >= from && t < to && c < columns()) {
-          acc[j][e] *= exp_fast(decays()[t * PITCH + c] - anchor()[c]);
-        }
-        if (L::WIDE_OUT) {
-          wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
-        } else if (!NARROW && t >= from && t < to && c < columns()) {
-          out.store(steps.token(step + t), c, acc[j][e]);
-        }
-      }
-    }
-    if (BF16_OUT) stage_out(acc);
-    out_waits = NARROW;
-  }
-
-  // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
-  CLA_DEVICE void stage_out(const float (&acc)[8][4]) {
-    const Tile to = out_tile().from_column(64 * group);
-    CLA_UNROLL
-    for (int j = 0; j < 8; j += 2) {
-      const uint32_t x[4] = {pack_bf16(acc[j][0], acc[j][1]), pack_bf16(acc[j][2], acc[j][3]),
-                             pack_bf16(acc[j + 1][0], acc[j + 1][1]), pack_bf16(acc[j + 1][2], acc[j + 1][3])};
-      store_transposed(to, 8 * j, 16 * warp, x);
-    }
-  }
-  // What waits of the chunk at `step`, its steps from..to.
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step, int from, int to) {
-    if (L::WIDE_OUT) {
-      constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
-      const int tid = opaque(this->tid);
-      const int first = tid / PER_ROW, c = tid % PER_ROW * 4;
-      const int64_t stride = (s.reverse ? -4 : 4) * out.token;
-      unsigned char *data = out.data + steps.token(0) * out.token * 4 + (step + first) * stride + 4 * c;
-      CLA_UNROLL
-      for (int i = 0; i < CHUNK / EVERY; i++) {
-        const int row = first + i * EVERY;
-        if (row >= from && row < to && c < columns()) {
-          store16_streaming(data + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
-        }
-      }
-    } else {
-      static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
-      const unsigned char *data = out_tile().piece(at.row, at.column / 8);
-      CLA_UNROLL
-      for (int i = 0; i < at.EACH; i++) {
-        const int row = at.row + i * at.EVERY;
-        if (at.column < columns() && row >= from && row < to) {
-          store16_streaming(at.data + i * at.stride, load16(data + i * at.EVERY * 128));
-        }
-      }
-    }
-    out_waits = false;
-    if (to == count_at(step)) at.next_chunk();
-  }
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) { flush(at, step, 0, count_at(step)); }
-
   // ---- the sweep ----
 
   CLA_DEVICE void run(bool only_state) {
@@ -456,7 +388,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       bool whole = true;
       if constexpr (L::STAGED_DECAY) {
         // What waits lies where this chunk's decays go.
-        if (out_waits) flush(f.out, step - CHUNK);
+        if (waits) flush(f.out, step - CHUNK);
         decay_chunk();
         shared_fence();
         barrier();
@@ -472,10 +404,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       do {
         const int to = whole ? count : Base::fill_part_apart(s, step, from, count);
         solve(stage, stage, step, from, to, only_state, [&] {
-          if (!L::STAGED_DECAY && out_waits) flush(f.out, step - CHUNK);
+          if (!L::STAGED_DECAY && waits) flush(f.out, step - CHUNK);
           if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
         });
-        if (!whole && out_waits) {
+        if (!whole && waits) {
           barrier();
           flush(f.out, step, from, to);
         }
@@ -483,7 +415,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       } while (VECTOR && from < count);
       if (!whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
     }
-    if (out_waits) {
+    if (waits) {
       barrier();
       flush(f.out, begin + (end - begin - 1) / CHUNK * CHUNK);
     }

@@ -41,34 +41,16 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     if (step + 2 * lane + 1 < end) g.y = steps.decay_before(gate, step + 2 * lane + 1, 0);
     return g;
   }
-  CLA_DEVICE static double shuffle_up_double(double x, int delta) {
-    union {
-      double d;
-      uint32_t u[2];
-    } b = {x};
-    b.u[0] = shuffle_up(b.u[0], delta);
-    b.u[1] = shuffle_up(b.u[1], delta);
-    return b.d;
-  }
-  CLA_DEVICE static double shuffle_double(double x, int from) {
-    union {
-      double d;
-      uint32_t u[2];
-    } b = {x};
-    b.u[0] = shuffle(b.u[0], from);
-    b.u[1] = shuffle(b.u[1], from);
-    return b.d;
-  }
   // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
   CLA_DEVICE void sum_gates(int set, Pair g) {
     double x = g.x < STRONGEST_DECAY ? STRONGEST_DECAY : g.x, y = g.y < STRONGEST_DECAY ? STRONGEST_DECAY : g.y;
     double sum = x + y;
     CLA_UNROLL
     for (int d = 1; d < 32; d *= 2) {
-      double before = shuffle_up_double(sum, d);
+      double before = shuffle_up(sum, d);
       if (lane >= d) sum += before;
     }
-    double all = shuffle_double(sum, 31);
+    double all = shuffle(sum, 31);
     double at[2] = {sum - y, sum};
     CLA_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -150,21 +132,20 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
 
   static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
-  struct Four {
-    float x[4];
-  };
-  struct Two {
+  struct alignas(8) Two {
     uint32_t x[2];
   };
   CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
-  CLA_DEVICE Four staged_gates(int row, int c) const {
-    if (!gates_in_tile()) return *(const Four *)(raw_gate_row(row) + c);
-    const Two two = four_of(raw_gates(), row, c);
-    return {{low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])}};
+  CLA_DEVICE void unpack(float (&x)[4], Two two) const {
+    x[0] = low_bf16(two.x[0]), x[1] = high_bf16(two.x[0]), x[2] = low_bf16(two.x[1]), x[3] = high_bf16(two.x[1]);
+  }
+  CLA_DEVICE void staged_gates(float (&g)[4], int row, int c) const {
+    if (gates_in_tile()) unpack(g, four_of(raw_gates(), row, c));
+    else load4(g, raw_gate_row(row) + c);
   }
   CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
-    const Two two = four_of(from, row, c);
-    float x[4] = {low_bf16(two.x[0]), high_bf16(two.x[0]), low_bf16(two.x[1]), high_bf16(two.x[1])};
+    float x[4];
+    unpack(x, four_of(from, row, c));
     CLA_UNROLL
     for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
     Two h, l;
@@ -174,9 +155,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   }
 
   CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
-    const Four g = staged_gates(row, c);
+    float g[4];
+    staged_gates(g, row, c);
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += g.x[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g.x[k];
+    for (int k = 0; k < 4; k++) sum[k] += g[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g[k];
   }
 
   // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
@@ -186,17 +168,18 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     float own[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
-    *(Four *)(totals() + of * GATES + c) = {{own[0], own[1], own[2], own[3]}};
+    store4(totals() + of * GATES + c, own);
     barrier();
     float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEP_GROUPS; i++) {
-      const Four t = *(const Four *)(totals() + i * GATES + c);
+      float t[4];
+      load4(t, totals() + i * GATES + c);
       CLA_UNROLL
       for (int k = 0; k < 4; k++) {
-        all[k] += t.x[k];
-        if (i < STEP_GROUPS / 2) middle[k] += t.x[k];
-        if (i < of) sum[k] += t.x[k];
+        all[k] += t[k];
+        if (i < STEP_GROUPS / 2) middle[k] += t[k];
+        if (i < of) sum[k] += t[k];
       }
     }
     CLA_UNROLL
@@ -219,7 +202,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
         decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
       } else {
         decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
-        *(Four *)(decays() + row * PITCH + c) = {{sum[0], sum[1], sum[2], sum[3]}};
+        store4(decays() + row * PITCH + c, sum);
       }
     }
     if (!inside) limit() = 0;

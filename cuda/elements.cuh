@@ -33,6 +33,42 @@ CLA_DEVICE void store_element(void *data, int32_t dtype, int64_t at, float x) {
   }
 }
 
+// Four numbers in 16 bytes.
+CLA_DEVICE void load4(float (&x)[4], const float *from) {
+  const Vec4 v = load16(from);
+  x[0] = bits_to_float(v.x), x[1] = bits_to_float(v.y), x[2] = bits_to_float(v.z), x[3] = bits_to_float(v.w);
+}
+CLA_DEVICE void store4(float *to, const float (&x)[4]) {
+  store16(to, {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])});
+}
+
+// Over the lanes of a warp.
+template <class T> CLA_DEVICE T sum_of_lanes(T x) {
+  CLA_UNROLL
+  for (int d = 16; d > 0; d /= 2) x += shuffle_xor(x, d);
+  return x;
+}
+
+// Which of `count` runs has `at`, where run n goes from ends[n] up to ends[n + 1].
+CLA_DEVICE int32_t run_of(const uint32_t *ends, int32_t count, int64_t at) {
+  int32_t below = 0, to = count;  // ends[below] <= at < ends[to]
+  while (to - below > 1) {
+    const int32_t middle = below + (to - below) / 2;
+    if (ends[middle] <= at) below = middle;
+    else to = middle;
+  }
+  return below;
+}
+
+// On the side of the launch: whether all rows of a tensor, of `width`, can be moved `each` elements at a time.
+inline bool in_groups(const cla_tensor &x, int width, int each) {
+  auto whole = [&](int64_t n) { return n % each == 0; };
+  const uintptr_t bytes = each * (x.dtype == CLA_F32 ? 4 : 2);
+  return x.data && x.element == 1 && whole(width) && whole(x.batch) && whole(x.token) && whole(x.head) &&
+         (uintptr_t)x.data % bytes == 0;
+}
+inline bool in_pieces(const cla_tensor &x, int width) { return in_groups(x, width, x.dtype == CLA_F32 ? 4 : 8); }
+
 // The rows of a tensor for one batch entry and value head.
 struct Rows {
   unsigned char *data;

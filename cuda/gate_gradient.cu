@@ -7,68 +7,47 @@ namespace cla {
 
 constexpr int TERM_THREADS = 256, SUM_THREADS = 128, AHEAD = 8;
 
-CLA_DEVICE float shuffle_number(float x, int mask) { return shuffle_xor(x, mask); }
-CLA_DEVICE double shuffle_number(double x, int mask) {
-  union {
-    double d;
-    uint32_t u[2];
-  } b = {x};
-  b.u[0] = shuffle_xor(b.u[0], mask);
-  b.u[1] = shuffle_xor(b.u[1], mask);
-  return b.d;
-}
-template <class T> CLA_DEVICE T warp_sum(T x) {
-  CLA_UNROLL
-  for (int d = 16; d > 0; d /= 2) x += shuffle_number(x, d);
-  return x;
-}
-
 // Whether a sequence ends with token t.
 CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
   if (!c.cu_seqlens) return t + 1 == c.tokens;
-  int32_t below = 0, to = c.sequences;  // cu_seqlens[below] <= t < cu_seqlens[to]
-  while (to - below > 1) {
-    const int32_t middle = below + (to - below) / 2;
-    (c.cu_seqlens[middle] <= t ? below : to) = middle;
-  }
-  return c.cu_seqlens[to] == t + 1;
+  return c.cu_seqlens[run_of(c.cu_seqlens, c.sequences, t) + 1] == t + 1;
 }
 
-struct alignas(16) Four {
-  float x[4];
-};
 struct alignas(8) Halves {
   uint16_t x[4];
 };
 // Elements d to d + 3 of a row of `width`, zeros behind its end.
-template <bool IN_FOURS> CLA_DEVICE Four load_four(const Rows &rows, int64_t t, int d, int width) {
-  Four r = {{0.f, 0.f, 0.f, 0.f}};
-  if (!rows.data) return r;
-  if (IN_FOURS && rows.dtype == CLA_F32) return *(const Four *)((const float *)rows.data + t * rows.token + d);
-  if (IN_FOURS) {
-    const Halves v = *(const Halves *)((const uint16_t *)rows.data + t * rows.token + d);
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) r.x[i] = rows.dtype == CLA_BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
-    return r;
-  }
+template <bool IN_FOURS> CLA_DEVICE void load_four(float (&x)[4], const Rows &rows, int64_t t, int d, int width) {
+  const int64_t at = t * rows.token + d;
   CLA_UNROLL
-  for (int i = 0; i < 4; i++) {
-    if (d + i < width) r.x[i] = rows.load(t, d + i);
-  }
-  return r;
-}
-template <bool IN_FOURS> CLA_DEVICE void store_four(const Rows &rows, int64_t t, int d, int width, const Four &x) {
+  for (int i = 0; i < 4; i++) x[i] = 0.f;
+  if (!rows.data) return;
   if (IN_FOURS && rows.dtype == CLA_F32) {
-    *(Four *)((float *)rows.data + t * rows.token + d) = x;
+    load4(x, (const float *)rows.data + at);
   } else if (IN_FOURS) {
-    Halves v;
+    const Halves v = *(const Halves *)((const uint16_t *)rows.data + at);
     CLA_UNROLL
-    for (int i = 0; i < 4; i++) v.x[i] = rows.dtype == CLA_BF16 ? to_bf16(x.x[i]) : to_f16(x.x[i]);
-    *(Halves *)((uint16_t *)rows.data + t * rows.token + d) = v;
+    for (int i = 0; i < 4; i++) x[i] = rows.dtype == CLA_BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
   } else {
     CLA_UNROLL
     for (int i = 0; i < 4; i++) {
-      if (d + i < width) rows.store(t, d + i, x.x[i]);
+      if (d + i < width) x[i] = rows.load(t, d + i);
+    }
+  }
+}
+template <bool IN_FOURS> CLA_DEVICE void store_four(const Rows &rows, int64_t t, int d, int width, const float (&x)[4]) {
+  const int64_t at = t * rows.token + d;
+  if (IN_FOURS && rows.dtype == CLA_F32) {
+    store4((float *)rows.data + at, x);
+  } else if (IN_FOURS) {
+    Halves v;
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) v.x[i] = rows.dtype == CLA_BF16 ? to_bf16(x[i]) : to_f16(x[i]);
+    *(Halves *)((uint16_t *)rows.data + at) = v;
+  } else {
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) {
+      if (d + i < width) rows.store(t, d + i, x[i]);
     }
   }
 }
@@ -91,22 +70,26 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
   const Rows q(c.q, batch, head), k(c.k, batch, head), v(c.v, batch, head), grad_out(c.grad_out, batch, head);
   const Rows dq(f32_of(c.dq, c), batch, head), dk(f32_of(c.dk, c), batch, head);
   const Rows dq_out = c.dq_out.data ? Rows(c.dq_out, batch, head) : dq, dk_out = c.dk_out.data ? Rows(c.dk_out, batch, head) : dk;
-  Four of_q[MOST], of_k[MOST], of_dq[MOST], of_dk[MOST];
+  float of_q[MOST][4], of_k[MOST][4], of_dq[MOST][4], of_dk[MOST][4];
   float own = 0.f;
   CLA_UNROLL
   for (int j = 0; j < MOST; j++) {
     const int i = first + 128 * j;
     if (i < c.k_dim) {
-      of_q[j] = load_four<IN_FOURS>(q, t, i, c.k_dim), of_k[j] = load_four<IN_FOURS>(k, t, i, c.k_dim);
-      of_dq[j] = load_four<IN_FOURS>(dq, t, i, c.k_dim), of_dk[j] = load_four<IN_FOURS>(dk, t, i, c.k_dim);
+      load_four<IN_FOURS>(of_q[j], q, t, i, c.k_dim);
+      load_four<IN_FOURS>(of_k[j], k, t, i, c.k_dim);
+      load_four<IN_FOURS>(of_dq[j], dq, t, i, c.k_dim);
+      load_four<IN_FOURS>(of_dk[j], dk, t, i, c.k_dim);
     }
     if (i < c.v_dim) {
-      const Four x = load_four<IN_FOURS>(v, t, i, c.v_dim), y = load_four<IN_FOURS>(grad_out, t, i, c.v_dim);
+      float x[4], y[4];
+      load_four<IN_FOURS>(x, v, t, i, c.v_dim);
+      load_four<IN_FOURS>(y, grad_out, t, i, c.v_dim);
       CLA_UNROLL
-      for (int e = 0; e < 4; e++) own += x.x[e] * y.x[e];
+      for (int e = 0; e < 4; e++) own += x[e] * y[e];
     }
   }
-  own = c.scale * warp_sum(own);
+  own = c.scale * sum_of_lanes(own);
   // What a last token's k dk has is not in `after`.
   const float behind = is_last(c, t) ? 0.f : 1.f;
   double sum = 0.;
@@ -114,19 +97,19 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
   for (int j = 0; j < MOST; j++) {
     const int i = first + 128 * j;
     if (i >= c.k_dim) continue;
-    Four term;
+    float term[4];
     CLA_UNROLL
     for (int e = 0; e < 4; e++) {
-      term.x[e] = of_q[j].x[e] * of_dq[j].x[e] - behind * (of_k[j].x[e] * of_dk[j].x[e]);
-      if (c.summed) sum += (double)of_q[j].x[e] * of_dq[j].x[e] - behind * ((double)of_k[j].x[e] * of_dk[j].x[e]);
-      of_dq[j].x[e] += own * of_k[j].x[e];
-      of_dk[j].x[e] += own * of_q[j].x[e];
+      term[e] = of_q[j][e] * of_dq[j][e] - behind * (of_k[j][e] * of_dk[j][e]);
+      if (c.summed) sum += (double)of_q[j][e] * of_dq[j][e] - behind * ((double)of_k[j][e] * of_dk[j][e]);
+      of_dq[j][e] += own * of_k[j][e];
+      of_dk[j][e] += own * of_q[j][e];
     }
     if (!c.summed) store_four<IN_FOURS>(Rows(f32_of(c.terms, c), batch, head), t, i, c.k_dim, term);
     store_four<IN_FOURS>(dq_out, t, i, c.k_dim, of_dq[j]);
     store_four<IN_FOURS>(dk_out, t, i, c.k_dim, of_dk[j]);
   }
-  sum = warp_sum(sum);
+  sum = sum_of_lanes(sum);
   if (c.summed && first == 0) c.terms[index] = (float)sum;
 }
 
@@ -210,19 +193,13 @@ CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
 
 }  // namespace cla
 
-// Whether rows of `width` can be loaded four elements at a time.
-static bool in_fours(const cla_tensor &x, int width) {
-  const uintptr_t bytes = x.dtype == CLA_F32 ? 16 : 8;
-  return !x.data || (x.element == 1 && width % 4 == 0 && x.token % 4 == 0 && x.head % 4 == 0 && x.batch % 4 == 0 &&
-                     (uintptr_t)x.data % bytes == 0);
-}
-
 extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream) {
   using namespace cla;
   const cla_gate_gradient &c = *call;
   const int warps = TERM_THREADS / 32;
   const int64_t rows = c.batch * c.tokens * c.heads, width = c.heads * (int64_t)(c.summed ? 1 : c.k_dim);
   const Dims tokens = {(rows + warps - 1) / warps, 1};
+  auto in_fours = [](const cla_tensor &x, int width) { return !x.data || in_groups(x, width, 4); };
   const bool fast = in_fours(c.q, c.k_dim) && in_fours(c.k, c.k_dim) && in_fours(c.v, c.v_dim) && in_fours(c.grad_out, c.v_dim);
   int32_t code = fast ? launch(gate_terms_kernel<true>, tokens, TERM_THREADS, 0, stream, c)
                       : launch(gate_terms_kernel<false>, tokens, TERM_THREADS, 0, stream, c);

@@ -33,9 +33,7 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
     const int row = y + ROW_GROUPS * i;
     const bool valid = first && row < s.rows;
     if (valid && first_in_pieces && column + 4 <= s.cols) {
-      const Vec4 v = load16(first + row * s.first.row + column);
-      state[i][0] = bits_to_float(v.x), state[i][1] = bits_to_float(v.y);
-      state[i][2] = bits_to_float(v.z), state[i][3] = bits_to_float(v.w);
+      load4(state[i], first + row * s.first.row + column);
     } else {
       CLA_UNROLL
       for (int c = 0; c < 4; c++) {
@@ -117,8 +115,7 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
     CLA_UNROLL
     for (int c = 0; c < 4; c++) state[i][c] *= scale;
     if (last_in_pieces && column + 4 <= s.cols) {
-      store16(last + row * s.last.row + column, {float_to_bits(state[i][0]), float_to_bits(state[i][1]),
-                                                 float_to_bits(state[i][2]), float_to_bits(state[i][3])});
+      store4(last + row * s.last.row + column, state[i]);
     } else {
       CLA_UNROLL
       for (int c = 0; c < 4; c++) {

@@ -13,7 +13,7 @@ use crate::problem::{Inputs, Problem, Role};
 
 /// Computes what `problem` asks for, differentiably.
 pub(crate) fn solve(problem: Problem, inputs: Inputs<Tensor>) -> Result<Output> {
-    let backend = Backend::of(inputs.q.device(), &problem);
+    let backend = Backend::of(inputs.q.device());
     let (roles, inputs): (Vec<_>, Vec<_>) = inputs.list().into_iter().unzip();
     let mut results = autograd::apply(Operator { problem, roles, backend }, &inputs)?.into_iter();
     let (out, kv, z) = (results.next(), results.next(), results.next());
@@ -25,19 +25,17 @@ pub(crate) fn solve(problem: Problem, inputs: Inputs<Tensor>) -> Result<Output> 
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backend {
-    /// Also for a device or an operator without kernels of ours: tensors are copied to the CPU and back.
+    /// Also for a device without kernels of ours: tensors are copied to the CPU and back.
     Cpu,
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     Cuda,
 }
 
 impl Backend {
-    // Without a feature that has kernels the problem does not matter.
-    #[cfg_attr(not(any(feature = "cuda", feature = "cuda-host")), allow(unused_variables))]
-    fn of(device: &Device, problem: &Problem) -> Self {
+    fn of(device: &Device) -> Self {
         match device {
             #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-            device if cuda::takes(device, problem) => Self::Cuda,
+            device if cuda::takes(device) => Self::Cuda,
             _ => Self::Cpu,
         }
     }

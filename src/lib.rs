@@ -18,3 +18,8 @@ mod problem;
 pub use cuda::cuda_host;
 pub use ops::*;
 pub use options::{Mode, Options, Output, State};
+
+/// The examples of the guide are run as well.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/models.md")]
+struct Guide;

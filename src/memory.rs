@@ -34,6 +34,26 @@ fn sum_of_totals(meminfo: &str) -> Option<f64> {
     Some(1024. * (total("MemTotal:")? + total("SwapTotal:").unwrap_or(0.)))
 }
 
+/// Gives back the memory of a part of a file that is mapped. If it is read again, it is read from the file again.
+///
+/// # Safety
+/// The bytes must be of a file that is mapped for reading alone: memory of another kind would lose what it holds.
+pub(crate) unsafe fn release_mapped(bytes: &[u8]) {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: a question without consequences.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) }.max(1) as usize;
+        let skipped = bytes.as_ptr().align_offset(page);
+        if let Some(whole) = bytes.len().checked_sub(skipped).map(|len| len / page * page) {
+            // SAFETY: whole pages within the bytes; what they hold is in the file, as the caller says. A call that fails
+            // changes nothing.
+            unsafe { libc::madvise(bytes[skipped..].as_ptr() as *mut _, whole, libc::MADV_DONTNEED) };
+        }
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = bytes;
+}
+
 /// Bytes as a person reads them.
 pub(crate) fn shown(bytes: f64) -> String {
     format!("{:.1} GiB", bytes / (1u64 << 30) as f64)

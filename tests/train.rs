@@ -348,6 +348,7 @@ fn bad_arguments_of_train_are_named() {
         (&["--beta2", "1"], "--beta2 is 1, must be in [0, 1)"),
         (&["--vocab-size", "10"], "--vocab-size is 10, must be at least 257"),
         (&["--model-type", "mamba9"], "--model-type is \"mamba9\", must be one of"),
+        (&["--model-type", "qwen3_next"], "--model-type is \"qwen3_next\", which has more sizes"),
         (&["--seq-len", "1000000"], "--seq-len is 1000000, must be less than"),
         (&["--set", "expand_k"], "must be FIELD=JSON"),
         (&["--set", "expand_k=big"], "is not JSON"),

@@ -10,8 +10,9 @@ mod peer;
 mod timing;
 
 use anyhow::{Context, Result};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{D, DType, Device, Tensor, Var};
 use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
+use candle_linear_attn::{delta_rule, gated_delta_rule, kda, rwkv7};
 use clap::Parser;
 use timing::Clock;
 
@@ -34,10 +35,23 @@ enum Op {
     Retention,
     SimpleGla,
     Gla,
+    Delta,
+    GatedDelta,
+    Kda,
+    Rwkv7,
 }
 
 impl Op {
-    const ALL: [Self; 4] = [Self::Linear, Self::Retention, Self::SimpleGla, Self::Gla];
+    const ALL: [Self; 8] = [
+        Self::Linear,
+        Self::Retention,
+        Self::SimpleGla,
+        Self::Gla,
+        Self::Delta,
+        Self::GatedDelta,
+        Self::Kda,
+        Self::Rwkv7,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -45,6 +59,10 @@ impl Op {
             Self::Retention => "retention",
             Self::SimpleGla => "simple_gla",
             Self::Gla => "gla",
+            Self::Delta => "delta_rule",
+            Self::GatedDelta => "gated_delta_rule",
+            Self::Kda => "kda",
+            Self::Rwkv7 => "rwkv7",
         }
     }
 }
@@ -61,10 +79,15 @@ const SHAPES: [Shape; 6] = [
     [1, 32768, 16, 128],
 ];
 
+/// Shapes for which others publish a gated delta rule, beside the last of [`SHAPES`].
+const DELTA_SHAPES: [Shape; 1] = [[8, 4096, 32, 128]];
+
 struct Problem {
     op: Op,
     qkv: [Var; 3],
     gate: Option<Var>,
+    /// beta, or a and b.
+    of_delta: Vec<Var>,
 }
 
 impl Problem {
@@ -74,33 +97,54 @@ impl Problem {
         // As gated models have them: most a few hundredths a token.
         let gate = |shape: &[usize], dtype| random(shape)?.abs()?.affine(-0.05, 0.)?.to_dtype(dtype);
         let gate = match op {
-            Op::Linear => None,
+            Op::Linear | Op::Delta => None,
             Op::Retention => Some(gate(&[h], DType::F32)?),
-            Op::SimpleGla => Some(gate(&[b, t, h], DType::F32)?),
-            Op::Gla => Some(gate(&[b, t, h, d], dtype)?),
+            Op::SimpleGla | Op::GatedDelta => Some(gate(&[b, t, h], DType::F32)?),
+            Op::Gla | Op::Kda | Op::Rwkv7 => Some(gate(&[b, t, h, d], dtype)?),
         };
+        // Keys of length 1, as models with a delta rule have them: longer ones would make the state grow without bound.
+        let unit = |factor| {
+            let x = random(&[b, t, h, d])?;
+            let norm = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?;
+            let x = x.broadcast_div(&norm)?.affine(factor, 0.)?;
+            Ok::<_, anyhow::Error>(Var::from_tensor(&x.to_dtype(dtype)?)?)
+        };
+        let of_delta = match op {
+            Op::Delta | Op::GatedDelta | Op::Kda => {
+                vec![Var::from_tensor(&Tensor::rand(0f32, 1., (b, t, h), device)?.to_dtype(dtype)?)?]
+            }
+            Op::Rwkv7 => vec![unit(1.)?, unit(-0.5)?],
+            _ => vec![],
+        };
+        let k = if of_delta.is_empty() { input()? } else { unit(1.)? };
         Ok(Self {
             op,
-            qkv: [input()?, input()?, input()?],
+            qkv: [input()?, k, input()?],
             gate: gate.map(|g| Var::from_tensor(&g)).transpose()?,
+            of_delta,
         })
     }
 
     fn run(&self, opts: &Options) -> Result<Output> {
         let [q, k, v] = self.qkv.each_ref().map(|x| x.as_tensor());
         let gate = || self.gate.as_ref().context("a gate");
+        let extra = |i| self.of_delta.get(i).map(Var::as_tensor).context("beta, or a and b");
         Ok(match self.op {
             Op::Linear => linear_attn(q, k, v, opts)?,
             Op::Retention => retention(q, k, v, gate()?, opts)?,
             Op::SimpleGla => simple_gla(q, k, v, gate()?, opts)?,
             Op::Gla => gla(q, k, v, gate()?, opts)?,
+            Op::Delta => delta_rule(q, k, v, extra(0)?, opts)?,
+            Op::GatedDelta => gated_delta_rule(q, k, v, gate()?, extra(0)?, opts)?,
+            Op::Kda => kda(q, k, v, gate()?, extra(0)?, opts)?,
+            Op::Rwkv7 => rwkv7(q, k, v, extra(0)?, extra(1)?, gate()?, opts)?,
         })
     }
 
     /// The bytes of what goes in.
     fn bytes(&self) -> usize {
         let of = |x: &Var| x.elem_count() * x.dtype().size_in_bytes();
-        self.qkv.iter().chain(&self.gate).map(of).sum()
+        self.qkv.iter().chain(&self.gate).chain(&self.of_delta).map(of).sum()
     }
 }
 
@@ -122,6 +166,11 @@ fn main() -> Result<()> {
             for &shape in shapes {
                 line(&args, &clock, &device, rate, op, shape, dtype, Mode::Auto)?;
             }
+        }
+    }
+    for op in [Op::GatedDelta, Op::Kda] {
+        for shape in DELTA_SHAPES {
+            line(&args, &clock, &device, rate, op, shape, DType::BF16, Mode::Auto)?;
         }
     }
     for mode in [Mode::Chunk, Mode::FusedChunk] {

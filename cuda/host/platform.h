@@ -68,6 +68,17 @@ template <class To, class From> To same_bits(From x) {
   return y;
 }
 
+// What lane `from` has of numbers of 4 or 8 bytes, a word at a time.
+template <class T> T shuffle_words(T x, unsigned from, const Site &site) {
+  constexpr int WORDS = sizeof(T) / 4;
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a size that a GPU shuffles");
+  uint32_t words[WORDS];
+  memcpy(words, &x, sizeof x);
+  for (uint32_t &word : words) word = shuffle(word, from, site);
+  memcpy(&x, words, sizeof x);
+  return x;
+}
+
 inline unsigned lane() { return here.thread & 31; }
 inline void check_alignment(const void *p, const Site &site) {
   if ((uintptr_t)p & 15) fatal(site, "the address is not a multiple of 16");
@@ -86,18 +97,16 @@ inline unsigned char *shared_memory() { return host::here.shared; }
 void barrier(CLA_HOST_SITE);
 
 // Lanes that do not exist give the caller's own value, as on a GPU.
+template <class T> T shuffle(T x, int from, CLA_HOST_SITE) {
+  return host::shuffle_words(x, (unsigned)from & 31, {"shuffle", file, line});
+}
 template <class T> T shuffle_xor(T x, int mask, CLA_HOST_SITE) {
   const unsigned lane = host::lane(), from = lane ^ (unsigned)mask;
-  return host::same_bits<T>(
-      host::shuffle(host::same_bits<uint32_t>(x), from < 32 ? from : lane, {"shuffle_xor", file, line}));
+  return host::shuffle_words(x, from < 32 ? from : lane, {"shuffle_xor", file, line});
 }
 template <class T> T shuffle_up(T x, int delta, CLA_HOST_SITE) {
   const unsigned lane = host::lane(), from = lane - (unsigned)delta;
-  return host::same_bits<T>(
-      host::shuffle(host::same_bits<uint32_t>(x), from < 32 ? from : lane, {"shuffle_up", file, line}));
-}
-template <class T> T shuffle(T x, int from, CLA_HOST_SITE) {
-  return host::same_bits<T>(host::shuffle(host::same_bits<uint32_t>(x), (unsigned)from & 31, {"shuffle", file, line}));
+  return host::shuffle_words(x, from < 32 ? from : lane, {"shuffle_up", file, line});
 }
 
 void copy16_async(void *shared, const void *global, bool valid, CLA_HOST_SITE);

@@ -4,10 +4,11 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device};
 use candle_linear_attn::{
     Mode,
-    models::{LoadOptions, Model, Quantization},
+    models::{LoadOptions, Model, Progress, Quantization},
 };
 use clap::{Args, ValueEnum};
-use std::path::Path;
+use indicatif::{ProgressBar, ProgressStyle};
+use std::{path::Path, sync::Arc};
 
 /// `--mode`
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -118,9 +119,26 @@ pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
         None if device.is_cpu() => Some(DType::F32),
         None => None,
     };
-    let options = LoadOptions { dtype, quantize: args.quantize.map(Quantization::from) };
-    let mut model = Model::load_with(folder, &device, options)
-        .with_context(|| format!("cannot load the model in {}", folder.display()))?;
+    let bar = loading_bar();
+    let progress = bar.clone();
+    let options = LoadOptions {
+        dtype,
+        quantize: args.quantize.map(Quantization::from),
+        progress: Some(Arc::new(move |Progress { done, total }| {
+            progress.set_length(total);
+            progress.set_position(done);
+        })),
+    };
+    let model = Model::load_with(folder, &device, options);
+    bar.finish_and_clear();
+    let mut model = model.with_context(|| format!("cannot load the model in {}", folder.display()))?;
     model.set_mode(args.mode.into());
     Ok(model)
+}
+
+/// On stderr, where that is a terminal.
+fn loading_bar() -> ProgressBar {
+    let style = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(0).with_style(style)
 }

@@ -10,6 +10,9 @@ use clap::Parser;
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
+/// Models of linear and softmax attention: heads of two kinds, experts, widths of their own.
+const HYBRIDS: [&str; 6] = ["qwen3_5", "qwen3_5_text", "qwen3_next", "minimax", "olmo_hybrid", "kimi_linear"];
+
 /// The trainer of the tokenizer makes room for all of it at once.
 const MOST_VOCABULARY: usize = 1 << 20;
 /// A thousand years: clocks go no further than they have to.
@@ -181,6 +184,10 @@ impl Args {
             let (name, value) = parse_field(assignment)?;
             fields.insert(name, value);
         }
+        ensure!(
+            !fields.contains_key("text_config"),
+            "--config is that of a multimodal model, must be that of a model of text: its `text_config` alone"
+        );
         // What is not a number of tokens is left for `Config` to refuse.
         let wanted = fields.get("vocab_size").map_or(Some(0), Value::as_u64);
         if let Some(wanted) = wanted {
@@ -197,6 +204,11 @@ impl Args {
             "--model-type is {:?}, must be one of {}",
             self.model_type,
             SUPPORTED.join(", ")
+        );
+        ensure!(
+            !HYBRIDS.contains(&self.model_type.as_str()),
+            "--model-type is {:?}, which has more sizes than there are options: give its config.json as --config",
+            self.model_type
         );
         let fields = json!({
             "model_type": self.model_type,

@@ -219,7 +219,7 @@ fn gate_gradient(
 }
 
 /// Adds up, in f32, the gradients of a key head over the value heads that read it: `[B, T, HV, K]` to `[B, T, H, K]`.
-fn sum_groups(p: &Problem, grad: Tensor, dtype: DType) -> Result<Tensor> {
+pub(super) fn sum_groups(p: &Problem, grad: Tensor, dtype: DType) -> Result<Tensor> {
     let groups = p.v_heads / p.k_heads;
     let shape = (p.batch, p.tokens, p.k_heads, groups, p.k_dim);
     match groups {

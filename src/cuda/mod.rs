@@ -2,6 +2,7 @@
 //! kernels in `cuda/` are queued on the stream of Candle's device. Nothing here waits for the device.
 
 mod backward;
+mod delta;
 mod ffi;
 mod forward;
 #[cfg_attr(feature = "cuda-host", path = "host.rs")]
@@ -19,13 +20,12 @@ use crate::problem::{Inputs, Problem, Role, Update};
 pub use machine::cuda_host;
 use sweep::Pass;
 
-/// Whether the kernels are there for `problem` with tensors on `device`.
-pub(crate) fn takes(device: &Device, problem: &Problem) -> bool {
+/// Whether the kernels are for tensors on `device`.
+pub(crate) fn takes(device: &Device) -> bool {
     #[cfg(feature = "cuda-host")]
-    let is_there = device.is_cpu() && machine::on();
+    return device.is_cpu() && machine::on();
     #[cfg(not(feature = "cuda-host"))]
-    let is_there = device.is_cuda();
-    is_there && problem.update == Update::Additive
+    device.is_cuda()
 }
 
 /// The results of `problem`, in the order of [`Problem::outputs`].
@@ -34,7 +34,10 @@ pub(crate) fn forward(problem: &Problem, inputs: &Inputs<Tensor>) -> Result<Vec<
         return normalize::forward(problem, inputs);
     }
     let pass = Pass::new(problem, &inputs.q)?;
-    let (out, states) = forward::forward(&pass, inputs, problem.dtype)?;
+    let (out, states) = match problem.update {
+        Update::Additive => forward::forward(&pass, inputs, problem.dtype)?,
+        Update::Delta | Update::LowRank => delta::forward(&pass, inputs)?,
+    };
     Ok(std::iter::once(out).chain(states).map(|x| x.into_storage()).collect())
 }
 
@@ -51,5 +54,9 @@ pub(crate) fn backward(
         return normalize::backward(problem, inputs, [out, kv, z], wants);
     }
     let pass = Pass::new(problem, &inputs.q)?;
-    backward::backward(&pass, inputs, &backward::Grads { out, kv }, wants, problem.dtype)
+    let grads = backward::Grads { out, kv };
+    match problem.update {
+        Update::Additive => backward::backward(&pass, inputs, &grads, wants, problem.dtype),
+        Update::Delta | Update::LowRank => delta::backward(&pass, inputs, &grads, wants),
+    }
 }

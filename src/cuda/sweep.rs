@@ -15,7 +15,7 @@ pub(super) struct Pass<'a> {
     pub machine: Machine,
     pub cu_seqlens: Option<Tensor>,
     pub longest: usize,
-    card: Card,
+    pub card: Card,
 }
 
 impl<'a> Pass<'a> {
@@ -182,7 +182,7 @@ impl<'a> Pass<'a> {
         self.check("cla_gate_gradients", code)
     }
 
-    fn check(&self, kernel: &str, code: i32) -> Result<()> {
+    pub fn check(&self, kernel: &str, code: i32) -> Result<()> {
         let p = self.problem;
         if code != 0 {
             bail!(

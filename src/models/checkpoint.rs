@@ -1,5 +1,6 @@
 //! The weights of a checkpoint folder, one file or several, with errors that name the file and the tensor.
 
+use crate::memory;
 use crate::nn::read_dtype;
 use candle_core::safetensors::{Load, MmapedSafetensors};
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, bail};
@@ -8,9 +9,23 @@ use candle_nn::var_builder::SimpleBackend;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
+
+/// How much of a checkpoint has been loaded, in bytes as they are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Read so far.
+    pub done: u64,
+    /// What the files hold. Parts of a repository that a model has no use for are never read.
+    pub total: u64,
+}
+
+/// Who wants to know.
+pub(super) type Report = Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// The tensors of a folder, read when they are asked for.
 pub(super) struct Checkpoint {
@@ -20,6 +35,9 @@ pub(super) struct Checkpoint {
     /// The file that each tensor is in.
     routing: HashMap<String, usize>,
     dtype: DType,
+    total: u64,
+    done: AtomicU64,
+    report: Option<Report>,
 }
 
 struct WeightFile {
@@ -41,7 +59,28 @@ impl Checkpoint {
             bail!("{}: holds neither {SINGLE} nor {INDEX}", folder.display())
         };
         let dtype = main_dtype(&files);
-        Ok(Self { listing, files, routing, dtype })
+        let tensors = || files.iter().flat_map(|file| file.tensors.tensors());
+        let total = tensors().map(|(_, view)| view.data().len() as u64).sum();
+        Ok(Self { listing, files, routing, dtype, total, done: AtomicU64::new(0), report: None })
+    }
+
+    /// What the files hold, in bytes.
+    pub fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// Reports every tensor that is read from here on.
+    pub fn reporting(self, report: Report) -> Self {
+        report(Progress { done: 0, total: self.total });
+        Self { report: Some(report), ..self }
+    }
+
+    fn read(&self, bytes: usize) {
+        let done = self.done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        if let Some(report) = &self.report {
+            // A tensor that is asked for under two names is read twice.
+            report(Progress { done: done.min(self.total), total: self.total });
+        }
     }
 
     /// The dtype that most of the weights are stored in.
@@ -79,8 +118,12 @@ impl SimpleBackend for Checkpoint {
         let view = file.tensors.get(name)?;
         match DType::try_from(view.dtype()) {
             // Converted where it is read, so that a device never holds both copies.
-            Ok(stored) if stored.is_float() => {
-                view.load(&Device::Cpu)?.to_dtype(read_dtype(stored, dtype))?.to_device(device)
+            Ok(stored @ (DType::F32 | DType::F16 | DType::BF16 | DType::F64)) => {
+                let tensor = view.load(&Device::Cpu)?;
+                // SAFETY: Candle maps the files of a checkpoint for reading alone.
+                unsafe { memory::release_mapped(view.data()) };
+                self.read(view.data().len());
+                tensor.to_dtype(read_dtype(stored, dtype))?.to_device(device)
             }
             _ => bail!(
                 "{}: tensor `{name}` has dtype {:?}, it must be F32, F16 or BF16",

@@ -46,6 +46,7 @@ impl Config {
             }
         };
         let mut fields = Fields::new(map);
+        fields.refuse_quantized()?;
         let parsed = (family.parse)(&mut fields)?;
         let bos_token_id =
             token_ids("bos_token_id", fields.value("bos_token_id", json!(1)))?.first().copied();

@@ -1,26 +1,16 @@
-//! The blocks that most of these models have: a token mixer and a gated MLP, each behind a norm.
-//! A model of this shape is a [`Mixer`] and the fields that make it.
+//! Models of blocks of a token mixer and a gated MLP, each behind a norm.
+//! One of this shape is a [`Mixer`] and the fields that make it.
 
-use crate::Mode;
+use crate::models::block::{PreNormBlock, gated_mlp};
 use crate::models::fields::Fields;
 use crate::models::registry::Parsed;
-use crate::models::stack::{Block, FLA, Middle, Pass, StackConfig};
-use crate::nn::{GatedMlp, GatedMlpConfig, GluKind, Mixer, RmsNorm};
-use candle_core::{Result, Tensor, bail};
+use crate::models::stack::{Block, FLA, Layers, Norm, Site, StackConfig};
+use crate::nn::{GatedMlpConfig, GluKind, Mixer, RmsNorm};
+use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 
 /// Makes the mixer of one block.
 pub(super) type BuildMixer = dyn Fn(Site) -> Result<Box<dyn Mixer>> + Send + Sync;
-
-/// Where a mixer is.
-pub(super) struct Site<'a> {
-    /// The number of its block.
-    pub layer: usize,
-    /// Its parameters.
-    pub vb: VarBuilder<'a>,
-    /// What the blocks have in common.
-    pub model: &'a VarBuilder<'a>,
-}
 
 /// The fields that all models of this shape have.
 #[derive(Debug, Clone)]
@@ -68,16 +58,34 @@ impl DecoderConfig {
     /// The whole model, given how to make its mixers. Parameters: `model.embeddings`,
     /// `model.layers.N.{attn_norm, attn, mlp_norm, mlp}`, `model.norm`, and `lm_head` unless it is tied to the embeddings.
     pub fn with_mixer(self, mixer: Box<BuildMixer>) -> Parsed {
-        self.stack.clone().with_middle(FLA, move |model| {
-            let block = |layer| -> Result<Box<dyn Block>> {
-                Ok(Box::new(DecoderBlock::new(&self, &mixer, layer, &model)?))
-            };
-            let norm = RmsNorm::new(self.hidden_size, self.norm_eps, true, model.pp("norm"))?;
-            Ok(Middle {
-                blocks: (0..self.num_layers).map(block).collect::<Result<_>>()?,
-                norm: Box::new(norm),
-            })
-        })
+        self.stack.clone().with_layers(FLA, Decoder { config: self, mixer })
+    }
+
+    fn rms_norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
+        RmsNorm::new(self.hidden_size, self.norm_eps, true, vb)
+    }
+}
+
+struct Decoder {
+    config: DecoderConfig,
+    mixer: Box<BuildMixer>,
+}
+
+impl Layers for Decoder {
+    fn block(&self, Site { layer, vb, model }: Site) -> Result<Box<dyn Block>> {
+        // Early checkpoints of DeltaNet have the norms inside of what they precede.
+        let old = vb.contains_tensor("mlp.norm.weight") && !vb.contains_tensor("mlp_norm.weight");
+        let [attn_norm, mlp_norm] = if old { ["attn.norm", "mlp.norm"] } else { ["attn_norm", "mlp_norm"] };
+        Ok(Box::new(PreNormBlock {
+            mixer_norm: self.config.rms_norm(vb.pp(attn_norm))?,
+            mixer: (self.mixer)(Site { layer, vb: vb.pp("attn"), model })?,
+            feed_forward_norm: self.config.rms_norm(vb.pp(mlp_norm))?,
+            feed_forward: gated_mlp(&self.config.mlp, vb.pp("mlp"))?,
+        }))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(self.config.rms_norm(vb)?))
     }
 }
 
@@ -106,39 +114,4 @@ pub(super) fn refuse_attention(fields: &mut Fields) -> Result<()> {
         bail!("field `attn` is {value}, it must be null: layers of softmax attention are not supported");
     }
     Ok(())
-}
-
-struct DecoderBlock {
-    attn_norm: RmsNorm,
-    attn: Box<dyn Mixer>,
-    mlp_norm: RmsNorm,
-    mlp: GatedMlp,
-}
-
-impl DecoderBlock {
-    fn new(cfg: &DecoderConfig, mixer: &BuildMixer, layer: usize, model: &VarBuilder) -> Result<Self> {
-        let vb = model.pp(format!("layers.{layer}"));
-        // Early checkpoints of DeltaNet have the norms inside of what they precede.
-        let old = vb.contains_tensor("mlp.norm.weight") && !vb.contains_tensor("mlp_norm.weight");
-        let [attn_norm, mlp_norm] = if old { ["attn.norm", "mlp.norm"] } else { ["attn_norm", "mlp_norm"] };
-        let norm = |name: &str| RmsNorm::new(cfg.hidden_size, cfg.norm_eps, true, vb.pp(name));
-        Ok(Self {
-            attn_norm: norm(attn_norm)?,
-            attn: mixer(Site { layer, vb: vb.pp("attn"), model })?,
-            mlp_norm: norm(mlp_norm)?,
-            mlp: GatedMlp::new(&cfg.mlp, vb.pp("mlp"))?,
-        })
-    }
-}
-
-impl Block for DecoderBlock {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let xs = (xs + self.attn.mix(&self.attn_norm.forward(xs)?, pass.call()?)?)?;
-        let ys = self.mlp.forward(&self.mlp_norm.forward(&xs)?)?;
-        xs + ys
-    }
-
-    fn set_mode(&mut self, mode: Mode) {
-        self.attn.set_mode(mode);
-    }
 }

@@ -150,6 +150,16 @@ impl Fields {
         self.0.contains_key(name)
     }
 
+    /// Weights that have been packed by one of many tools: what is in the files is not what the fields say.
+    pub fn refuse_quantized(&self) -> Result<()> {
+        match self.get("quantization_config") {
+            Some(value) => bail!(
+                "field `quantization_config` is {value}, it must be null: checkpoints that are quantized are not supported"
+            ),
+            None => Ok(()),
+        }
+    }
+
     /// A field of early versions that asks for what is not here unless it has one value, or is not there.
     pub fn early_flag(&self, name: &str, allowed: bool, what: &str) -> Result<()> {
         match self.0.get(name) {

@@ -1,9 +1,10 @@
 //! `kimi_linear`: Kimi Linear, delta attention with a decay a channel, latent softmax attention, experts in most blocks.
 
+use crate::models::block::{FeedForward, PreNormBlock, gated_mlp};
 use crate::models::fields::Fields;
-use crate::models::hybrid::{self, FeedForward, LayerType, PreNormBlock, gated_mlp};
+use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
-use crate::models::stack::{Block, Middle, StackConfig, TRANSFORMERS};
+use crate::models::stack::{Block, Layers, Norm, Site, StackConfig, TRANSFORMERS};
 use crate::nn::{
     ExpertNames, GatedMlpConfig, GluKind, KdaLayout, KimiDeltaAttention, KimiDeltaAttentionConfig,
     LatentAttention, LatentAttentionConfig, Mixer, MixtureOfExperts, MixtureOfExpertsConfig, RmsNorm,
@@ -17,7 +18,7 @@ pub(super) const FAMILY: Family =
     Family { model_type: "kimi_linear", architecture: "KimiLinearForCausalLM", parse };
 
 struct KimiConfig {
-    stack: StackConfig,
+    hidden_size: usize,
     norm_eps: f64,
     layer_types: Vec<LayerType>,
     /// Which blocks have experts.
@@ -53,9 +54,9 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
             initializer_range: stack.initializer_range,
         },
         moe,
-        stack,
+        hidden_size: stack.hidden_size,
     };
-    Ok(config.build())
+    Ok(stack.with_layers(TRANSFORMERS, config))
 }
 
 /// `layer_types` or, in the authors' files, lists of layers that are counted from 1.
@@ -233,35 +234,29 @@ fn delta(
     Ok(delta)
 }
 
-impl KimiConfig {
-    fn build(self) -> Parsed {
-        self.stack.clone().with_middle(TRANSFORMERS, move |model| {
-            let block = |layer| -> Result<Box<dyn Block>> {
-                Ok(Box::new(self.block(layer, model.pp(format!("layers.{layer}")))?))
-            };
-            Ok(Middle {
-                blocks: (0..self.layer_types.len()).map(block).collect::<Result<_>>()?,
-                norm: Box::new(self.norm(model.pp("norm"))?),
-            })
-        })
-    }
-
-    fn norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
-        RmsNorm::new(self.stack.hidden_size, self.norm_eps, true, vb)
-    }
-
-    fn block(&self, layer: usize, vb: VarBuilder) -> Result<PreNormBlock> {
+impl Layers for KimiConfig {
+    fn block(&self, Site { layer, vb, .. }: Site) -> Result<Box<dyn Block>> {
         let attn = vb.pp("self_attn");
         let mixer: Box<dyn Mixer> = match self.layer_types[layer] {
             LayerType::Full => Box::new(LatentAttention::new(&self.latent, attn)?),
             LayerType::Linear => Box::new(KimiDeltaAttention::new(&self.delta, attn)?),
         };
-        Ok(PreNormBlock {
-            mixer_norm: self.norm(vb.pp("input_layernorm"))?,
+        Ok(Box::new(PreNormBlock {
+            mixer_norm: self.rms_norm(vb.pp("input_layernorm"))?,
             mixer,
-            feed_forward_norm: self.norm(vb.pp("post_attention_layernorm"))?,
+            feed_forward_norm: self.rms_norm(vb.pp("post_attention_layernorm"))?,
             feed_forward: self.feed_forward(self.sparse[layer], &vb)?,
-        })
+        }))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(self.rms_norm(vb)?))
+    }
+}
+
+impl KimiConfig {
+    fn rms_norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
+        RmsNorm::new(self.hidden_size, self.norm_eps, true, vb)
     }
 
     /// The authors call a block's MLP `mlp` and its experts `block_sparse_moe`; others call both by one of the names.

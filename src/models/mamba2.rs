@@ -3,7 +3,7 @@
 use crate::Mode;
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
-use crate::models::stack::{Block, Middle, Names, Pass, StackConfig};
+use crate::models::stack::{Block, Layers, Names, Norm, Pass, Site, StackConfig};
 use crate::nn::{Activation, Mamba2, Mamba2Config, Mixer, RmsNorm};
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -11,7 +11,7 @@ use candle_nn::VarBuilder;
 pub(super) const FAMILY: Family = Family { model_type: "mamba2", architecture: "Mamba2ForCausalLM", parse };
 
 /// Files converted from the authors' first ones have the second name.
-const NAMES: Names = Names { model: &["backbone"], embeddings: &["embeddings", "embedding"] };
+const NAMES: Names = Names { model: &["backbone"], embeddings: &["embeddings", "embedding"], norm: "norm_f" };
 
 /// transformers has a model of the same type, with other names for some fields and other defaults.
 const TRANSFORMERS_ONLY: [&str; 3] = ["layer_norm_epsilon", "time_step_limit", "time_step_min"];
@@ -38,19 +38,18 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         out_proj_range: if rescale { scaled } else { stack.initializer_range },
         ..layer
     };
-    let (hidden_size, num_layers) = (stack.hidden_size, stack.num_layers);
-    Ok(stack.with_middle(NAMES, move |model| {
-        let norm = |vb: VarBuilder| RmsNorm::new(hidden_size, layer.norm_eps, true, vb);
-        let block = |index| -> Result<Box<dyn Block>> {
-            let vb = model.pp(format!("layers.{index}"));
-            Ok(Box::new(Mamba2Block {
-                norm: norm(vb.pp("norm"))?,
-                mixer: Mamba2::new(&layer, vb.pp("mixer"))?,
-            }))
-        };
-        let blocks = (0..num_layers).map(block).collect::<Result<_>>()?;
-        Ok(Middle { blocks, norm: Box::new(norm(model.pp("norm_f"))?) })
-    }))
+    Ok(stack.with_layers(NAMES, layer))
+}
+
+impl Layers for Mamba2Config {
+    fn block(&self, Site { vb, .. }: Site) -> Result<Box<dyn Block>> {
+        let norm = RmsNorm::new(self.hidden_size, self.norm_eps, true, vb.pp("norm"))?;
+        Ok(Box::new(Mamba2Block { norm, mixer: Mamba2::new(self, vb.pp("mixer"))? }))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(RmsNorm::new(self.hidden_size, self.norm_eps, true, vb)?))
+    }
 }
 
 /// The fields that both have.

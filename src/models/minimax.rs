@@ -5,7 +5,7 @@ use crate::models::fields::Fields;
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
 use crate::models::rope::{RopeDefaults, rope};
-use crate::models::stack::{Block, Middle, Pass, StackConfig, TRANSFORMERS};
+use crate::models::stack::{Block, Layers, Norm, Pass, Site, StackConfig, TRANSFORMERS};
 use crate::nn::{
     Activation, Attention, AttentionConfig, ExpertNames, LightningAttention, LightningAttentionConfig, Mixer,
     MixtureOfExperts, MixtureOfExpertsConfig, RmsNorm, RouterConfig, SharedExpert,
@@ -23,7 +23,7 @@ struct Factors {
 }
 
 struct MiniMaxConfig {
-    stack: StackConfig,
+    hidden_size: usize,
     norm_eps: f64,
     layer_types: Vec<LayerType>,
     attention: AttentionConfig,
@@ -57,12 +57,12 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         norm_eps: fields.positive("rms_norm_eps", 1e-5)?,
         moe: mixture(fields, &stack, act)?,
         factors: [factors(fields, "linear_attn")?, factors(fields, "full_attn")?, factors(fields, "mlp")?],
-        stack,
+        hidden_size,
         layer_types,
         attention,
         lightning,
     };
-    Ok(config.build())
+    Ok(stack.with_layers(TRANSFORMERS, config))
 }
 
 fn attention(fields: &mut Fields, stack: &StackConfig) -> Result<AttentionConfig> {
@@ -111,46 +111,38 @@ fn factors(fields: &mut Fields, of: &str) -> Result<Factors> {
     Ok(Factors { alpha: factor(format!("{of}_alpha_factor"))?, beta: factor(format!("{of}_beta_factor"))? })
 }
 
-impl MiniMaxConfig {
-    fn build(self) -> Parsed {
-        self.stack.clone().with_middle(TRANSFORMERS, move |model| {
-            let block = |layer| -> Result<Box<dyn Block>> {
-                Ok(Box::new(self.block(layer, model.pp(format!("layers.{layer}")))?))
-            };
-            Ok(Middle {
-                blocks: (0..self.layer_types.len()).map(block).collect::<Result<_>>()?,
-                norm: Box::new(self.norm(model.pp("norm"))?),
-            })
-        })
-    }
-
-    fn norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
-        RmsNorm::new(self.stack.hidden_size, self.norm_eps, true, vb)
-    }
-
-    fn block(&self, layer: usize, vb: VarBuilder) -> Result<MiniMaxBlock> {
+impl Layers for MiniMaxConfig {
+    fn block(&self, Site { layer, vb, .. }: Site) -> Result<Box<dyn Block>> {
         let [linear, full, mlp] = self.factors;
         let attn = vb.pp("self_attn");
         let (mixer, factors): (Box<dyn Mixer>, _) = match self.layer_types[layer] {
             LayerType::Full => (Box::new(Attention::new(&self.attention, attn)?), full),
             LayerType::Linear => {
-                let lightning = LightningAttentionConfig {
-                    layer: (layer, self.stack.num_layers),
-                    ..self.lightning.clone()
-                };
+                let layer = (layer, self.lightning.layer.1);
+                let lightning = LightningAttentionConfig { layer, ..self.lightning.clone() };
                 (Box::new(LightningAttention::new(&lightning, attn)?), linear)
             }
         };
         // The second is what transformers calls it in memory.
         let moe = hybrid::either(&vb, ["block_sparse_moe", "mlp"], "gate.weight");
-        Ok(MiniMaxBlock {
-            input_norm: self.norm(vb.pp("input_layernorm"))?,
+        Ok(Box::new(MiniMaxBlock {
+            input_norm: self.rms_norm(vb.pp("input_layernorm"))?,
             mixer,
             factors,
-            post_norm: self.norm(vb.pp("post_attention_layernorm"))?,
+            post_norm: self.rms_norm(vb.pp("post_attention_layernorm"))?,
             moe: MixtureOfExperts::new(&self.moe, moe)?,
             moe_factors: mlp,
-        })
+        }))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(self.rms_norm(vb)?))
+    }
+}
+
+impl MiniMaxConfig {
+    fn rms_norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
+        RmsNorm::new(self.hidden_size, self.norm_eps, true, vb)
     }
 }
 

@@ -18,6 +18,7 @@
 
 // A new model is one file with a `Family` and one line in `registry::FAMILIES`.
 
+mod block;
 mod cache;
 mod checkpoint;
 mod config;
@@ -48,6 +49,7 @@ mod stack;
 
 pub use crate::nn::Quantization;
 pub use cache::Cache;
+pub use checkpoint::Progress;
 pub use config::Config;
 pub use model::{LoadOptions, Model};
 pub use pool::Pool;

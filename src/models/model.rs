@@ -2,7 +2,7 @@
 
 use crate::Mode;
 use crate::models::cache::Cache;
-use crate::models::checkpoint::Checkpoint;
+use crate::models::checkpoint::{Checkpoint, Progress};
 use crate::models::config::Config;
 use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
@@ -10,14 +10,18 @@ use crate::nn::{Keeping, Quantization, keeping};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::path::Path;
+use std::sync::Arc;
 
 /// How a checkpoint is loaded.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Clone, Default)]
 pub struct LoadOptions {
     /// Of parameters, activations and logits: f32, f16 or bf16; as stored unless given.
     pub dtype: Option<DType>,
     /// Quantizes projections and embeddings, one matrix after the other; none unless given.
     pub quantize: Option<Quantization>,
+    /// Is told how far it is, for a bar that shows it: at the beginning, behind every tensor and, when all is there, with
+    /// `done` equal to `total`.
+    pub progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
 /// A causal language model.
@@ -59,7 +63,7 @@ impl Model {
     /// # Errors
     /// Those of `load`.
     pub fn load_with(folder: impl AsRef<Path>, device: &Device, options: LoadOptions) -> Result<Self> {
-        let LoadOptions { dtype, quantize } = options;
+        let LoadOptions { dtype, quantize, progress } = options;
         let folder = folder.as_ref();
         if !folder.is_dir() {
             bail!("{}: not a folder; it must hold config.json and model.safetensors", folder.display());
@@ -70,9 +74,18 @@ impl Model {
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
+        let total = checkpoint.total();
+        let checkpoint = match &progress {
+            Some(progress) => checkpoint.reporting(progress.clone()),
+            None => checkpoint,
+        };
         let vb = VarBuilder::from_backend(Box::new(checkpoint), dtype, device.clone());
         // Only a CPU has a product of f32 and weights of 16 bits.
-        keeping(Keeping { stored: device.is_cpu(), quantize }, || Self::new(&config, vb))
+        let model = keeping(Keeping { stored: device.is_cpu(), quantize }, || Self::new(&config, vb))?;
+        if let Some(progress) = progress {
+            progress(Progress { done: total, total });
+        }
+        Ok(model)
     }
 
     /// The configuration.

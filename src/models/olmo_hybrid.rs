@@ -1,11 +1,12 @@
 //! `olmo_hybrid`: OLMo Hybrid, gated delta nets behind norms, softmax attention in front of them.
 
 use crate::Mode;
+use crate::models::block::{FeedForward, PreNormBlock, gated_mlp};
 use crate::models::fields::Fields;
-use crate::models::hybrid::{self, FeedForward, LayerType, PreNormBlock, gated_mlp};
+use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
 use crate::models::rope::{RopeDefaults, is_null, rope};
-use crate::models::stack::{Block, Middle, Pass, StackConfig, TRANSFORMERS};
+use crate::models::stack::{Block, Layers, Norm, Pass, Site, StackConfig, TRANSFORMERS};
 use crate::nn::{
     Activation, Attention, AttentionConfig, GatedDeltaNet, GatedDeltaNetConfig, GatedMlpConfig, Mixer,
     QkRmsNorm, RmsNorm,
@@ -21,7 +22,7 @@ pub(super) const FAMILY: Family =
 const DELTA_NORM_EPS: f64 = 1e-5;
 
 struct OlmoConfig {
-    stack: StackConfig,
+    hidden_size: usize,
     norm_eps: f64,
     layer_types: Vec<LayerType>,
     attention: AttentionConfig,
@@ -58,10 +59,10 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
             kind: act.into(),
             initializer_range: stack.initializer_range,
         },
-        stack,
+        hidden_size: stack.hidden_size,
         attention,
     };
-    Ok(config.build())
+    Ok(stack.with_layers(TRANSFORMERS, config))
 }
 
 fn attention(fields: &mut Fields, stack: &StackConfig, norm_eps: f64) -> Result<AttentionConfig> {
@@ -119,34 +120,19 @@ fn delta_net(
     Ok(layer)
 }
 
-impl OlmoConfig {
-    fn build(self) -> Parsed {
-        self.stack.clone().with_middle(TRANSFORMERS, move |model| {
-            let block =
-                |(layer, kind): (usize, &LayerType)| self.block(*kind, &model.pp(format!("layers.{layer}")));
-            Ok(Middle {
-                blocks: self.layer_types.iter().enumerate().map(block).collect::<Result<_>>()?,
-                norm: Box::new(self.norm(model.pp("norm"))?),
-            })
-        })
-    }
-
-    fn norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
-        RmsNorm::new(self.stack.hidden_size, self.norm_eps, true, vb)
-    }
-
-    fn block(&self, kind: LayerType, vb: &VarBuilder) -> Result<Box<dyn Block>> {
+impl Layers for OlmoConfig {
+    fn block(&self, Site { layer, vb, .. }: Site) -> Result<Box<dyn Block>> {
         let feed_forward = gated_mlp(&self.mlp, vb.pp("mlp"))?;
-        Ok(match kind {
+        Ok(match self.layer_types[layer] {
             LayerType::Full => Box::new(PostNormBlock {
                 mixer: Box::new(Attention::new(&self.attention, vb.pp("self_attn"))?),
-                mixer_norm: self.norm(vb.pp("post_attention_layernorm"))?,
+                mixer_norm: self.rms_norm(vb.pp("post_attention_layernorm"))?,
                 feed_forward,
-                feed_forward_norm: self.norm(vb.pp("post_feedforward_layernorm"))?,
+                feed_forward_norm: self.rms_norm(vb.pp("post_feedforward_layernorm"))?,
             }),
             LayerType::Linear => {
                 // The second of each is what transformers calls it in memory.
-                let norm = |names| self.norm(hybrid::either(vb, names, "weight"));
+                let norm = |names| self.rms_norm(hybrid::either(&vb, names, "weight"));
                 Box::new(PreNormBlock {
                     mixer_norm: norm(["attention_layer_norm", "input_layernorm"])?,
                     mixer: Box::new(GatedDeltaNet::new(&self.delta, vb.pp("linear_attn"))?),
@@ -155,6 +141,16 @@ impl OlmoConfig {
                 })
             }
         })
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(self.rms_norm(vb)?))
+    }
+}
+
+impl OlmoConfig {
+    fn rms_norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
+        RmsNorm::new(self.hidden_size, self.norm_eps, true, vb)
     }
 }
 

@@ -1,11 +1,12 @@
 //! What Qwen3-Next and Qwen3.5 have in common: gated delta nets, gated softmax attention every few layers, norms whose
 //! weights are stored as their difference from 1.
 
+use crate::models::block::{FeedForward, PreNormBlock};
 use crate::models::fields::Fields;
-use crate::models::hybrid::{self, FeedForward, LayerType, PreNormBlock};
+use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::Parsed;
 use crate::models::rope::{RopeDefaults, rope};
-use crate::models::stack::{Block, Middle, Names, StackConfig};
+use crate::models::stack::{Block, Layers, Names, Norm, Site, StackConfig};
 use crate::nn::{
     Attention, AttentionConfig, GatedMlpConfig, Mixer, PackedGatedDeltaNet, PackedGatedDeltaNetConfig,
     Packing, QkRmsNorm, RmsNorm,
@@ -77,22 +78,11 @@ impl QwenConfig {
         names: Names,
         feed_forward: impl Fn(usize, VarBuilder) -> Result<FeedForward> + Send + Sync + 'static,
     ) -> Parsed {
-        self.stack.clone().with_middle(names, move |model| {
-            let norm = |vb: VarBuilder| RmsNorm::zero_centered(self.stack.hidden_size, self.norm_eps, vb);
-            let block = |(layer, kind): (usize, &LayerType)| -> Result<Box<dyn Block>> {
-                let vb = model.pp(format!("layers.{layer}"));
-                Ok(Box::new(PreNormBlock {
-                    mixer_norm: norm(vb.pp("input_layernorm"))?,
-                    mixer: self.mixer(*kind, &vb)?,
-                    feed_forward_norm: norm(vb.pp("post_attention_layernorm"))?,
-                    feed_forward: feed_forward(layer, vb.pp("mlp"))?,
-                }))
-            };
-            Ok(Middle {
-                blocks: self.layer_types.iter().enumerate().map(block).collect::<Result<_>>()?,
-                norm: Box::new(norm(model.pp("norm"))?),
-            })
-        })
+        self.stack.clone().with_layers(names, QwenLayers { config: self, feed_forward })
+    }
+
+    fn rms_norm(&self, vb: VarBuilder) -> Result<RmsNorm> {
+        RmsNorm::zero_centered(self.stack.hidden_size, self.norm_eps, vb)
     }
 
     fn mixer(&self, kind: LayerType, vb: &VarBuilder) -> Result<Box<dyn Mixer>> {
@@ -100,6 +90,27 @@ impl QwenConfig {
             LayerType::Linear => Box::new(PackedGatedDeltaNet::new(&self.delta, vb.pp("linear_attn"))?),
             LayerType::Full => Box::new(Attention::new(&self.attention, vb.pp("self_attn"))?),
         })
+    }
+}
+
+struct QwenLayers<F> {
+    config: QwenConfig,
+    feed_forward: F,
+}
+
+impl<F: Fn(usize, VarBuilder) -> Result<FeedForward> + Send + Sync> Layers for QwenLayers<F> {
+    fn block(&self, Site { layer, vb, .. }: Site) -> Result<Box<dyn Block>> {
+        let config = &self.config;
+        Ok(Box::new(PreNormBlock {
+            mixer_norm: config.rms_norm(vb.pp("input_layernorm"))?,
+            mixer: config.mixer(config.layer_types[layer], &vb)?,
+            feed_forward_norm: config.rms_norm(vb.pp("post_attention_layernorm"))?,
+            feed_forward: (self.feed_forward)(layer, vb.pp("mlp"))?,
+        }))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(self.config.rms_norm(vb)?))
     }
 }
 

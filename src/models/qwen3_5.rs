@@ -1,10 +1,10 @@
 //! `qwen3_5` and `qwen3_5_text`: Qwen3.5, by itself or as the text part of its multimodal repositories.
 
+use crate::models::block::gated_mlp;
 use crate::models::fields::Fields;
-use crate::models::hybrid::gated_mlp;
 use crate::models::qwen::{QwenConfig, QwenDefaults};
 use crate::models::registry::{Family, Parsed};
-use crate::models::stack::Names;
+use crate::models::stack::{Names, TRANSFORMERS};
 use crate::nn::Packing;
 use candle_core::{Result, bail};
 use serde_json::Value;
@@ -23,13 +23,11 @@ pub(super) const TEXT: Family =
 const WITHIN: &str = "model.language_model";
 
 fn parse_multimodal(fields: &mut Fields) -> Result<Parsed> {
-    text_within(fields, |text| {
-        parse(text, Names { model: &[WITHIN, "model"], embeddings: &["embed_tokens"] })
-    })
+    text_within(fields, |text| parse(text, Names { model: &[WITHIN, "model"], ..TRANSFORMERS }))
 }
 
 fn parse_text(fields: &mut Fields) -> Result<Parsed> {
-    parse(fields, Names { model: &["model", WITHIN], embeddings: &["embed_tokens"] })
+    parse(fields, Names { model: &["model", WITHIN], ..TRANSFORMERS })
 }
 
 fn parse(fields: &mut Fields, names: Names) -> Result<Parsed> {
@@ -51,6 +49,7 @@ fn text_within(fields: &mut Fields, parse: impl Fn(&mut Fields) -> Result<Parsed
     if text.is_empty() {
         bail!("field `text_config` is missing, it must be an object with the fields of the text model");
     }
+    text.refuse_quantized()?;
     // The outer one decides, where there is one.
     if let Some(tied) = fields.get("tie_word_embeddings").cloned() {
         text.set("tie_word_embeddings", tied);

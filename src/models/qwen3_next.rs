@@ -1,7 +1,7 @@
 //! `qwen3_next`: Qwen3-Next, with a mixture of experts in most blocks.
 
+use crate::models::block::{FeedForward, gated_mlp};
 use crate::models::fields::Fields;
-use crate::models::hybrid::{FeedForward, gated_mlp};
 use crate::models::qwen::{QwenConfig, QwenDefaults};
 use crate::models::registry::{Family, Parsed};
 use crate::models::stack::TRANSFORMERS;

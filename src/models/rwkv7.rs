@@ -4,7 +4,7 @@ use crate::Mode;
 use crate::models::decoder::refuse_attention;
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
-use crate::models::stack::{Block, FLA, Middle, Pass, StackConfig};
+use crate::models::stack::{Block, FLA, Layers, Norm, Pass, Site, StackConfig};
 use crate::nn::{
     Activation, LayerNorm, Rwkv7Attention, Rwkv7AttentionConfig, Rwkv7FeedForward, Rwkv7FeedForwardConfig,
 };
@@ -47,16 +47,17 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
     stack.head_range = 0.5 / (hidden_size as f64).sqrt();
     // The authors' fresh embeddings are within 1e-4, and learn at a rate of their own. At one rate for all, the norm behind
     // them would make their gradient hundreds of times as large as all others together: they begin as other models' do.
-    let layers = stack.num_layers;
-    Ok(stack.with_middle(FLA, move |model| {
-        let block = |layer| -> Result<Box<dyn Block>> {
-            Ok(Box::new(Rwkv7Block::new(&config, layer, model.pp(format!("layers.{layer}")))?))
-        };
-        Ok(Middle {
-            blocks: (0..layers).map(block).collect::<Result<_>>()?,
-            norm: Box::new(LayerNorm::new(hidden_size, norm_eps, config.norm_bias, model.pp("norm"))?),
-        })
-    }))
+    Ok(stack.with_layers(FLA, config))
+}
+
+impl Layers for BlockConfig {
+    fn block(&self, Site { layer, vb, .. }: Site) -> Result<Box<dyn Block>> {
+        Ok(Box::new(Rwkv7Block::new(self, layer, vb)?))
+    }
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm> {
+        Ok(Box::new(LayerNorm::new(self.ffn.hidden_size, self.norm_eps, self.norm_bias, vb)?))
+    }
 }
 
 fn attention(fields: &mut Fields, stack: &StackConfig, norm_eps: f64) -> Result<Rwkv7AttentionConfig> {

@@ -73,19 +73,20 @@ impl StackConfig {
         })
     }
 
-    /// The whole model, given how to make what is between embeddings and head.
-    pub fn with_middle(
-        self,
-        names: Names,
-        middle: impl Fn(VarBuilder) -> Result<Middle> + Send + Sync + 'static,
-    ) -> Parsed {
+    /// The whole model, given what is between embeddings and head.
+    pub fn with_layers(self, names: Names, layers: impl Layers + 'static) -> Parsed {
         Parsed {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
             num_layers: self.num_layers,
             build: Arc::new(move |vb| {
                 let (embeddings, lm_head) = embeddings_and_head(&self, &names, &vb)?;
-                let Middle { blocks, norm } = middle(vb.pp(names.model_in(&vb)))?;
+                let model = vb.pp(names.model_in(&vb));
+                let block = |layer| {
+                    layers.block(Site { layer, vb: model.pp(format!("layers.{layer}")), model: &model })
+                };
+                let blocks = (0..self.num_layers).map(block).collect::<Result<_>>()?;
+                let norm = layers.norm(model.pp(names.norm))?;
                 Ok(Box::new(Stack { embeddings, blocks, norm, lm_head, dtype: vb.dtype() }))
             }),
         }
@@ -100,10 +101,24 @@ fn num_hidden_layers(fields: &mut Fields, default: usize) -> Result<usize> {
     }
 }
 
-/// What is between embeddings and head.
-pub(super) struct Middle {
-    pub blocks: Vec<Box<dyn Block>>,
-    pub norm: Box<dyn Module + Send + Sync>,
+/// What is between embeddings and head: blocks, and a norm behind the last.
+pub(super) trait Layers: Send + Sync {
+    fn block(&self, site: Site) -> Result<Box<dyn Block>>;
+
+    fn norm(&self, vb: VarBuilder) -> Result<Norm>;
+}
+
+/// A norm of any kind.
+pub(super) type Norm = Box<dyn Module + Send + Sync>;
+
+/// Where a part of a model is.
+pub(super) struct Site<'a> {
+    /// The number of its block.
+    pub layer: usize,
+    /// Its parameters.
+    pub vb: VarBuilder<'a>,
+    /// What the blocks have in common.
+    pub model: &'a VarBuilder<'a>,
 }
 
 /// What checkpoints call the parts.
@@ -112,18 +127,21 @@ pub(super) struct Names {
     pub model: &'static [&'static str],
     /// The embeddings, in files of today and of old.
     pub embeddings: &'static [&'static str],
+    /// The norm behind the last block.
+    pub norm: &'static str,
 }
 
 /// As flash-linear-attention has them.
-pub(super) const FLA: Names = Names { model: &["model"], embeddings: &["embeddings"] };
+pub(super) const FLA: Names = Names { model: &["model"], embeddings: &["embeddings"], norm: "norm" };
 
 /// As transformers has them.
-pub(super) const TRANSFORMERS: Names = Names { model: &["model"], embeddings: &["embed_tokens"] };
+pub(super) const TRANSFORMERS: Names =
+    Names { model: &["model"], embeddings: &["embed_tokens"], norm: "norm" };
 
 impl Names {
     /// What `vb` calls all but the head, the first if it has none of them.
     fn model_in(&self, vb: &VarBuilder) -> &'static str {
-        let parts = || self.embeddings.iter().chain(&["norm"]);
+        let parts = || self.embeddings.iter().chain([&self.norm]);
         let has = |model: &&&str| parts().any(|part| vb.contains_tensor(&format!("{model}.{part}.weight")));
         self.model.iter().find(has).unwrap_or(&self.model[0])
     }
@@ -132,7 +150,7 @@ impl Names {
 struct Stack {
     embeddings: Weight,
     blocks: Vec<Box<dyn Block>>,
-    norm: Box<dyn Module + Send + Sync>,
+    norm: Norm,
     lm_head: Weight,
     /// Of the activations.
     dtype: DType,

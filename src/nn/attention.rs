@@ -2,7 +2,7 @@
 
 use crate::Mode;
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::softmax_attention::softmax_attention;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm, RotaryConfig, RotaryEmbedding};
 use candle_core::{DType, Result, Tensor, bail};
@@ -74,9 +74,7 @@ impl AttentionConfig {
             ("num_kv_heads", num_kv_heads),
             ("head_dim", head_dim),
         ] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         if !num_heads.is_multiple_of(num_kv_heads) {
             bail!("num_kv_heads is {num_kv_heads}, it must divide num_heads, which is {num_heads}");

@@ -1,6 +1,6 @@
 //! What the layers of the delta rules have in common.
 
-use crate::nn::heads::{MAX_SIZE, whole_width};
+use crate::nn::heads::{MAX_SIZE, check_size, whole_width};
 use crate::nn::qkv::{ConvShape, Qkv, QkvShape, Silu};
 use crate::nn::{Activation, Linear};
 use candle_core::{DType, Result, Tensor, bail};
@@ -27,9 +27,7 @@ impl DeltaHeads {
         (head_dim, expand_v): (usize, f64),
     ) -> Result<Self> {
         for (name, size) in [("hidden_size", hidden_size), ("num_heads", num_heads), ("head_dim", head_dim)] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let num_v_heads = num_v_heads.unwrap_or(num_heads);
         if num_v_heads == 0 || !num_v_heads.is_multiple_of(num_heads) {

@@ -1,7 +1,8 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
-use crate::nn::{Activation, Linear, MAX_SIZE, fused};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::nn::heads::check_size;
+use crate::nn::{Activation, Linear, fused};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// The exponent of [`GluKind::PowLu`], which no configuration changes.
@@ -81,9 +82,7 @@ impl GatedMlp {
     pub(crate) fn with_names(cfg: &GatedMlpConfig, names: MlpNames, vb: VarBuilder) -> Result<Self> {
         let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
         for (name, size) in [("hidden_size", hidden), ("intermediate_size", inner)] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let linear = |inputs, outputs, name: &str| {
             Linear::new(inputs, outputs, false, cfg.initializer_range, vb.pp(name))

@@ -5,6 +5,14 @@ use candle_core::{Result, Tensor, bail};
 /// No size of a model is larger; every product of two sizes is then far from overflow.
 pub(crate) const MAX_SIZE: usize = 1 << 26;
 
+/// Refuses a size that no layer has, by its name.
+pub(crate) fn check_size(name: &str, size: usize) -> Result<()> {
+    match size {
+        1..=MAX_SIZE => Ok(()),
+        _ => bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}"),
+    }
+}
+
 /// The sizes of an attention layer, checked.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {
@@ -24,9 +32,7 @@ impl Heads {
         num_kv_heads: Option<usize>,
     ) -> Result<Self> {
         for (name, size) in [("hidden_size", hidden_size), ("num_heads", num_heads)] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let num_kv_heads = num_kv_heads.unwrap_or(num_heads);
         if num_kv_heads == 0 || !num_heads.is_multiple_of(num_kv_heads) {

@@ -1,7 +1,7 @@
 //! HGRN-2 ([Qin et al., 2024](https://arxiv.org/abs/2404.07904)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::heads::{Heads, MAX_SIZE};
+use crate::nn::heads::{Heads, check_size};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm, ShortConvolution};
 use crate::{Mode, Output, gla};
@@ -48,9 +48,7 @@ impl Hgrn2AttentionConfig {
     /// The sizes, or an error that names the field that is wrong.
     pub(crate) fn check(&self) -> Result<Heads> {
         let (hidden_size, head_k_dim) = (self.hidden_size, self.expand_ratio);
-        if !(1..=MAX_SIZE).contains(&hidden_size) {
-            bail!("hidden_size is {hidden_size}, it must be from 1 to {MAX_SIZE}");
-        }
+        check_size("hidden_size", hidden_size)?;
         let num_heads = hidden_size.checked_div(head_k_dim).unwrap_or(0);
         if num_heads == 0 {
             bail!("expand_ratio is {head_k_dim}, it must be from 1 to hidden_size, which is {hidden_size}");

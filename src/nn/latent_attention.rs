@@ -2,7 +2,7 @@
 
 use crate::Mode;
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::softmax_attention::softmax_attention;
 use crate::nn::{LayerCache, Linear, RmsNorm};
 use candle_core::{D, Result, Tensor, bail};
@@ -66,9 +66,7 @@ impl LatentAttentionConfig {
             ("qk_rope_head_dim", self.qk_rope_head_dim),
             ("v_head_dim", self.v_head_dim),
         ] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let width = self.qk_head_dim() + self.v_head_dim;
         if self.num_heads.checked_mul(width).is_none_or(|all| all > MAX_SIZE) {

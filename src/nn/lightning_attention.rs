@@ -2,7 +2,7 @@
 
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::fused::Gate;
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, retention};
 use candle_core::{Result, Tensor, bail};
@@ -46,9 +46,7 @@ impl LightningAttentionConfig {
     pub(crate) fn check(&self) -> Result<()> {
         let Self { hidden_size, num_heads, head_dim, layer: (layer, layers), .. } = *self;
         for (name, size) in [("hidden_size", hidden_size), ("num_heads", num_heads), ("head_dim", head_dim)] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         if num_heads.checked_mul(3 * head_dim).is_none_or(|all| all > MAX_SIZE) {
             bail!("num_heads is {num_heads}: with heads of {head_dim} channels that is too wide");

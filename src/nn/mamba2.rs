@@ -3,7 +3,7 @@
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::decay::{Decay, DecayRange, check_range, softplus};
 use crate::nn::fused::{self, Gate};
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, ShortConvolution};
 use crate::{Mode, Output, simple_gla};
@@ -107,9 +107,7 @@ impl Mamba2Config {
             ("state_size", self.state_size),
             ("n_groups", self.n_groups),
         ] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let width = self.hidden_size as f64 * self.expand;
         if !(1. ..=MAX_SIZE as f64).contains(&width) {

@@ -116,11 +116,26 @@ impl MixtureOfExperts {
         let picked = Tensor::cat(&outs, 0)?.index_select(&rows, 0)?.to_dtype(DType::F32)?;
         let picked = picked.reshape((batch * tokens, routes.top_k, hidden))?;
         let sum = picked.broadcast_mul(&routes.weights.unsqueeze(D::Minus1)?)?.sum(1)?;
-        let sum = sum.reshape((batch, tokens, hidden))?;
+        let mut sum = sum.reshape((batch, tokens, hidden))?;
+        if sum.track_op() {
+            sum = self.with_idle(&sum, &routes.of_experts, xs)?;
+        }
         match &self.shared {
             Some(shared) => (sum + shared_output(shared, xs)?)?.to_dtype(xs.dtype()),
             None => sum.to_dtype(xs.dtype()),
         }
+    }
+}
+
+impl MixtureOfExperts {
+    /// The same, and a gradient of 0 for experts that got no token: optimizers expect one of every parameter. Zeros go in
+    /// and come out.
+    fn with_idle(&self, sum: &Tensor, of_experts: &[Vec<(u32, usize)>], xs: &Tensor) -> Result<Tensor> {
+        let zeros = Tensor::zeros((1, 1, xs.dim(2)?), xs.dtype(), xs.device())?;
+        let idle = self.experts.iter().zip(of_experts).filter(|(_, own)| own.is_empty());
+        idle.into_iter().try_fold(sum.clone(), |sum, (expert, _)| {
+            sum.broadcast_add(&expert.forward(&zeros)?.to_dtype(DType::F32)?)
+        })
     }
 }
 

@@ -28,7 +28,12 @@ impl RmsNorm {
 
     /// A norm whose parameter `weight` is stored as its difference from 1, 0 when fresh.
     pub fn zero_centered(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(size, "weight", Init::Const(0.))?, offset: 1., eps })
+        let norm = Self { weight: vb.get_with_hints(size, "weight", Init::Const(0.))?, offset: 1., eps };
+        // One that is trained changes; any other is added up here and not in every call.
+        if norm.weight.track_op() {
+            return Ok(norm);
+        }
+        Ok(Self { weight: norm.weight_f32()?, offset: 0., eps })
     }
 
     fn weight_f32(&self) -> Result<Tensor> {

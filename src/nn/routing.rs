@@ -1,6 +1,6 @@
 //! Which experts a token is sent to.
 
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::check_size;
 use crate::nn::{Activation, Linear};
 use candle_core::{D, DType, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
@@ -54,9 +54,7 @@ impl RouterConfig {
     /// Refuses numbers that make no choice, by the field's name.
     pub(crate) fn check(&self) -> Result<()> {
         let Self { num_experts, top_k, groups, top_groups, .. } = *self;
-        if !(1..=MAX_SIZE).contains(&num_experts) {
-            bail!("num_experts is {num_experts}, it must be from 1 to {MAX_SIZE}");
-        }
+        check_size("num_experts", num_experts)?;
         if !(1..=num_experts).contains(&groups) || !num_experts.is_multiple_of(groups) {
             bail!("groups is {groups}, it must divide num_experts, which is {num_experts}");
         }
@@ -138,6 +136,12 @@ impl Router {
         }
         if self.cfg.scale != 1. {
             weights = (weights * self.cfg.scale)?;
+        }
+        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.track_op()) {
+            // A choice has no slope: optimizers that expect a gradient of every parameter get 0. A factor of 0 would not
+            // do, Candle takes it for the end of a graph.
+            let zeros = bias.mul(&bias.zeros_like()?)?.to_dtype(DType::F32)?.sum_all()?;
+            weights = weights.broadcast_add(&zeros)?;
         }
         Ok(Routes { of_experts, weights, top_k })
     }

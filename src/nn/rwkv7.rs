@@ -1,7 +1,7 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): time mixing.
 
 use crate::nn::call::Call;
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::check_size;
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, LayerNorm, Linear};
@@ -67,9 +67,7 @@ impl Rwkv7AttentionConfig {
             ("a_low_rank_dim", self.a_low_rank_dim),
             ("v_low_rank_dim", self.v_low_rank_dim),
         ] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         if !self.hidden_size.is_multiple_of(self.head_dim) {
             bail!("head_dim is {}, it must divide hidden_size, which is {}", self.head_dim, self.hidden_size);

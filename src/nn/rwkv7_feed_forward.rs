@@ -1,10 +1,10 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): channel mixing.
 
 use crate::nn::call::{Call, forward_methods};
-use crate::nn::heads::MAX_SIZE;
+use crate::nn::heads::check_size;
 use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, Linear};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// What an [`Rwkv7FeedForward`] layer is made from.
@@ -46,9 +46,7 @@ impl Rwkv7FeedForward {
     pub fn new(cfg: &Rwkv7FeedForwardConfig, vb: VarBuilder) -> Result<Self> {
         let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
         for (name, size) in [("hidden_size", hidden), ("intermediate_size", inner)] {
-            if !(1..=MAX_SIZE).contains(&size) {
-                bail!("{name} is {size}, it must be from 1 to {MAX_SIZE}");
-            }
+            check_size(name, size)?;
         }
         let (layer, layers) = cfg.layer;
         let power = (1. - layer as f64 / layers.max(layer + 1) as f64).powi(4);

@@ -19,7 +19,7 @@ fn outcome(case: &Case, mode: Mode) -> Vec<Vec<u32>> {
 /// A barrier that is missing shows when other threads go first.
 #[test]
 fn the_order_of_the_threads_changes_nothing() {
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         for (dtype, k, v) in [(DType::F32, 20, 40), (DType::BF16, 64, 72)] {
             let case = Case { op, dtype, t: 130, h: 1, k, v, ..Case::default() };
             for mode in [Mode::Recurrent, Mode::FusedChunk, Mode::Chunk] {
@@ -58,7 +58,7 @@ fn less_shared_memory_gives_the_same() -> Result<()> {
 /// Auto divides a sequence among as many multiprocessors as there are.
 #[test]
 fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         let case = Case { op, t: 900, h: 1, k: 5, v: 6, ..Case::default() };
         let inputs = case.inputs()?;
         let want = case.expected(&inputs, [true; 3])?;
@@ -67,6 +67,22 @@ fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {
             let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
             let label = format!("{multiprocessors}, {case:?}");
             case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &label)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where there are enough blocks for all multiprocessors, those of the chunked delta kernels are twice as wide.
+#[test]
+fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
+    for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+        for (k, v) in [(16, 40), (100, 70)] {
+            let case = Case { op, k, v, t: 135, scale: Some(-0.37), dtype: DType::BF16, ..Case::default() };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            let run = || case.run(Mode::FusedChunk, &inputs, Graph::ALL);
+            let got = cuda_host::run_on(1, 227 << 10, run)?;
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
         }
     }
     Ok(())
@@ -96,7 +112,7 @@ fn threads_do_not_meet() {
     std::thread::scope(|scope| {
         for seed in 0..3 {
             scope.spawn(move || {
-                for op in Op::ADDITIVE {
+                for op in Op::ALL {
                     check(&Case { op, seed, t: 67, h: 1, ..Case::default() }, &MODES, Graph::ALL);
                 }
             });

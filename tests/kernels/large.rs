@@ -15,7 +15,7 @@ fn check(case: &Case, modes: &[Mode]) {
 
 #[test]
 fn every_operator_mode_and_dtype() {
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         for dtype in [DType::BF16, DType::F16, DType::F32] {
             let case = Case { op, dtype, b: 2, t: 1000, h: 4, group: 2, k: 128, v: 128, ..Case::default() };
             check(&case, &MODES);
@@ -34,7 +34,7 @@ fn normalized() {
 #[test]
 fn head_sizes() {
     for (k, v) in [(64, 64), (64, 128), (96, 192), (100, 36), (256, 256), (128, 256), (256, 128)] {
-        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Rwkv7] {
             for dtype in [DType::BF16, DType::F32] {
                 let case = Case { op, dtype, t: 520, h: 3, k, v, ..Case::default() };
                 check(&case, &[Mode::Auto, Mode::FusedChunk]);
@@ -45,7 +45,7 @@ fn head_sizes() {
 
 #[test]
 fn few_heads_and_a_long_sequence() {
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         for dtype in [DType::BF16, DType::F32] {
             // The gradient of a head's decay is summed up twice over all tokens, its error is about 1e-7 T.
             let t = if op == Op::Retention && dtype == DType::F32 { 1500 } else { 9000 };
@@ -56,7 +56,7 @@ fn few_heads_and_a_long_sequence() {
 
 #[test]
 fn more_blocks_than_a_wave() {
-    for op in [Op::LinearAttn, Op::Gla] {
+    for op in [Op::LinearAttn, Op::Gla, Op::GatedDeltaRule] {
         let case = Case { op, dtype: DType::BF16, b: 8, t: 200, h: 48, k: 64, v: 64, ..Case::default() };
         check(&case, &[Mode::Auto, Mode::Chunk]);
     }
@@ -65,7 +65,7 @@ fn more_blocks_than_a_wave() {
 #[test]
 fn packed_sequences() {
     let ends = vec![0, 0, 1, 700, 700, 717, 2000, 2064, 2300];
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         for dtype in [DType::BF16, DType::F32] {
             let cu_seqlens = Some(ends.clone());
             check(&Case { op, dtype, t: 2300, h: 4, k: 64, v: 64, cu_seqlens, ..Case::default() }, &MODES);
@@ -76,7 +76,7 @@ fn packed_sequences() {
 #[test]
 fn strong_decay() {
     for gates in [Gates::Strong, Gates::Forgets, Gates::AllStrong] {
-        for op in crate::kernels::GATED {
+        for op in Op::GATED {
             let case = Case { op, gates, dtype: DType::BF16, t: 1500, h: 4, k: 64, v: 64, ..Case::default() };
             check(&case, &MODES);
         }
@@ -115,7 +115,7 @@ fn threads_share_a_gpu() {
     std::thread::scope(|scope| {
         for seed in 0..4 {
             scope.spawn(move || {
-                for op in Op::ADDITIVE {
+                for op in Op::ALL {
                     check(&Case { op, seed, t: 300, h: 4, k: 64, v: 64, ..Case::default() }, &MODES);
                 }
             });

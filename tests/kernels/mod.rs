@@ -7,8 +7,8 @@ use crate::run::Graph;
 use candle_core::{DType, Result, Tensor};
 use candle_linear_attn::Mode;
 
-/// The operators with kernels that have a gate.
-pub const GATED: [Op; 3] = [Op::Retention, Op::SimpleGla, Op::Gla];
+/// What a token writes depends on the state.
+pub const DELTA: [Op; 4] = [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
 
 /// How closely the kernels must agree. States and f32 gradients of 16-bit inputs are sums of products that were rounded.
 pub fn limits(dtype: DType) -> Limits {
@@ -75,14 +75,15 @@ pub fn by_cpu(case: &Case, inputs: &Inputs, graph: Graph) -> Result<Expected> {
 fn gate_terms(case: &Case, inputs: &Inputs, graph: Graph) -> Result<f64> {
     let Some(gate) = &inputs.args[3] else { return Ok(0.) };
     let shape = (case.b, case.t, case.hv(), case.k);
-    let gate = match case.op {
-        Op::Retention => gate.reshape((1, 1, case.hv(), 1))?.broadcast_as(shape)?,
-        Op::SimpleGla => gate.unsqueeze(3)?.broadcast_as(shape)?,
-        _ => gate.clone(),
+    let (op, gate) = match case.op {
+        Op::Retention => (Op::Gla, gate.reshape((1, 1, case.hv(), 1))?.broadcast_as(shape)?),
+        Op::SimpleGla => (Op::Gla, gate.unsqueeze(3)?.broadcast_as(shape)?),
+        Op::GatedDeltaRule => (Op::Kda, gate.unsqueeze(3)?.broadcast_as(shape)?),
+        op => (op, gate.clone()),
     };
     let mut inputs = inputs.clone();
     inputs.args[3] = Some(gate.contiguous()?);
     let only_gate = Graph { tracked: std::array::from_fn(|i| i == GATE), ..graph };
-    let got = Case { op: Op::Gla, ..case.clone() }.run(Mode::Auto, &inputs, only_gate)?;
+    let got = Case { op, ..case.clone() }.run(Mode::Auto, &inputs, only_gate)?;
     got.grads[3].as_ref().map_or(Ok(0.), |grad| Ok(norm(&values(grad)?)))
 }

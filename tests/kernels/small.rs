@@ -1,8 +1,8 @@
 //! Every kernel on small problems: what each mode, dtype, scale, length, head size, layout and gate comes to.
 
-use crate::case::{BETA, Case, GATE, Gates, Op, SCALES};
+use crate::case::{ARGS, Case, GATE, Gates, Op, SCALES};
 use crate::files;
-use crate::kernels::check;
+use crate::kernels::{DELTA, check};
 use crate::layout::{self, Layout};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
@@ -18,7 +18,7 @@ const LENGTHS: [usize; 7] = [1, 5, 63, 64, 65, 130, 300];
 
 /// The operators, the normalised one too.
 fn operators() -> impl Iterator<Item = Case> {
-    let plain = Op::ADDITIVE.into_iter().map(|op| Case { op, ..Case::default() });
+    let plain = Op::ALL.into_iter().map(|op| Case { op, ..Case::default() });
     plain.chain([Case { normalize: true, ..Case::default() }])
 }
 
@@ -33,7 +33,7 @@ fn every_operator_in_every_mode_and_dtype() {
 
 #[test]
 fn gates_in_16_bits() {
-    for op in crate::kernels::GATED {
+    for op in Op::GATED {
         for dtype in [DType::BF16, DType::F16] {
             let case = Case { op, dtype, gate_dtype: dtype, t: 70, h: 1, ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
@@ -77,9 +77,29 @@ fn gla_for_every_scale_and_length() {
 }
 
 #[test]
+fn delta_families_for_every_scale_and_length() {
+    for op in DELTA {
+        every_scale_and_length(Case { op, ..Case::default() });
+    }
+}
+
+/// These go in chunks in bf16 alone: on both sides of the end of a segment and of the number of channels that kernels hold.
+#[test]
+fn delta_in_chunks_for_every_scale_and_length() {
+    let sizes = [(16, 17), (64, 64), (65, 20), (100, 33), (128, 40), (33, 70)];
+    for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+        for (i, (k, v)) in sizes.into_iter().enumerate() {
+            let (t, scale) = (LENGTHS[1 + i], SCALES[i % SCALES.len()]);
+            let case = Case { op, k, v, t, scale, dtype: DType::BF16, h: 1, group: 2, ..Case::default() };
+            check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
+#[test]
 fn scales_in_16_bits() {
     for scale in SCALES {
-        for op in [Op::LinearAttn, Op::SimpleGla] {
+        for op in [Op::LinearAttn, Op::SimpleGla, Op::GatedDeltaRule, Op::Rwkv7] {
             let case = Case { op, scale, dtype: DType::BF16, t: 130, h: 1, ..Case::default() };
             check(&case, &[Mode::FusedChunk], Graph::ALL);
         }
@@ -92,7 +112,7 @@ fn head_sizes() {
     let sizes =
         [(1, 1), (1, 3), (3, 1), (17, 33), (33, 17), (64, 64), (64, 65), (65, 64), (128, 100), (100, 128)];
     for (i, (k, v)) in sizes.into_iter().enumerate() {
-        for op in [Op::LinearAttn, Op::ADDITIVE[1 + i % 3]] {
+        for op in [Op::LinearAttn, Op::ADDITIVE[1 + i % 3], DELTA[i % 4]] {
             let case = Case { op, k, v, t: 66, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
             check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
         }
@@ -106,8 +126,10 @@ fn large_head_sizes() {
             let dtype = DTYPES[(i + 1) % 3];
             check(&Case { op, k, v, dtype, t: 65, h: 1, ..Case::default() }, &[Mode::FusedChunk], Graph::ALL);
         }
-        let case = Case { k, v, t: 3, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
-        check(&case, &[Mode::Recurrent], Graph::ALL);
+        for op in [Op::LinearAttn, DELTA[i % 4], DELTA[(i + 1) % 4]] {
+            let case = Case { op, k, v, t: 3, h: 1, dtype: DTYPES[i % 3], ..Case::default() };
+            check(&case, &[Mode::Recurrent], Graph::ALL);
+        }
     }
     let case = Case { normalize: true, k: 8, v: 256, t: 5, h: 1, ..Case::default() };
     check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
@@ -146,7 +168,7 @@ fn empty_batches_and_sequences() {
 fn gates_of_every_strength() {
     let kinds = [Gates::Strong, Gates::AllStrong, Gates::Forgets, Gates::Huge, Gates::Zero, Gates::Positive];
     for gates in kinds {
-        for op in crate::kernels::GATED {
+        for op in Op::GATED {
             for dtype in [DType::F32, DType::BF16] {
                 let case = Case { op, gates, dtype, t: 135, h: 1, k: 17, v: 20, ..Case::default() };
                 check(&case, &[Mode::Recurrent, Mode::Chunk, Mode::FusedChunk], Graph::ALL);
@@ -159,7 +181,7 @@ fn gates_of_every_strength() {
 #[test]
 fn gates_across_segments() {
     for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
-        for op in crate::kernels::GATED {
+        for op in Op::GATED {
             // The gradient of a head's decay is summed up twice over all tokens, its error is about 1e-7 T.
             let t = if op == Op::Retention { 300 } else { 600 };
             let case = Case { op, gates, t, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
@@ -175,7 +197,7 @@ fn each_loss_and_each_input_alone() {
         let losses = [[true, false, false], [false, true, false], [false, false, true], [false, true, true]];
         for loss in losses.into_iter().filter(|loss| case.normalize || !loss[2]) {
             check(&case, &[Mode::FusedChunk], Graph { loss, ..Graph::ALL });
-            for only in 0..BETA {
+            for only in 0..ARGS.len() {
                 let tracked = std::array::from_fn(|i| i == only);
                 check(&case, &[Mode::Chunk], Graph { loss, tracked, leaves: false });
             }
@@ -190,7 +212,7 @@ fn each_loss_and_each_input_alone() {
 #[test]
 fn scales_next_to_nothing() {
     for scale in [0., -0., 1e-31, -1e-38] {
-        for op in [Op::LinearAttn, Op::Gla] {
+        for op in [Op::LinearAttn, Op::Gla, Op::Kda, Op::Rwkv7] {
             let case = Case { op, scale: Some(scale), t: 67, h: 1, ..Case::default() };
             let inputs = case.inputs().unwrap();
             let mut want = case.expected(&inputs, [true; 3]).unwrap();
@@ -207,10 +229,12 @@ fn scales_next_to_nothing() {
 
 #[test]
 fn inputs_in_every_layout() {
-    for op in Op::ADDITIVE {
+    for op in Op::ALL {
         let case = Case { op, b: 2, t: 66, h: 1, group: 2, k: 9, v: 12, ..Case::default() };
         for layout in layout::ALL {
-            on_kernels(|device| layout::check_on(device, &case, layout, &[0, 1, 2, 3, 4, 5], [2e-5; 2]));
+            on_kernels(|device| {
+                layout::check_on(device, &case, layout, &[0, 1, 2, 3, 4, 5, 6, 7, 8], [2e-5; 2])
+            });
         }
     }
 }
@@ -218,10 +242,10 @@ fn inputs_in_every_layout() {
 /// Rows of 16 bytes' multiples that begin elsewhere than at one.
 #[test]
 fn inputs_that_cannot_be_loaded_16_bytes_at_a_time() {
-    for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
+    for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Rwkv7] {
         let case = Case { op, b: 1, t: 66, h: 2, k: 16, v: 16, ..Case::default() };
         for layout in [Layout::Window, Layout::Swapped(1, 2)] {
-            for only in 0..BETA {
+            for only in 0..ARGS.len() {
                 on_kernels(|device| layout::check_on(device, &case, layout, &[only], [2e-5; 2]));
             }
         }
@@ -262,7 +286,7 @@ fn gradients_of_a_plain_sum() {
 
 prop_compose! {
     fn cases()(
-        op in select(Op::ADDITIVE.to_vec()),
+        op in select(Op::ALL.to_vec()),
         packed in prop::option::weighted(0.4, prop::collection::vec(select(vec![0u32, 1, 5, 16, 33, 64, 65]), 1..5)),
         (b, t) in (1..=2usize, select(LENGTHS.to_vec())),
         (h, group) in (1..=2usize, 1..=2usize),

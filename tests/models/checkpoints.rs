@@ -229,6 +229,45 @@ fn a_tensor_of_integers_is_refused() -> Result<()> {
     Ok(())
 }
 
+/// Eight bits need scales, which files have by other names.
+#[test]
+fn quantized_checkpoints_are_refused() -> Result<()> {
+    let folder = copy_of("qwen3_5")?;
+    let mut tensors = tensors(&folder)?;
+    let narrow = tensors["lm_head.weight"].to_dtype(DType::F8E4M3)?;
+    tensors.insert("lm_head.weight".into(), narrow);
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors"))?;
+    assert_says(&message(load(&folder)), &["model.safetensors", "lm_head.weight", "F8_E4M3", "must be F32"]);
+    let path = folder.path().join("config.json");
+    let config =
+        fs::read_to_string(&path)?.replacen('{', r#"{"quantization_config": {"quant_method": "fp8"},"#, 1);
+    fs::write(&path, config)?;
+    assert_says(&message(load(&folder)), &["config.json", "`quantization_config`", "must be null"]);
+    Ok(())
+}
+
+#[test]
+fn loading_tells_how_far_it_is() -> Result<()> {
+    use candle_linear_attn::models::{LoadOptions, Progress};
+    use std::sync::{Arc, Mutex};
+    for name in ["gla", "qwen3_5-multimodal"] {
+        let folder = copy_of(name)?;
+        shard(&folder)?;
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let report = seen.clone();
+        let progress = Arc::new(move |progress: Progress| report.lock().unwrap().push(progress));
+        let options = LoadOptions { progress: Some(progress), ..LoadOptions::default() };
+        let model = Model::load_with(folder.path(), &CPU, options)?;
+        golden_logits(&model, name)?;
+        let seen = seen.lock().unwrap();
+        let total: usize = tensors(&copy_of(name)?)?.values().map(|t| t.elem_count() * 4).sum();
+        assert!(seen.iter().all(|progress| progress.total == total as u64));
+        assert_eq!((seen[0].done, seen[seen.len() - 1].done), (0, total as u64), "{name}");
+        assert!(seen.len() > 10 && seen.is_sorted_by_key(|progress| progress.done));
+    }
+    Ok(())
+}
+
 #[test]
 fn broken_indices_are_named() -> Result<()> {
     let index_of = |folder: &Path| folder.join("model.safetensors.index.json");

@@ -4,6 +4,7 @@ mod checkpoints;
 mod config;
 mod golden;
 mod hub;
+mod hybrid;
 mod layers;
 mod misuse;
 mod reference;

@@ -171,7 +171,7 @@ fn gradients_of_packed_sequences_are_the_sum_of_those_of_each() -> Result<()> {
         };
         let alone = ENDS.windows(2).filter(|ends| ends[0] < ends[1]).map(loss).collect::<Result<Vec<_>>>()?;
         let alone = Tensor::stack(&alone, 0)?.sum_all()?.backward()?;
-        for (name, var) in sorted(&varmap) {
+        for (name, var) in sorted(&varmap).into_iter().filter(|(name, _)| !only_chooses(name)) {
             let [found, expected] =
                 [&packed, &alone].map(|gradients| gradients.get(&var).expect("a gradient"));
             assert_close(&format!("{model_type}: {name}"), found, expected, 2e-4)?;

@@ -111,6 +111,11 @@ pub fn small_config(fields: &str) -> Result<Config> {
     Config::from_json_str(&config)
 }
 
+/// Whether a parameter takes part in choices alone, so that its gradient is 0: its authors set it by other means.
+pub fn only_chooses(parameter: &str) -> bool {
+    parameter.ends_with("e_score_correction_bias")
+}
+
 /// The parameters by name.
 pub fn sorted(varmap: &VarMap) -> Vec<(String, candle_core::Var)> {
     let data = varmap.data().lock().unwrap();

@@ -80,6 +80,75 @@ const VARIANTS: &[&str] = &[
     r#""model_type": "rwkv7", "head_dim": 8, "intermediate_size": null, "hidden_ratio": 3, "tie_word_embeddings": true"#,
 ];
 
+/// Of the models that mix linear and softmax attention: the type, and fields that come after the sizes of a small one.
+const HYBRIDS: &[(&str, &str)] = &[
+    ("qwen3_5", ""),
+    ("qwen3_5", r#", "tie_word_embeddings": true"#),
+    (
+        "qwen3_5_text",
+        r#", "num_key_value_heads": 1, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 100}"#,
+    ),
+    (
+        "qwen3_5_text",
+        r#", "num_key_value_heads": 4, "head_dim": null, "attention_bias": true, "partial_rotary_factor": 1.0"#,
+    ),
+    (
+        "qwen3_5_text",
+        r#", "hidden_act": "gelu", "layer_types": null, "full_attention_interval": 2, "rms_norm_eps": 0.01"#,
+    ),
+    (
+        "qwen3_5_text",
+        r#", "rope_parameters": {"rope_type": "linear", "factor": 3, "rope_theta": 50}, "linear_conv_kernel_dim": 3"#,
+    ),
+    ("qwen3_next", ""),
+    ("qwen3_next", r#", "norm_topk_prob": false, "tie_word_embeddings": true, "linear_num_value_heads": 2"#),
+    ("qwen3_next", r#", "num_experts": 0, "linear_value_head_dim": 4"#),
+    ("qwen3_next", r#", "decoder_sparse_step": 2"#),
+    ("qwen3_next", r#", "mlp_only_layers": [1], "num_experts_per_tok": 3, "hidden_act": "relu2""#),
+    ("minimax", ""),
+    (
+        "minimax",
+        r#", "head_dim": null, "num_key_value_heads": null, "hidden_act": "gelu_new", "rope_theta": 50"#,
+    ),
+    (
+        "minimax",
+        r#", "full_attn_alpha_factor": 1.5, "full_attn_beta_factor": 0.7, "linear_attn_alpha_factor": 0.8, "linear_attn_beta_factor": 2, "mlp_alpha_factor": 0.9, "mlp_beta_factor": 1.3"#,
+    ),
+    (
+        "minimax",
+        r#", "layer_types": ["linear_attention", "linear_attention"], "num_attention_heads": 3, "num_key_value_heads": 1"#,
+    ),
+    ("olmo_hybrid", ""),
+    (
+        "olmo_hybrid",
+        r#", "rope_parameters": {"rope_theta": null}, "linear_allow_neg_eigval": false, "num_key_value_heads": 1"#,
+    ),
+    (
+        "olmo_hybrid",
+        r#", "linear_key_head_dim": null, "linear_value_head_dim": null, "attention_bias": true, "layer_types": ["full_attention", "linear_attention"]"#,
+    ),
+    ("kimi_linear", ""),
+    (
+        "kimi_linear",
+        r#", "q_lora_rank": 5, "attention_bias": true, "moe_renormalize": false, "num_shared_experts": 2"#,
+    ),
+    (
+        "kimi_linear",
+        r#", "num_experts": 6, "num_experts_per_token": 3, "num_expert_group": 3, "topk_group": 2, "routed_scaling_factor": 1, "num_shared_experts": 0"#,
+    ),
+    (
+        "kimi_linear",
+        r#", "moe_router_activation_func": "softmax", "first_k_dense_replace": 0, "layer_types": null, "linear_attn_config": {"full_attn_layers": [1], "kda_layers": [2], "num_heads": 3, "head_dim": 4, "short_conv_kernel_size": 2}"#,
+    ),
+    ("kimi_linear", r#", "num_experts": 0, "num_key_value_heads": null, "tie_word_embeddings": true"#),
+];
+
+/// The fields of all of them.
+fn variants() -> Vec<String> {
+    let hybrid = |(model_type, more): &(&str, &str)| format!("{}{more}", small_heads(model_type));
+    VARIANTS.iter().map(|fields| fields.to_string()).chain(HYBRIDS.iter().map(hybrid)).collect()
+}
+
 /// A variant with its tokens and everything the reference needs.
 struct Case {
     model: Model,
@@ -109,7 +178,7 @@ impl Case {
 
 #[test]
 fn logits_are_those_of_the_definition() -> Result<()> {
-    for fields in VARIANTS {
+    for fields in &variants() {
         let mut case = Case::new(fields)?;
         let expected = case.reference(&case.params()?)?;
         for mode in [Mode::Auto, Mode::Recurrent, Mode::Chunk, Mode::FusedChunk] {
@@ -128,7 +197,7 @@ fn logits_are_those_of_the_definition() -> Result<()> {
 /// Every parameter gets a gradient, and it is the central difference of the reference.
 #[test]
 fn every_parameter_gets_its_gradient() -> Result<()> {
-    for fields in VARIANTS {
+    for fields in &variants() {
         let case = Case::new(fields)?;
         let logits = case.model.forward(&case.ids, None)?;
         let weights = pseudo_random(logits.dims(), 77)?;
@@ -161,7 +230,7 @@ fn every_parameter_gets_its_gradient() -> Result<()> {
 
 #[test]
 fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
-    for fields in VARIANTS {
+    for fields in &variants() {
         let case = Case::new(fields)?;
         let ids = pseudo_tokens(2, TOKENS, 11)?;
         let whole = case.model.forward(&ids, None)?;
@@ -180,7 +249,7 @@ fn any_split_of_the_sequence_gives_the_same_logits() -> Result<()> {
 
 #[test]
 fn later_tokens_do_not_reach_earlier_logits() -> Result<()> {
-    for fields in VARIANTS {
+    for fields in &variants() {
         let case = Case::new(fields)?;
         let mut other = case.ids.flatten_all()?.to_vec1::<u32>()?;
         other[5..].iter_mut().for_each(|id| *id = (*id + 3) % 11);
@@ -194,7 +263,7 @@ fn later_tokens_do_not_reach_earlier_logits() -> Result<()> {
 
 #[test]
 fn sixteen_bits_run_every_variant() -> Result<()> {
-    for fields in VARIANTS {
+    for fields in &variants() {
         let case = Case::new(fields)?;
         let whole = case.model.forward(&case.ids, None)?;
         for (dtype, limit) in [(DType::F16, 2e-2), (DType::BF16, 1.5e-1)] {

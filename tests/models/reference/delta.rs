@@ -11,7 +11,7 @@ pub struct Heads {
 }
 
 /// The recurrence of the design: decay, take back what the key finds, write, read; `decay(t, h, i)` is a logarithm.
-fn attend(
+pub fn attend(
     heads: &Heads,
     [q, k, v]: [&Sequence; 3],
     decay: impl Fn(usize, usize, usize) -> f64,
@@ -57,7 +57,7 @@ fn project(
     })
 }
 
-fn by_head(xs: &Sequence, width: usize, map: impl Fn(&[f64]) -> Vec<f64>) -> Sequence {
+pub fn by_head(xs: &Sequence, width: usize, map: impl Fn(&[f64]) -> Vec<f64>) -> Sequence {
     xs.iter().map(|x| x.chunks(width).flat_map(&map).collect()).collect()
 }
 

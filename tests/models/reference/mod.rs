@@ -3,6 +3,7 @@
 
 mod attention;
 mod delta;
+mod hybrid;
 mod rwkv7;
 mod selective;
 
@@ -47,7 +48,14 @@ pub fn central_difference(
 
 /// Logits of a whole model, `[T][vocab_size]`.
 pub fn model(config: &Value, params: &Params, ids: &[u32]) -> Sequence {
+    let config = config.get("text_config").unwrap_or(config);
+    let hybrid = |model: &str| hybrid::blocks(config, params, model, ids);
     let (embeddings, hidden) = match config["model_type"].as_str() {
+        // The text part that is not by itself.
+        Some("qwen3_5") => ("model.language_model.embed_tokens", hybrid("model.language_model")),
+        Some("qwen3_5_text" | "qwen3_next" | "minimax" | "olmo_hybrid" | "kimi_linear") => {
+            ("model.embed_tokens", hybrid("model"))
+        }
         Some("mamba2") => ("backbone.embeddings", mamba2_blocks(config, params, ids)),
         Some("rwkv7") => ("model.embeddings", rwkv7::blocks(config, params, ids)),
         _ => ("model.embeddings", decoder(config, params, ids)),

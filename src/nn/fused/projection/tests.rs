@@ -9,10 +9,13 @@ fn random(len: usize, seed: u64) -> Vec<f32> {
     (0..len).map(|_| rng.random_range(-1f32..1.)).collect()
 }
 
+/// Gives a matrix to whoever asks for it.
+type Give = Box<dyn Fn(&mut dyn FnMut(Stored)) + Sync>;
+
 /// A matrix in a format, and what its elements are.
 struct Weights {
     name: &'static str,
-    stored: Box<dyn Fn(&mut dyn FnMut(Stored)) + Sync>,
+    stored: Give,
     exact: Vec<f32>,
 }
 

@@ -82,6 +82,7 @@ impl<F: Format> WithSimd for Task<'_, F> {
 
 impl<F: Format> Task<'_, F> {
     /// So few rows that weights are widened where they are used.
+    #[expect(clippy::needless_range_loop, reason = "`n` is an output as well as the second index of `sums`")]
     #[inline(always)]
     fn stream<S: Simd, const R: usize, const N: usize>(&self, simd: S) {
         for output in self.outputs.clone().step_by(N) {

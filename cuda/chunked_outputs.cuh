@@ -1,0 +1,87 @@
+// The results of a chunked sweep, and their way from registers to memory.
+#pragma once
+#include "chunked_gates.cuh"
+
+namespace cla {
+
+template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOutputs : ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE> {
+  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base = ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE>;
+  using Base::s, Base::steps, Base::out, Base::warp, Base::group, Base::row0, Base::pair, Base::columns;
+  using Base::out_tile, Base::wide_out, Base::decays, Base::anchor, Base::count_at;
+  template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
+  static constexpr int THREADS = L::THREADS, COLUMNS = L::COLUMNS, PITCH = L::PITCH;
+  static constexpr bool BY_COLUMN = L::BY_COLUMN;
+
+  bool waits = false;  // whether there are some in shared memory
+
+  CLA_DEVICE ChunkOutputs(const cla_sweep &s) : Base(s) {}
+
+  // The thread's columns of the state (rows of its transpose) within the block, h = 0 or 1.
+  CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
+
+  // Output waits in shared memory where there is room for it.
+  CLA_DEVICE void finish(float (&acc)[8][4], int64_t step, int from, int to) {
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) {
+        const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
+        acc[j][e] *= s.out_scale;
+        if (BY_COLUMN && t >= from && t < to && c < columns()) {
+          acc[j][e] *= exp_fast(decays()[t * PITCH + c] - anchor()[c]);
+        }
+        if (L::WIDE_OUT) {
+          wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
+        } else if (!NARROW && t >= from && t < to && c < columns()) {
+          out.store(steps.token(step + t), c, acc[j][e]);
+        }
+      }
+    }
+    if (BF16_OUT) stage_out(acc);
+    waits = NARROW;
+  }
+
+  // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
+  CLA_DEVICE void stage_out(const float (&acc)[8][4]) {
+    const Tile to = out_tile().from_column(64 * group);
+    CLA_UNROLL
+    for (int j = 0; j < 8; j += 2) {
+      const uint32_t x[4] = {pack_bf16(acc[j][0], acc[j][1]), pack_bf16(acc[j][2], acc[j][3]),
+                             pack_bf16(acc[j + 1][0], acc[j + 1][1]), pack_bf16(acc[j + 1][2], acc[j + 1][3])};
+      store_transposed(to, 8 * j, 16 * warp, x);
+    }
+  }
+  // What waits of the chunk at `step`, its steps from..to.
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step, int from, int to) {
+    if (L::WIDE_OUT) {
+      constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
+      const int tid = opaque(this->tid);
+      const int first = tid / PER_ROW, c = tid % PER_ROW * 4;
+      const int64_t stride = (s.reverse ? -4 : 4) * out.token;
+      unsigned char *data = out.data + steps.token(0) * out.token * 4 + (step + first) * stride + 4 * c;
+      CLA_UNROLL
+      for (int i = 0; i < CHUNK / EVERY; i++) {
+        const int row = first + i * EVERY;
+        if (row >= from && row < to && c < columns()) {
+          store16_streaming(data + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
+        }
+      }
+    } else {
+      static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
+      const unsigned char *data = out_tile().piece(at.row, at.column / 8);
+      CLA_UNROLL
+      for (int i = 0; i < at.EACH; i++) {
+        const int row = at.row + i * at.EVERY;
+        if (at.column < columns() && row >= from && row < to) {
+          store16_streaming(at.data + i * at.stride, load16(data + i * at.EVERY * 128));
+        }
+      }
+    }
+    waits = false;
+    if (to == count_at(step)) at.next_chunk();
+  }
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) { flush(at, step, 0, count_at(step)); }
+};
+
+}  // namespace cla

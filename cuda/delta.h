@@ -1,0 +1,108 @@
+// What Rust and the kernels of the delta families say to each other. `src/cuda/delta/ffi.rs` has the same structs.
+//
+// In these a token writes what depends on what the state has for its key. With reads from the state before it fades, a token
+// of a *delta sweep*, forwards or backwards, is
+//
+//     m     = ev value + ew X^T r1          what is written in its place
+//     c     = f m
+//     out   = X^T r2 + hv value + hc c
+//     X     = D X + x1 value^T + x2 c^T
+//
+// where X is K x V, in f32, D = exp(gate) scales its rows, and s is the scale:
+//
+//     family, direction   value  r1   m     c        x2   x1     r2     out
+//     delta, forward      v      D k  v - w beta m   k    -      s D q  o
+//     delta, reverse      do     k    du    -beta m  D k  s D q  -      dv = -c
+//     low rank, forward   v      a    w     m        b    k      s D q  o
+//     low rank, reverse   do     b    dw    m        a    s D q  k      dv
+//
+// A reverse sweep begins with the gradient of the final state and ends with that of the initial one. Two sweeps, one in
+// either direction, leave all that cla_delta_gradients needs.
+#pragma once
+#include "cla.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Tokens in a segment: the gradients of keys begin anew in each, from states that the sweeps leave. As sums of what was
+// written, which are known by then, the states would not correct their roundings as the delta rule does.
+#define CLA_DELTA_SEGMENT 64
+
+// A state for each segment of each sequence and value head, [segments, HV, K, V] in f32, contiguous.
+typedef struct {
+  float *data;  // null: not wanted
+  // Sequence n has the segments cu_segments[n] .. cu_segments[n + 1], or, if cu_segments (on the device) is null, n * each
+  // and up.
+  const uint32_t *cu_segments;
+  int64_t each, all;
+} cla_delta_states;
+
+// What a problem of these families is, whichever kernels work on it.
+typedef struct {
+  cla_tensor q, k, gate, a, b;   // a and b are null but in the low-rank family
+  cla_tensor beta;               // D is 1; null in the low-rank family
+  float scale;
+  int32_t k_dim, v_dim, heads;   // heads: value heads
+  int32_t gate_kind;             // enum cla_gate; never columns
+  int32_t low_rank;
+  // As in cla_sweep.
+  const uint32_t *cu_seqlens;
+  int32_t sequences;
+  int64_t tokens;
+} cla_delta_problem;
+
+typedef struct {
+  cla_delta_problem of;
+  cla_tensor value;
+  cla_tensor inner, out;  // m and out
+  cla_states first, last;
+  // Forwards the state before each segment. In reverse the gradient of the state after each, as far as it comes from behind
+  // the decay of the token that follows, or, after a last token, is given.
+  cla_delta_states anchors;
+  int32_t reverse;
+  // Chunked sweeps only: CLA_DELTA_PREPARED bytes for each segment and head, which are all that `anchors` counts, whether it
+  // has data or not. Blocks have 16 or 32 columns of the state.
+  int32_t columns;
+  unsigned char *prepared;
+} cla_delta_sweep;
+
+// Token by token, K up to 256 and any V.
+int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
+
+// A segment at a time, in matrix form, on tensor cores: delta without a gate or with one by token, bf16, K up to 128. What
+// does not depend on the state is prepared for all segments first, by cla_delta_prepare.
+#define CLA_DELTA_PREPARED (33 * 1024)
+int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
+int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
+// The shared memory that these need for a block of so many columns; -1 if they do not take the sweep.
+int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep);
+
+// The gradients of all that has a number for each channel of a key, of gates and of beta. With G the gradient of the state
+// after a token, S~ the state that faded, u what delta writes, and sums over V,
+//
+//     delta       dq = s S do    dk = G u + S~ dw      dbeta = m . du       u = beta m, dw = -beta du
+//     low rank    dq = s S do    dk = G v              db = G w             da_t = S_{t-1} dw_t
+//     both        dg_t = sum over tokens from t to the end of the segment of (reads . their gradients) - (writes . theirs)
+//                        + sum_v S (what comes from behind the segment)
+//
+// where a token's read of its own write, which is in both and cancels, takes no part in dg: under strong decay the difference
+// would be rounding.
+typedef struct {
+  cla_delta_problem of;
+  cla_tensor v, grad_out;
+  cla_tensor written, of_written;  // m of the two sweeps, f32
+  cla_delta_states starts, ends;   // their anchors
+  // [B, T, HV, K], and dbeta [B, T, HV, 1]; null: not wanted. dg is [B, T, HV, K] or, for a decay by token, f32
+  // [B, T, HV, slices of CLA_DELTA_COLUMNS channels], to be summed up.
+  cla_tensor dq, dk, da, db, dg, dbeta;
+} cla_delta_gradient;
+
+#define CLA_DELTA_COLUMNS 32
+
+// V up to 256 and any K.
+int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream);
+
+#ifdef __cplusplus
+}
+#endif

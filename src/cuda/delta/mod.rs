@@ -1,0 +1,170 @@
+//! The delta families: forward one *delta sweep* (see `cuda/delta.h`). Backward two of them, one in either direction, after
+//! which what every token wrote is known, and its gradient: the rest is done for all segments of all sequences at once.
+//!
+//! Backward takes memory for two numbers in f32 for each element of v, and for two states each [`ffi::SEGMENT`] tokens.
+
+mod ffi;
+mod route;
+mod sweep;
+
+use candle_core::{DType, Result, Tensor};
+
+use super::backward::{Grads, sum_groups};
+use super::forward::states;
+use super::memory::Buffer;
+use super::sweep::Pass;
+use crate::problem::{Decay, Inputs, Role, Update};
+use sweep::{Gradients, Segments, Sweep, run, run_gradients};
+
+/// The output, in the problem's dtype, and the final states if they are asked for.
+pub(super) fn forward(pass: &Pass, x: &Inputs<Tensor>) -> Result<(Buffer, Option<Buffer>)> {
+    let p = pass.problem;
+    let mut out = Buffer::new(&pass.machine, p.dtype, (p.batch, p.tokens, p.v_heads, p.v_dim))?;
+    let mut last = p.final_state.then(|| states(pass)).transpose()?;
+    run(
+        pass,
+        x,
+        Sweep {
+            value: Some(&x.v),
+            out: Some(&mut out),
+            first: x.kv.as_ref(),
+            last: last.as_mut(),
+            ..Sweep::default()
+        },
+    )?;
+    Ok((out, last))
+}
+
+/// The gradients of the inputs that are wanted.
+pub(super) fn backward(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    grads: &Grads,
+    wants: &dyn Fn(Role) -> bool,
+) -> Result<Vec<(Role, Tensor)>> {
+    let p = pass.problem;
+    let of_keys = [Role::Q, Role::K, Role::G, Role::Beta, Role::A, Role::B].into_iter().any(wants);
+    let segments = Segments::new(pass)?;
+    let values = |dtype| Buffer::new(&pass.machine, dtype, (p.batch, p.tokens, p.v_heads, p.v_dim));
+    let mut dv = wants(Role::V).then(|| values(p.dtype)).transpose()?;
+    let mut dkv = wants(Role::Kv).then(|| states(pass)).transpose()?;
+    // What the sweep of a direction leaves for the gradients of keys: m, and the states around segments.
+    let left = || Ok::<_, candle_core::Error>((values(DType::F32)?, segments.states(pass)?));
+    let mut forward = of_keys.then(left).transpose()?;
+    if let Some((written, starts)) = &mut forward {
+        run(
+            pass,
+            x,
+            Sweep {
+                value: Some(&x.v),
+                inner: Some(written),
+                first: x.kv.as_ref(),
+                anchors: Some(starts),
+                segments: Some(&segments),
+                ..Sweep::default()
+            },
+        )?;
+    }
+    let mut reverse = of_keys.then(left).transpose()?;
+    let (inner, anchors) = reverse.as_mut().map(|(m, ends)| (m, ends)).unzip();
+    run(
+        pass,
+        x,
+        Sweep {
+            value: grads.out.as_ref(),
+            reverse: true,
+            inner,
+            out: dv.as_mut(),
+            first: grads.kv.as_ref(),
+            last: dkv.as_mut(),
+            anchors,
+            segments: Some(&segments),
+        },
+    )?;
+    let mut found = Vec::new();
+    found.extend(dv.map(|dv| (Role::V, dv.into_tensor())));
+    found.extend(dkv.map(|dkv| (Role::Kv, dkv.into_tensor())));
+    if let (Some(forward), Some(reverse)) = (forward, reverse) {
+        found.extend(key_gradients(pass, x, grads.out.as_ref(), wants, &segments, [forward, reverse])?);
+    }
+    Ok(found)
+}
+
+/// The gradients of all inputs that have a number for each channel of a key, of gates and of beta.
+fn key_gradients(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    grad_out: Option<&Tensor>,
+    wants: &dyn Fn(Role) -> bool,
+    segments: &Segments,
+    left: [(Buffer, Buffer); 2],
+) -> Result<Vec<(Role, Tensor)>> {
+    let p = pass.problem;
+    let groups = p.v_heads / p.k_heads;
+    let buffer = |dtype, dim| Buffer::new(&pass.machine, dtype, (p.batch, p.tokens, p.v_heads, dim));
+    // Of a key head that several value heads read, each of these has its part.
+    let of_key = |role, x: Option<&Tensor>| {
+        let x = x.filter(|_| wants(role))?;
+        Some(buffer(if groups > 1 { DType::F32 } else { x.dtype() }, p.k_dim))
+    };
+    let mut dq = of_key(Role::Q, Some(&x.q)).transpose()?;
+    let mut dk = of_key(Role::K, Some(&x.k)).transpose()?;
+    let mut da = of_key(Role::A, x.a.as_ref()).transpose()?;
+    let mut db = of_key(Role::B, x.b.as_ref()).transpose()?;
+    let gate = x.g.as_ref().filter(|_| wants(Role::G));
+    let by_channel = p.decay == Decay::Channel;
+    let mut dg = match gate {
+        Some(_) if !by_channel => Some(buffer(DType::F32, p.k_dim.div_ceil(ffi::COLUMNS))),
+        Some(g) if p.update == Update::Delta => Some(buffer(g.dtype(), p.k_dim)),
+        gate => of_key(Role::G, gate),
+    }
+    .transpose()?;
+    let beta = x.beta.as_ref().filter(|_| wants(Role::Beta));
+    let mut dbeta = beta.map(|beta| buffer(beta.dtype(), 1)).transpose()?;
+    let [(written, starts), (of_written, ends)] =
+        left.map(|(m, states)| (m.into_tensor(), states.into_tensor()));
+    run_gradients(
+        pass,
+        x,
+        Gradients {
+            grad_out,
+            written: &written,
+            of_written: &of_written,
+            segments,
+            starts: &starts,
+            ends: &ends,
+            dq: dq.as_mut(),
+            dk: dk.as_mut(),
+            da: da.as_mut(),
+            db: db.as_mut(),
+            dg: dg.as_mut(),
+            dbeta: dbeta.as_mut(),
+        },
+    )?;
+    let mut found = Vec::new();
+    let of_keys = [
+        (Role::Q, dq, Some(&x.q)),
+        (Role::K, dk, Some(&x.k)),
+        (Role::A, da, x.a.as_ref()),
+        (Role::B, db, x.b.as_ref()),
+    ];
+    for (role, grad, x) in of_keys {
+        if let (Some(grad), Some(x)) = (grad, x) {
+            found.push((role, sum_groups(p, grad.into_tensor(), x.dtype())?));
+        }
+    }
+    if let (Some(dbeta), Some(_)) = (dbeta, beta) {
+        found.push((Role::Beta, dbeta.into_tensor().squeeze(3)?));
+    }
+    if let (Some(dg), Some(gate)) = (dg, gate) {
+        let dg = dg.into_tensor();
+        let dg = match p.decay {
+            Decay::Channel if p.update == Update::LowRank => sum_groups(p, dg, gate.dtype())?,
+            Decay::Channel => dg,
+            _ if dg.elem_count() == 0 || dg.dim(3)? == 1 => dg.narrow(3, 0, 1)?.squeeze(3)?,
+            _ => dg.sum(3)?,
+        };
+        found.push((Role::G, dg.to_dtype(gate.dtype())?));
+    }
+    Ok(found)
+}

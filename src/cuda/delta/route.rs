@@ -1,0 +1,94 @@
+//! Which kernels a delta sweep takes: a plain function of its sizes and the GPU's numbers.
+
+use crate::cuda::route::Card;
+use crate::options::Mode;
+
+/// Steps up to which a chunk of 64 would be mostly padding.
+const SHORT: usize = 16;
+/// Columns of the state that a block of the chunked kernel can have. More share what they read, fewer make more blocks.
+const COLUMNS: [usize; 2] = [32, 16];
+
+/// What a sweep is, as far as the choice goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size {
+    /// Sequences times heads.
+    pub states: usize,
+    /// Steps in the longest sequence.
+    pub longest: usize,
+    pub cols: usize,
+}
+
+/// The kernels of a sweep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Route {
+    /// Token by token.
+    Recurrent,
+    /// In chunks, so many columns of the state a block.
+    Chunked { columns: usize },
+}
+
+/// The kernels for a sweep; `needs` is the shared memory of the chunked kernel with so many columns, if it takes the sweep.
+pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) -> Option<usize>) -> Route {
+    let short = mode == Mode::Auto && size.longest <= SHORT;
+    if mode == Mode::Recurrent || short {
+        return Route::Recurrent;
+    }
+    let fits = |columns: usize| needs(columns).is_some_and(|bytes| bytes <= card.shared_memory);
+    let fills = |columns: usize| size.states * size.cols.div_ceil(columns) >= card.multiprocessors;
+    let [wide, narrow] = COLUMNS;
+    match (fits(wide), fits(narrow)) {
+        (true, _) if fills(wide) => Route::Chunked { columns: wide },
+        (_, true) => Route::Chunked { columns: narrow },
+        (true, false) => Route::Chunked { columns: wide },
+        (false, false) => Route::Recurrent,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const H200: Card = Card { multiprocessors: 132, shared_memory: 227 * 1024, major: 9, minor: 0 };
+    const LONG: Size = Size { states: 16, longest: 32768, cols: 128 };
+
+    fn needs(columns: usize) -> Option<usize> {
+        Some(4096 * columns)
+    }
+
+    #[test]
+    fn auto_decodes_token_by_token() {
+        for (longest, wanted) in [
+            (0, Route::Recurrent),
+            (1, Route::Recurrent),
+            (16, Route::Recurrent),
+            (17, Route::Chunked { columns: 16 }),
+        ] {
+            assert_eq!(route(Mode::Auto, &Size { longest, ..LONG }, &H200, needs), wanted, "{longest}");
+        }
+    }
+
+    #[test]
+    fn modes_are_algorithms() {
+        assert_eq!(route(Mode::Recurrent, &LONG, &H200, needs), Route::Recurrent);
+        let short = Size { longest: 1, ..LONG };
+        for mode in [Mode::Chunk, Mode::FusedChunk] {
+            assert_eq!(route(mode, &short, &H200, needs), Route::Chunked { columns: 16 });
+        }
+    }
+
+    #[test]
+    fn blocks_are_wide_where_there_are_enough() {
+        assert_eq!(route(Mode::Auto, &LONG, &H200, needs), Route::Chunked { columns: 16 });
+        let many = Size { states: 33, ..LONG };
+        assert_eq!(route(Mode::Auto, &many, &H200, needs), Route::Chunked { columns: 32 });
+        let small = Card { shared_memory: 99 * 1024, ..H200 };
+        assert_eq!(route(Mode::Auto, &many, &small, needs), Route::Chunked { columns: 16 });
+    }
+
+    #[test]
+    fn what_does_not_fit_goes_token_by_token() {
+        assert_eq!(route(Mode::FusedChunk, &LONG, &H200, |_| None), Route::Recurrent);
+        let tiny = Card { shared_memory: 48 * 1024, ..H200 };
+        assert_eq!(route(Mode::FusedChunk, &LONG, &tiny, needs), Route::Recurrent);
+    }
+}

@@ -1,0 +1,217 @@
+//! The calls of the delta families' kernels, from their tensors to the launches. See `cuda/delta.h`.
+
+use candle_core::{DType, Result, Tensor};
+
+use super::ffi::{self, SegmentStates};
+use super::route::{Route, Size, route};
+use crate::cuda::ffi::Gate;
+use crate::cuda::memory::{Addresses, Buffer, Held};
+use crate::cuda::sweep::Pass;
+use crate::problem::{Decay, Inputs, Update};
+
+/// The segments of all sequences.
+pub(super) struct Segments {
+    /// Of each sequence, and of all.
+    each: usize,
+    all: usize,
+    /// How many there are before each sequence, where sequences differ.
+    cu: Option<Tensor>,
+}
+
+impl Segments {
+    pub fn new(pass: &Pass) -> Result<Self> {
+        let of = pass.problem.sequences.iter().map(|s| s.tokens.len().div_ceil(ffi::SEGMENT));
+        let cu: Vec<u32> = std::iter::once(0)
+            .chain(of.scan(0, |sum, n| {
+                *sum += n as u32;
+                Some(*sum)
+            }))
+            .collect();
+        let all = cu[cu.len() - 1] as usize;
+        let packed = pass.cu_seqlens.as_ref();
+        let cu = packed.map(|x| Tensor::from_slice(&cu, cu.len(), x.device())).transpose()?;
+        Ok(Self { each: pass.longest.div_ceil(ffi::SEGMENT), all, cu })
+    }
+
+    /// Memory for a state of each segment and head.
+    pub fn states(&self, pass: &Pass) -> Result<Buffer> {
+        let p = pass.problem;
+        Buffer::new(&pass.machine, DType::F32, (self.all, p.v_heads, p.k_dim, p.v_dim))
+    }
+
+    fn of(&self, data: *mut f32, cu_segments: *const u32) -> SegmentStates {
+        SegmentStates { data, cu_segments, each: self.each as i64, all: self.all as i64 }
+    }
+}
+
+/// What the two sweeps of a problem differ in.
+#[derive(Default)]
+pub(super) struct Sweep<'a> {
+    /// v, or do in reverse.
+    pub value: Option<&'a Tensor>,
+    pub reverse: bool,
+    pub inner: Option<&'a mut Buffer>,
+    pub out: Option<&'a mut Buffer>,
+    pub first: Option<&'a Tensor>,
+    pub last: Option<&'a mut Buffer>,
+    pub anchors: Option<&'a mut Buffer>,
+    /// Needed with anchors.
+    pub segments: Option<&'a Segments>,
+}
+
+/// What all kernels read of a problem, open for reading as long as this is there.
+struct Opened<'a> {
+    pass: &'a Pass<'a>,
+    of_keys: [Option<Held<'a>>; 6],
+    cu_seqlens: Option<Held<'a>>,
+}
+
+impl<'a> Opened<'a> {
+    fn new(pass: &'a Pass<'a>, x: &'a Inputs<Tensor>) -> Self {
+        let of_keys = [Some(&x.q), Some(&x.k), x.g.as_ref(), x.a.as_ref(), x.b.as_ref(), x.beta.as_ref()];
+        Self {
+            pass,
+            of_keys: of_keys.map(|x| x.map(Held::new)),
+            cu_seqlens: pass.cu_seqlens.as_ref().map(Held::new),
+        }
+    }
+
+    fn problem(&'a self, at: &mut Addresses<'a>) -> Result<ffi::Problem> {
+        let p = self.pass.problem;
+        let [q, k, gate, a, b, beta] = self.of_keys.each_ref().map(Option::as_ref);
+        let mut tensor = |x| at.tensor(x, p.v_heads);
+        Ok(ffi::Problem {
+            q: tensor(q)?,
+            k: tensor(k)?,
+            gate: tensor(gate)?,
+            a: tensor(a)?,
+            b: tensor(b)?,
+            beta: tensor(beta)?,
+            scale: p.scale,
+            k_dim: p.k_dim as i32,
+            v_dim: p.v_dim as i32,
+            heads: p.v_heads as i32,
+            gate_kind: match p.decay {
+                Decay::None => Gate::None,
+                Decay::Head | Decay::Scalar => Gate::Scalar,
+                Decay::Channel => Gate::Rows,
+            },
+            low_rank: (p.update == Update::LowRank).into(),
+            cu_seqlens: at.numbers(self.cu_seqlens.as_ref())?,
+            sequences: p.sequences.len() as i32,
+            tokens: p.tokens as i64,
+        })
+    }
+}
+
+/// Queues a sweep. Every element of its results gets written.
+pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
+    if pass.states() == 0 {
+        return Ok(());
+    }
+    let p = pass.problem;
+    let heads = p.v_heads;
+    let opened = Opened::new(pass, x);
+    let [value, first] = [sweep.value, sweep.first].map(|x| x.map(Held::new));
+    let mut at = Addresses::new(&pass.machine);
+    let anchors = at.out_numbers(sweep.anchors)?;
+    let mut call = ffi::Sweep {
+        of: opened.problem(&mut at)?,
+        value: at.tensor(value.as_ref(), heads)?,
+        inner: at.out(sweep.inner)?,
+        out: at.out(sweep.out)?,
+        first: at.states(first.as_ref(), false)?,
+        last: at.out_states(sweep.last, false)?,
+        anchors: SegmentStates { data: anchors, cu_segments: std::ptr::null(), each: 0, all: 0 },
+        reverse: sweep.reverse.into(),
+        columns: 0,
+        prepared: std::ptr::null_mut(),
+    };
+    let needs = |columns: usize| {
+        let call = ffi::Sweep { columns: columns as i32, ..call };
+        // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
+        usize::try_from(unsafe { ffi::cla_delta_shared_memory(&call) }).ok()
+    };
+    let size = Size { states: pass.states(), longest: pass.longest, cols: p.v_dim };
+    let chosen = route(p.mode, &size, &pass.card, needs);
+    let own = match (chosen, sweep.segments) {
+        (Route::Chunked { .. }, None) => Some(Segments::new(pass)?),
+        _ => None,
+    };
+    let segments = sweep.segments.or(own.as_ref());
+    let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
+    let mut prepared = None;
+    if let (Route::Chunked { columns }, Some(segments)) = (chosen, segments) {
+        let each = ffi::PREPARED / DType::F32.size_in_bytes();
+        prepared = Some(Buffer::new(&pass.machine, DType::F32, (segments.all, heads, each))?);
+        call.columns = columns as i32;
+    }
+    let mut at_scratch = Addresses::new(&pass.machine);
+    let cu_segments = at_scratch.numbers(cu_segments.as_ref())?;
+    if let Some(segments) = segments {
+        call.anchors = segments.of(anchors, cu_segments);
+    }
+    call.prepared = at_scratch.out_numbers(prepared.as_mut())?.cast();
+    type Kernel = unsafe extern "C" fn(*const ffi::Sweep, *mut std::ffi::c_void) -> i32;
+    let kernels: &[(&str, Kernel)] = match chosen {
+        Route::Recurrent => &[("cla_delta_recurrent", ffi::cla_delta_recurrent)],
+        Route::Chunked { .. } => {
+            &[("cla_delta_prepare", ffi::cla_delta_prepare), ("cla_delta_chunked", ffi::cla_delta_chunked)]
+        }
+    };
+    for (kernel, launch) in kernels {
+        // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and `Pass`,
+        // which are held until all kernels are queued; the stream orders whatever comes after.
+        let code = unsafe { launch(&call, pass.machine.stream()) };
+        pass.check(kernel, code)?;
+    }
+    Ok(())
+}
+
+/// What `cla_delta_gradients` reads and writes beside the inputs.
+pub(super) struct Gradients<'a> {
+    pub grad_out: Option<&'a Tensor>,
+    pub written: &'a Tensor,
+    pub of_written: &'a Tensor,
+    pub segments: &'a Segments,
+    pub starts: &'a Tensor,
+    pub ends: &'a Tensor,
+    pub dq: Option<&'a mut Buffer>,
+    pub dk: Option<&'a mut Buffer>,
+    pub da: Option<&'a mut Buffer>,
+    pub db: Option<&'a mut Buffer>,
+    pub dg: Option<&'a mut Buffer>,
+    pub dbeta: Option<&'a mut Buffer>,
+}
+
+/// Queues the gradients of keys, gates and beta.
+pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> Result<()> {
+    let heads = pass.problem.v_heads;
+    let opened = Opened::new(pass, x);
+    let numbers = [of.segments.cu.as_ref(), Some(of.starts), Some(of.ends)];
+    let [cu_segments, starts, ends] = numbers.map(|x| x.map(Held::new));
+    let of_values = [Some(&x.v), of.grad_out, Some(of.written), Some(of.of_written)];
+    let of_values = of_values.map(|x| x.map(Held::new));
+    let [v, grad_out, written, of_written] = of_values.each_ref().map(Option::as_ref);
+    let mut at = Addresses::new(&pass.machine);
+    let cu_segments = at.numbers(cu_segments.as_ref())?;
+    let [starts, ends]: [*const f32; 2] = [at.numbers(starts.as_ref())?, at.numbers(ends.as_ref())?];
+    let call = ffi::Gradient {
+        of: opened.problem(&mut at)?,
+        v: at.tensor(v, heads)?,
+        grad_out: at.tensor(grad_out, heads)?,
+        written: at.tensor(written, heads)?,
+        of_written: at.tensor(of_written, heads)?,
+        starts: of.segments.of(starts.cast_mut(), cu_segments),
+        ends: of.segments.of(ends.cast_mut(), cu_segments),
+        dq: at.out(of.dq)?,
+        dk: at.out(of.dk)?,
+        da: at.out(of.da)?,
+        db: at.out(of.db)?,
+        dg: at.out(of.dg)?,
+        dbeta: at.out(of.dbeta)?,
+    };
+    // SAFETY: as in `run`.
+    let code = unsafe { ffi::cla_delta_gradients(&call, pass.machine.stream()) };
+    pass.check("cla_delta_gradients", code)
+}
