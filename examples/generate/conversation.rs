@@ -1,8 +1,12 @@
 //! A conversation whose state is kept between turns: of every turn only what is new is read.
+//!
+//! Templates may write an answer otherwise once it is past: many leave out what was thought before it. A state cannot be
+//! made to forget, so the one before the last answer is kept as well, and such an answer is read again from there, as the
+//! template has it now. Where even what came before it is written otherwise, everything is read again.
 
 use crate::{
     common::text::TextStream,
-    generator::Generator,
+    generator::{End, Generator},
     template::{ChatTemplate, Message},
     thinking::Thinking,
 };
@@ -12,7 +16,7 @@ use candle_linear_attn::models::Cache;
 use std::time::{Duration, Instant};
 use tokenizers::Tokenizer;
 
-/// Tokens that decide how the next one is written.
+/// So many tokens decide how the next one is written.
 const CONTEXT: usize = 16;
 
 pub struct Conversation<'a> {
@@ -20,19 +24,19 @@ pub struct Conversation<'a> {
     tokenizer: &'a Tokenizer,
     template: ChatTemplate,
     messages: Vec<Message>,
-    /// What the state stands for, as the template writes it, and its tokens, the last few of which may not be read yet.
+    /// What the state stands for, as the template writes it, and its tokens.
     text: String,
-    ids: Vec<u32>,
-    unread: usize,
-    /// Where the last answer began.
-    before_answer: Option<Mark>,
+    pub ids: Vec<u32>,
+    /// How many of the last tokens have not been read yet.
+    pub unread: usize,
+    before_answer: Option<Place>,
     /// Of all that was read and not written here.
     pub prompt_tokens: usize,
     pub prompt_time: Duration,
 }
 
-/// A place to come back to: a state cannot be made to forget what it has seen.
-struct Mark {
+/// A place to come back to: how far text and tokens went, and the state there.
+struct Place {
     text: usize,
     ids: usize,
     state: Cache,
@@ -62,58 +66,74 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    /// Says something and shows the answer piece by piece. False if `show` has had enough.
+    /// Forgets all that was said but for what the system was told.
+    pub fn reset(&mut self) {
+        self.messages.retain(|message| message.role == "system");
+        self.before_answer = None;
+        self.go_back();
+    }
+
+    /// Says something and shows the answer piece by piece, until it ends or `show` returns false.
     pub fn say(
         &mut self,
         text: &str,
         hide_thinking: bool,
         mut show: impl FnMut(&str) -> Result<bool>,
-    ) -> Result<bool> {
+    ) -> Result<End> {
         self.messages.push(Message::new("user", text));
         let started = Instant::now();
         let logits = self.read_turn()?;
         self.prompt_time += started.elapsed();
 
         let recent = &self.ids[self.ids.len().saturating_sub(CONTEXT)..];
-        let mut shown = TextStream::after(self.tokenizer, recent, true)?;
-        let mut exact = TextStream::after(self.tokenizer, recent, false)?;
-        let mut thinking = Thinking::new(self.tokenizer, &self.ids, hide_thinking);
+        // With special tokens, so that the answer is what has been written and may be followed by what comes next.
+        let mut stream = TextStream::after(self.tokenizer, recent, false)?;
+        let mut thinking = Thinking::new(&self.text, hide_thinking);
         let mut answer = String::new();
-        let written = self.generator.write(logits, &mut self.ids, |id| {
-            answer += &exact.push(id)?;
-            show(&thinking.filter(id, shown.push(id)?))
+        let mut whole = true;
+        if !show(thinking.begin())? {
+            return Ok(End::Unwanted);
+        }
+        let end = self.generator.write(logits, &mut self.ids, |id| {
+            let piece = stream.push(id)?;
+            whole = !piece.is_empty();
+            answer += &piece;
+            show(&thinking.filter(&piece))
         })?;
-        self.unread = written.unread;
+        show(&thinking.end())?;
+        // A text that ends by itself has been read to its end, else its last token is to come.
+        self.unread = usize::from(end != End::Token);
         self.text += &answer;
+        if !whole {
+            // A part of a character, which no template will write: the answer is to be read again without it.
+            self.text.push(char::REPLACEMENT_CHARACTER);
+        }
         self.messages.push(Message::new("assistant", answer));
-        Ok(!written.stopped)
+        Ok(end)
     }
 
-    /// Reads what the last message adds, up to where the answer begins, and gives the logits there.
+    /// Reads what the last message adds, up to where the model is to write, and gives the logits there.
     fn read_turn(&mut self) -> Result<Tensor> {
-        let asked = self.template.render(&self.messages, false)?;
+        let question = self.template.render(&self.messages, false)?;
         let whole = self.template.render(&self.messages, true)?;
-        self.go_back_within(&whole);
+        if !whole.starts_with(&self.text) {
+            self.before_answer.take_if(|place| !whole.starts_with(&self.text[..place.text]));
+            self.go_back();
+        }
         let new = &whole[self.text.len()..];
         let encoding =
             self.tokenizer.encode(new, false).map_err(|e| anyhow!("cannot tokenize a message: {e}"))?;
-        let (mut tokens, offsets) = (encoding.get_ids().to_vec(), encoding.get_offsets());
-        // Templates may write an answer otherwise once it is past, as those that drop what the model thought. It and its
-        // introduction will then be read again, from here.
-        let split = match asked.len().checked_sub(self.text.len()) {
-            Some(cut) if whole.starts_with(&asked) => {
-                offsets.iter().position(|(_, end)| *end > cut).unwrap_or(tokens.len())
-            }
+        // The template's words before an answer are written otherwise, too, once it is past.
+        let split = match question.len().checked_sub(self.text.len()) {
+            Some(end) if whole.starts_with(&question) => tokens_until(encoding.get_offsets(), end),
             _ => 0,
         };
-        let mark = self.text.len() + offsets.get(split).map_or(new.len(), |(start, _)| *start);
-        self.prompt_tokens += tokens.len();
-        let introduction = tokens.split_off(split);
+        let (question_ids, introduction) = encoding.get_ids().split_at(split);
         let mut last = None;
-        if !tokens.is_empty() && whole.is_char_boundary(mark) {
-            last = Some(self.read(tokens)?);
-            self.before_answer =
-                Some(Mark { text: mark, ids: self.ids.len(), state: self.generator.reader.state() });
+        if !question_ids.is_empty() {
+            last = Some(self.read(question_ids)?);
+            let state = self.generator.reader.state();
+            self.before_answer = Some(Place { text: question.len(), ids: self.ids.len(), state });
         }
         if !introduction.is_empty() {
             last = Some(self.read(introduction)?);
@@ -123,27 +143,27 @@ impl<'a> Conversation<'a> {
     }
 
     /// Reads tokens behind those that are not read yet.
-    fn read(&mut self, tokens: Vec<u32>) -> Result<Tensor> {
+    fn read(&mut self, tokens: &[u32]) -> Result<Tensor> {
         let from = self.ids.len() - self.unread;
         self.ids.extend(tokens);
         self.unread = 0;
+        self.prompt_tokens += tokens.len();
         self.generator.reader.read_only(&self.ids[from..])
     }
 
-    /// To the last place from which on `whole` may be read.
-    fn go_back_within(&mut self, whole: &str) {
-        if whole.starts_with(&self.text) {
-            return;
-        }
-        let (text, ids, state) = match &self.before_answer {
-            Some(mark) if whole.starts_with(&self.text[..mark.text]) => {
-                (mark.text, mark.ids, Some(mark.state.clone()))
-            }
-            _ => (0, 0, None),
-        };
+    /// To where the last answer began, or to the beginning.
+    fn go_back(&mut self) {
+        let place = self.before_answer.as_ref();
+        let (text, ids) = place.map_or((0, 0), |place| (place.text, place.ids));
         self.text.truncate(text);
         self.ids.truncate(ids);
         self.unread = 0;
-        self.generator.reader.rewind(state);
+        self.generator.reader.rewind(place.map(|place| place.state.clone()));
     }
+}
+
+/// How many tokens make up a text up to `end`; 0 if one of them goes beyond it.
+fn tokens_until(offsets: &[(usize, usize)], end: usize) -> usize {
+    let count = offsets.iter().position(|(start, _)| *start >= end).unwrap_or(offsets.len());
+    if offsets[..count].iter().all(|(_, to)| *to <= end) { count } else { 0 }
 }

@@ -5,6 +5,7 @@ use anyhow::Result;
 use candle_core::Tensor;
 use candle_linear_attn::models::Model;
 use std::{
+    collections::HashSet,
     fmt,
     time::{Duration, Instant},
 };
@@ -12,52 +13,58 @@ use std::{
 pub struct Generator<'a> {
     pub reader: Reader<'a>,
     sampler: Sampler,
-    settings: Settings,
+    ends: HashSet<u32>,
+    max_new_tokens: usize,
     report: Report,
 }
 
 impl<'a> Generator<'a> {
     pub fn new(model: &'a Model, settings: Settings) -> Self {
-        let sampler = Sampler::new(&settings);
-        Self { reader: Reader::new(model), sampler, settings, report: Report::default() }
+        let ends = settings.ends.clone();
+        Self {
+            reader: Reader::new(model),
+            sampler: Sampler::new(&settings),
+            ends: ends.unwrap_or_else(|| model.config().eos_token_ids().into_iter().collect()),
+            max_new_tokens: settings.max_new_tokens,
+            report: Report::default(),
+        }
     }
 
     /// Says that a token ends a text as well.
     pub fn end_at(&mut self, token: u32) {
-        self.settings.ends.insert(token);
+        self.ends.insert(token);
     }
 
     /// Goes on from `ids` until the text ends, the limit is reached or `show` returns false, and puts what it writes behind
-    /// them. The first token comes out of `logits`; of what is written, all but the last token has been read, and the
-    /// last one too if the text has ended behind it.
+    /// them. The first token comes out of `logits`. What it writes has been read, but for the last token where something
+    /// other than [`End::Token`] comes behind it.
     pub fn write(
         &mut self,
         mut logits: Tensor,
         ids: &mut Vec<u32>,
         mut show: impl FnMut(u32) -> Result<bool>,
-    ) -> Result<Written> {
+    ) -> Result<End> {
         let started = Instant::now();
-        let mut written = Written { unread: 0, stopped: false };
-        for count in 1..=self.settings.max_new_tokens {
+        let mut end = End::Limit;
+        for count in 1..=self.max_new_tokens {
             let id = self.sampler.next(&logits, ids)?;
             // The first comes out of the prompt's last position; decoding is what each further one takes.
             self.report.decoded += usize::from(count > 1);
-            if self.settings.ends.contains(&id) {
-                written.unread = 0;
+            if self.ends.contains(&id) {
+                end = End::Token;
                 break;
             }
             ids.push(id);
-            written.unread = 1;
             if !show(id)? {
-                written.stopped = true;
+                end = End::Unwanted;
                 break;
             }
-            if count < self.settings.max_new_tokens {
+            if count < self.max_new_tokens {
                 logits = self.reader.read(&[id])?;
             }
         }
         self.report.decode_time += started.elapsed();
-        Ok(written)
+        Ok(end)
     }
 
     /// How fast it went, given how many tokens were prompts and how long they took.
@@ -67,11 +74,14 @@ impl<'a> Generator<'a> {
 }
 
 /// How a text came to its end.
-pub struct Written {
-    /// How many of its last tokens have not been read.
-    pub unread: usize,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// By a token that says so.
+    Token,
+    /// It was as long as it may be.
+    Limit,
     /// Nobody wants to see more.
-    pub stopped: bool,
+    Unwanted,
 }
 
 /// How fast it went.

@@ -11,6 +11,7 @@ mod args;
 #[path = "../common/mod.rs"]
 mod common;
 mod conversation;
+mod fields;
 mod generator;
 mod reader;
 mod sampler;
@@ -21,14 +22,14 @@ mod tests;
 mod thinking;
 
 use anyhow::{Context, Result};
-use args::Args;
+use args::{Args, Switch};
 use clap::Parser;
 use common::{
     runtime::{keep_operations_on_their_thread, open_model},
     text::{TextStream, encode_prompt, load_tokenizer},
 };
 use conversation::Conversation;
-use generator::Generator;
+use generator::{End, Generator};
 use settings::Settings;
 use std::{
     io::{ErrorKind, IsTerminal, Write},
@@ -57,8 +58,9 @@ fn run(args: &Args) -> Result<()> {
 
 fn write(args: &Args, folder: &Path, tokenizer: &Tokenizer) -> Result<()> {
     let prompt = args.prompt()?;
+    let settings = Settings::new(args, folder)?;
     let model = open_model(folder, &args.compute)?;
-    let mut generator = Generator::new(&model, Settings::new(args, model.config(), folder)?);
+    let mut generator = Generator::new(&model, settings);
     let mut ids = encode_prompt(tokenizer, &prompt)?;
     let prompt_tokens = ids.len();
     let started = Instant::now();
@@ -75,16 +77,30 @@ fn write(args: &Args, folder: &Path, tokenizer: &Tokenizer) -> Result<()> {
 
 fn chat(args: &Args, folder: &Path, tokenizer: &Tokenizer) -> Result<()> {
     let mut template = ChatTemplate::load(folder)?;
-    if args.no_think {
-        template.set("enable_thinking", false);
+    if let Some(thinking) = args.thinking {
+        // What Qwen's templates call it, and what others do.
+        for name in ["enable_thinking", "thinking"] {
+            template.set(name, thinking == Switch::On);
+        }
     }
+    let settings = Settings::new(args, folder)?;
     let model = open_model(folder, &args.compute)?;
-    let generator = Generator::new(&model, Settings::new(args, model.config(), folder)?);
+    let generator = Generator::new(&model, settings);
     let mut conversation = Conversation::new(generator, tokenizer, template, args.system.as_deref());
     while let Some(line) = next_line()? {
-        let goes_on = conversation.say(&line, args.hide_thinking, show)?;
-        if !(goes_on && show("\n")?) {
-            break;
+        match line.trim() {
+            "" => continue,
+            "/exit" => break,
+            "/reset" => conversation.reset(),
+            _ => {
+                let end = conversation.say(&line, args.hide_thinking, show)?;
+                if !show("\n")? || end == End::Unwanted {
+                    break;
+                }
+                if end == End::Limit {
+                    eprintln!("(cut off by --max-new-tokens)");
+                }
+            }
         }
     }
     let Conversation { generator, prompt_tokens, prompt_time, .. } = conversation;
@@ -92,22 +108,21 @@ fn chat(args: &Args, folder: &Path, tokenizer: &Tokenizer) -> Result<()> {
     Ok(())
 }
 
-/// The next message, if there is one.
+/// The next line of stdin, if there is one.
 fn next_line() -> Result<Option<String>> {
-    loop {
-        if std::io::stdin().is_terminal() {
-            eprint!("> ");
-        }
-        let mut line = String::new();
-        if std::io::stdin().read_line(&mut line).context("cannot read a message from stdin")? == 0 {
-            return Ok(None);
-        }
-        match line.trim_end_matches(['\n', '\r']) {
-            "/exit" => return Ok(None),
-            line if line.trim().is_empty() => {}
-            line => return Ok(Some(line.to_owned())),
-        }
+    let interactive = std::io::stdin().is_terminal();
+    if interactive {
+        eprint!("> ");
     }
+    let mut line = String::new();
+    if std::io::stdin().read_line(&mut line).context("cannot read a message from stdin")? == 0 {
+        if interactive {
+            eprintln!();
+        }
+        return Ok(None);
+    }
+    line.truncate(line.trim_end_matches(['\n', '\r']).len());
+    Ok(Some(line))
 }
 
 /// False if whoever reads has had enough.

@@ -1,35 +1,26 @@
 //! Tokens in, logits out, with the state of what has been read.
 
+use crate::common::runtime::progress_bar;
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Cache, Model};
-use indicatif::{ProgressBar, ProgressStyle};
-use std::io::IsTerminal;
 
 /// A prompt is read in pieces of so many tokens: what a piece needs besides the state grows with its length.
-const PIECE: usize = 2048;
+pub const PIECE: usize = 2048;
 /// Prompts from which on there is time to look at a bar.
 const LONG: usize = 2 * PIECE;
+const BAR: &str = "reading {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
 
 pub struct Reader<'a> {
     model: &'a Model,
     cache: Cache,
     /// The most that states have taken, in bytes.
     pub peak_state: usize,
-    /// Where each piece began, and its tokens.
-    #[cfg(test)]
-    pub pieces: Vec<(usize, Vec<u32>)>,
 }
 
 impl<'a> Reader<'a> {
     pub fn new(model: &'a Model) -> Self {
-        Self {
-            model,
-            cache: model.new_cache(),
-            peak_state: 0,
-            #[cfg(test)]
-            pieces: vec![],
-        }
+        Self { model, cache: model.new_cache(), peak_state: 0 }
     }
 
     /// What has been read, to come back to. It shares its tensors with the reader.
@@ -40,8 +31,6 @@ impl<'a> Reader<'a> {
     /// Goes back to a state, or to the beginning.
     pub fn rewind(&mut self, state: Option<Cache>) {
         self.cache = state.unwrap_or_else(|| self.model.new_cache());
-        #[cfg(test)]
-        self.pieces.retain(|(at, _)| *at < self.cache.tokens());
     }
 
     /// Logits `[vocab]` f32 after the last of `ids`. The others need no logits, so they do not go through the head.
@@ -59,11 +48,9 @@ impl<'a> Reader<'a> {
     /// The hidden state after the last of `ids`, `[1, 1, hidden]`.
     pub fn read_only(&mut self, ids: &[u32]) -> Result<Tensor> {
         self.check(ids)?;
-        let bar = (ids.len() >= LONG && std::io::stderr().is_terminal()).then(|| bar(ids.len()));
+        let bar = (ids.len() >= LONG).then(|| progress_bar(ids.len() as u64, BAR));
         let mut last = None;
         for piece in ids.chunks(PIECE) {
-            #[cfg(test)]
-            self.pieces.push((self.cache.tokens(), piece.to_vec()));
             let input = Tensor::from_slice(piece, (1, piece.len()), self.model.device())?;
             let hidden = self.model.hidden_states(&input, Some(&mut self.cache))?;
             last = Some(hidden.narrow(1, piece.len() - 1, 1)?);
@@ -88,10 +75,4 @@ impl<'a> Reader<'a> {
         );
         Ok(())
     }
-}
-
-fn bar(tokens: usize) -> ProgressBar {
-    let style = ProgressStyle::with_template("reading {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(tokens as u64).with_style(style)
 }

@@ -10,6 +10,7 @@ use candle_transformers::{
 
 pub struct Sampler {
     processor: LogitsProcessor,
+    min_p: f64,
     repeat_penalty: f32,
     repeat_last_n: usize,
 }
@@ -28,7 +29,8 @@ impl Sampler {
         };
         Self {
             processor: LogitsProcessor::from_sampling(settings.seed, sampling),
-            repeat_penalty: settings.repeat_penalty,
+            min_p: settings.min_p,
+            repeat_penalty: settings.repeat_penalty as f32,
             repeat_last_n: settings.repeat_last_n,
         }
     }
@@ -47,6 +49,38 @@ impl Sampler {
             !logits.to_vec1::<f32>()?.iter().any(|x| x.is_nan()),
             "the model's logits are not numbers; its weights may be broken, or too large for --dtype"
         );
-        Ok(self.processor.sample(logits)?)
+        let min_p = self.min_p as f32;
+        Ok(self.processor.sample_f(logits, |probabilities| {
+            let least = min_p * probabilities.iter().copied().fold(0., f32::max);
+            probabilities.iter_mut().filter(|p| **p < least).for_each(|p| *p = 0.);
+        })?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use std::collections::BTreeSet;
+
+    /// Every token that is ever chosen of five, whose probabilities are 0.4, 0.3, 0.15, 0.1 and 0.05.
+    fn chosen(change: impl FnOnce(&mut Settings)) -> BTreeSet<u32> {
+        let mut settings = crate::tests::settings();
+        change(&mut settings);
+        let mut sampler = Sampler::new(&settings);
+        let probabilities = [0.3f32, 0.05, 0.4, 0.1, 0.15];
+        let logits = Tensor::new(&probabilities.map(f32::ln), &Device::Cpu).unwrap();
+        (0..500).map(|_| sampler.next(&logits, &[]).unwrap()).collect()
+    }
+
+    #[test]
+    fn unlikely_tokens_are_left_out() {
+        assert_eq!(chosen(|_| {}), BTreeSet::from([0, 1, 2, 3, 4]));
+        assert_eq!(chosen(|s| s.min_p = 0.3), BTreeSet::from([0, 2, 4]));
+        assert_eq!(chosen(|s| (s.min_p, s.top_p) = (0.3, 0.65)), BTreeSet::from([0, 2]));
+        assert_eq!(chosen(|s| (s.min_p, s.top_k) = (0.3, Some(4))), BTreeSet::from([0, 2, 4]));
+        assert_eq!(chosen(|s| (s.min_p, s.top_p, s.top_k) = (0.3, 0.9, Some(2))), BTreeSet::from([0, 2]));
+        assert_eq!(chosen(|s| s.min_p = 1.), BTreeSet::from([2]));
+        assert_eq!(chosen(|s| s.temperature = 0.), BTreeSet::from([2]));
     }
 }
