@@ -138,7 +138,6 @@ pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
 
 /// On stderr, where that is a terminal.
 pub fn progress_bar(total: u64, template: &str) -> ProgressBar {
-    let style =
-        ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(total).with_style(style)
 }

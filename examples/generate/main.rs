@@ -17,8 +17,6 @@ mod reader;
 mod sampler;
 mod settings;
 mod template;
-#[cfg(test)]
-mod tests;
 mod thinking;
 
 use anyhow::{Context, Result};

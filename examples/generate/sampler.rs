@@ -65,7 +65,7 @@ mod tests {
 
     /// Every token that is ever chosen of five, whose probabilities are 0.4, 0.3, 0.15, 0.1 and 0.05.
     fn chosen(change: impl FnOnce(&mut Settings)) -> BTreeSet<u32> {
-        let mut settings = crate::tests::settings();
+        let mut settings = Settings::plain();
         change(&mut settings);
         let mut sampler = Sampler::new(&settings);
         let probabilities = [0.3f32, 0.05, 0.4, 0.1, 0.15];

@@ -90,6 +90,24 @@ impl Settings {
     }
 }
 
+#[cfg(test)]
+impl Settings {
+    /// Every token by its probability, 30 of them, with no end.
+    pub fn plain() -> Self {
+        Self {
+            temperature: 1.,
+            top_p: 1.,
+            top_k: None,
+            min_p: 0.,
+            repeat_penalty: 1.,
+            repeat_last_n: 0,
+            seed: 5,
+            max_new_tokens: 30,
+            ends: None,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Ids {
@@ -159,7 +177,10 @@ mod tests {
             (r#"{"min_p": 2}"#, "min_p is 2, must be from 0 to 1"),
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty is 0, must be from 0.001 to 1000"),
             (r#"{"do_sample": "yes"}"#, r#"do_sample is "yes", must be true or false"#),
-            (r#"{"eos_token_id": "</s>"}"#, r#"eos_token_id is "</s>", must be a token id or a list of them"#),
+            (
+                r#"{"eos_token_id": "</s>"}"#,
+                r#"eos_token_id is "</s>", must be a token id or a list of them"#,
+            ),
             (r#"{"eos_token_id": [1, -1]}"#, "eos_token_id is [1,-1], must be a token id or a list of them"),
             (r#"{"max_new_tokens": 0}"#, "max_new_tokens is 0, must be at least 1"),
             ("[]", "not a JSON object"),

@@ -44,6 +44,7 @@ impl ChatTemplate {
     /// `chat_template.json`, a string or a list of which the one named `default` is taken.
     pub fn load(folder: &Path) -> Result<Self> {
         let config = Fields::read(folder.join(CONFIG))?;
+        let tokens = special_tokens(&config)?;
         let source = match read_if_there(&folder.join(FILE))? {
             Some(source) => Some(source),
             None => match template_of(&config)? {
@@ -57,7 +58,7 @@ impl ChatTemplate {
                 folder.display()
             )
         })?;
-        Self::new(&source, special_tokens(&config)?)
+        Self::new(&source, tokens)
     }
 
     fn new(source: &str, special_tokens: BTreeMap<String, Jinja>) -> Result<Self> {
@@ -69,7 +70,9 @@ impl ChatTemplate {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_function("strftime_now", now);
-        environment.add_template_owned(NAME, without_generation(source)).map_err(|e| failure("cannot be read", &e))?;
+        environment
+            .add_template_owned(NAME, without_generation(source))
+            .map_err(|e| failure("cannot be read", &e))?;
         let end_token = special_tokens.get("eos_token").and_then(|token| Some(token.as_str()?.to_owned()));
         Ok(Self { environment, variables: special_tokens, end_token })
     }
@@ -151,24 +154,22 @@ fn template_of(file: &Fields) -> Result<Option<String>> {
     }
 }
 
-/// How a file has its special tokens. The flags are those that say whether a tokenizer adds them, as `add_bos_token`.
+/// How a file has a special token.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Token {
     Text(String),
     Added { content: String },
-    Flag(bool),
 }
 
 /// `bos_token` and the like.
 fn special_tokens(config: &Fields) -> Result<BTreeMap<String, Jinja>> {
     let mut tokens = BTreeMap::new();
-    for name in config.names().filter(|name| name.ends_with("_token")) {
-        match config.get(name, "a token or an object with its content")? {
-            Some(Token::Text(text) | Token::Added { content: text }) => {
-                tokens.insert(name.clone(), text.into());
-            }
-            Some(Token::Flag(_)) | None => {}
+    // `add_bos_token` says whether, not which.
+    for name in config.names().filter(|name| name.ends_with("_token") && !name.starts_with("add_")) {
+        let token = config.get(name, "a token or an object with its content")?;
+        if let Some(Token::Text(text) | Token::Added { content: text }) = token {
+            tokens.insert(name.clone(), text.into());
         }
     }
     Ok(tokens)
@@ -300,7 +301,9 @@ mod tests {
             assert!(none.contains("has no chat template") && none.contains(file), "{none}");
         }
         let named = json!([{"name": "tool_use", "template": "no"}, {"name": "default", "template": "list"}]);
-        for (file, value, text) in [(PROCESSOR, json!("p"), "p"), (CONFIG, json!("c"), "c"), (CONFIG, named, "list")] {
+        for (file, value, text) in
+            [(PROCESSOR, json!("p"), "p"), (CONFIG, json!("c"), "c"), (CONFIG, named, "list")]
+        {
             write(file, json!({"chat_template": value}).to_string())?;
             assert_eq!(load()?.render(&[], false)?, text);
         }
