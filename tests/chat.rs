@@ -56,8 +56,7 @@ const PLAIN: &str = "{% for m in messages %}<|im_start|>{{ m.role + '\n' + m.con
     {% if add_generation_prompt %}<|im_start|>{{ 'assistant\n' }}{% endif %}";
 /// As Qwen's: what was thought before earlier answers is left out, and so is its beginning, which the prompt has.
 const THINKING: &str = "{% for m in messages %}<|im_start|>{{ m.role + '\n' }}\
-    {% if m.role == 'assistant' %}{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}\
-    <|im_end|>{{ '\n' }}{% endfor %}\
+    {{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}\
     {% if add_generation_prompt %}<|im_start|>{{ 'assistant\n<think>\n' }}{% endif %}";
 /// As Mistral's: what the system says stands before the last message, and so moves.
 const MOVING: &str = "{% for m in messages %}{% if m.role != 'system' %}\
@@ -162,8 +161,8 @@ fn four_turns(model: &Model, source: &str, tolerance: f32) -> Result<Vec<(usize,
         let prompt = template(source)?.render(&messages, true)?;
         let answer = if prompt.ends_with("<think>\n") { &shown["<think>\n".len()..] } else { &shown };
         let ids = &conversation.ids;
+        messages.push(Message::answer(&prompt, answer));
         assert_eq!(tokenizer.decode(ids, false).unwrap(), prompt + answer);
-        messages.push(Message::new("assistant", answer));
 
         let held = probe(model, conversation.generator.reader.state())?;
         let mut whole = Reader::new(model);
@@ -274,7 +273,7 @@ fn half_a_character_at_the_end_of_an_answer_is_forgotten() -> Result<()> {
         let prompt = tokenizer.encode(template(PLAIN)?.render(&messages, true)?, false).unwrap();
         assert!(conversation.ids.starts_with(prompt.get_ids()));
         halves += usize::from(shown.is_empty() && conversation.ids.len() > prompt.len());
-        messages.push(Message::new("assistant", shown));
+        messages.push(Message::answer("", &shown));
     }
     assert!(halves > 0);
     Ok(())

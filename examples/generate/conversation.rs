@@ -103,12 +103,12 @@ impl<'a> Conversation<'a> {
         show(&thinking.end())?;
         // A text that ends by itself has been read to its end, else its last token is to come.
         self.unread = usize::from(end != End::Token);
+        self.messages.push(Message::answer(&self.text, &answer));
         self.text += &answer;
         if !whole {
             // A part of a character, which no template will write: the answer is to be read again without it.
             self.text.push(char::REPLACEMENT_CHARACTER);
         }
-        self.messages.push(Message::new("assistant", answer));
         Ok(end)
     }
 

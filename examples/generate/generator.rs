@@ -20,11 +20,10 @@ pub struct Generator<'a> {
 
 impl<'a> Generator<'a> {
     pub fn new(model: &'a Model, settings: Settings) -> Self {
-        let ends = settings.ends.clone();
         Self {
             reader: Reader::new(model),
             sampler: Sampler::new(&settings),
-            ends: ends.unwrap_or_else(|| model.config().eos_token_ids().into_iter().collect()),
+            ends: settings.ends.unwrap_or_else(|| model.config().eos_token_ids().into_iter().collect()),
             max_new_tokens: settings.max_new_tokens,
             report: Report::default(),
         }

@@ -9,7 +9,7 @@ use candle_linear_attn::models::{Cache, Model};
 pub const PIECE: usize = 2048;
 /// Prompts from which on there is time to look at a bar.
 const LONG: usize = 2 * PIECE;
-const BAR: &str = "reading {bar:30} {pos}/{len} tokens, {per_sec}, {eta} left";
+const BAR: &str = "reading {bar:30} {pos}/{len} tokens, {eta} left";
 
 pub struct Reader<'a> {
     model: &'a Model,

@@ -1,6 +1,9 @@
 //! The chat template of a model folder: how a conversation is written for the model.
 
-use crate::fields::{Fields, read_if_there};
+use crate::{
+    fields::{Fields, read_if_there},
+    thinking,
+};
 use anyhow::{Context, Result, anyhow, bail};
 use minijinja::{
     Environment, Error, ErrorKind, context,
@@ -23,11 +26,20 @@ const NAME: &str = "chat template";
 pub struct Message {
     pub role: &'static str,
     pub content: String,
+    /// What was thought before it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
 }
 
 impl Message {
     pub fn new(role: &'static str, content: impl Into<String>) -> Self {
-        Self { role, content: content.into() }
+        Self { role, content: content.into(), reasoning_content: None }
+    }
+
+    /// What a model wrote behind a prompt.
+    pub fn answer(prompt: &str, text: &str) -> Self {
+        let (thought, said) = thinking::split(prompt, text);
+        Self { reasoning_content: thought.map(str::to_owned), ..Self::new("assistant", said) }
     }
 }
 
@@ -65,6 +77,8 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        // minijinja goes over none as if it were empty.
+        environment.add_test("iterable", |value: &Jinja| !value.is_none() && value.try_iter().is_ok());
         environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -266,7 +280,7 @@ mod tests {
             ),
             ("{% macro greet(name) %}Hi {{ name }}{% endmacro %}{{ greet('Jo') }}", "Hi Jo"),
             ("{% if add_generation_prompt and enable_thinking is not defined %}go{% endif %}", "go"),
-            ("{% if tools is none and documents is none %}none{% endif %}", "none"),
+            ("{% if tools is none and documents is not iterable %}none{% endif %}", "none"),
             ("{{ strftime_now('%%') }}", "%"),
             ("a {% generation %}b{% endgeneration %} c", "a b c"),
             ("a {%- generation -%} b\n{%- endgeneration %}\nc", "abc"),

@@ -14,9 +14,8 @@ pub struct Thinking {
 }
 
 impl Thinking {
-    /// Templates may begin the thinking: then the prompt ends with its mark.
     pub fn new(prompt: &str, hide: bool) -> Self {
-        Self { hide, inside: prompt.trim_end().ends_with(OPEN), held: String::new(), first: true }
+        Self { hide, inside: is_begun(prompt), held: String::new(), first: true }
     }
 
     /// What of the prompt is shown before the answer: the mark, where the model will write the other one.
@@ -63,6 +62,23 @@ impl Thinking {
     }
 }
 
+/// What an answer to a prompt thinks, if it does, and what it says.
+pub fn split<'a>(prompt: &str, answer: &'a str) -> (Option<&'a str>, &'a str) {
+    let thought = match answer.trim_start().strip_prefix(OPEN) {
+        Some(thought) => thought,
+        None if is_begun(prompt) => answer,
+        None => return (None, answer),
+    };
+    let (thought, said) = thought.split_once(CLOSE).unwrap_or((thought, ""));
+    // As Qwen's templates take them apart.
+    (Some(thought.trim_matches('\n')), said.trim_start_matches('\n'))
+}
+
+/// Templates may begin the thinking: then the prompt ends with its mark.
+fn is_begun(prompt: &str) -> bool {
+    prompt.trim_end().ends_with(OPEN)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,5 +110,15 @@ mod tests {
         assert_eq!(shown("", false, &["<think>", "a</think>", "b"]), "<think>a</think>b");
         assert_eq!(shown("", true, &["1 <", " 2 ä", "<th", "e>", "<think"]), "1 < 2 ä<the><think");
         assert_eq!(shown("", true, &["</think>"]), "</think>");
+    }
+
+    #[test]
+    fn what_is_thought_is_told_from_what_is_said() {
+        assert_eq!(split("", "a"), (None, "a"));
+        assert_eq!(split("", "a <think>b</think>"), (None, "a <think>b</think>"));
+        assert_eq!(split("", "\n<think>\na\n</think>\n\nb"), (Some("a"), "b"));
+        assert_eq!(split("<think>\n", "a\n</think>\n\nb</think>"), (Some("a"), "b</think>"));
+        assert_eq!(split("<think>\n", "never ends"), (Some("never ends"), ""));
+        assert_eq!(split("<think>\n\n</think>\n\n", "a"), (None, "a"));
     }
 }
