@@ -55,6 +55,9 @@ typedef struct {
   int64_t segment;
   int32_t segments;
   float *starts, *totals;
+  // Recurrent sweeps only: if not null, the faded state at the last token of each segment of `segment` tokens, counted from
+  // the first token whichever way the sweep goes, before that token's write and times last_scale. As `starts`.
+  float *ends;
   int64_t shared_limit;  // dynamic shared memory that a block may have, in bytes
 } cla_sweep;
 
@@ -78,7 +81,7 @@ int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
 // The gradient of the log decay from dq and dk [B, T, HV, K], f32, contiguous, computed by exclusive sweeps:
 //
 //     sum_t = sum_{t+1} + q_t dq_t - k_t dk_t        from the last token back
-//     sum_T = after + q_T dq_T                       the last token of a sequence
+//     sum_T = after + q_T dq_T                       the last token of a sequence, or of a segment if they are `anchored`
 //     dg_t = sum_t, or its sum over K
 //
 // where a decay of -inf sets the sum to 0. dq_out and dk_out are dq and dk with each token's term with itself, own_t k_t and
@@ -89,8 +92,10 @@ typedef struct {
   cla_tensor dq_out, dk_out;  // no data: they take the place of dq and dk
   // [N, HV, K] or, with `summed`, [N, HV]: sum over V (and K) of the final state without the last token's write times the
   // gradient of the final state; null: 0. With the write, the two k_T dk_T would cancel, and leave rounding where the
-  // decay is strong.
+  // decay is strong. `anchored`: [N, segments, HV, K] or [N, segments, HV], the same at the end of each segment, so that no
+  // sum is longer than that.
   const float *after;
+  int32_t anchored;
   float *partial;  // scratch, [2, N, segments, HV, K] or, with `summed`, [2, N, segments, HV]
   float *terms;    // [B, T, HV, K] or, with `summed`, [B, T, HV]; contiguous
   cla_tensor dg;   // no data: it takes the place of the terms

@@ -7,10 +7,14 @@ namespace cla {
 
 constexpr int TERM_THREADS = 256, SUM_THREADS = 128, AHEAD = 8;
 
-// Whether a sequence ends with token t.
+// Whether token t is one that `after` stands behind.
 CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
-  if (!c.cu_seqlens) return t + 1 == c.tokens;
-  return c.cu_seqlens[run_of(c.cu_seqlens, c.sequences, t) + 1] == t + 1;
+  int64_t start = 0, end = c.tokens;
+  if (c.cu_seqlens) {
+    const int32_t sequence = run_of(c.cu_seqlens, c.sequences, t);
+    start = c.cu_seqlens[sequence], end = c.cu_seqlens[sequence + 1];
+  }
+  return t + 1 == end || (c.anchored && (t + 1 - start) % c.segment == 0);
 }
 
 struct alignas(8) Halves {
@@ -178,13 +182,17 @@ CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
   if (at >= c.heads * (int64_t)(c.summed ? 1 : c.k_dim)) return;
   const Column column(c, sequence, segment, at);
   double sum = 0.;
-  bool forgot = false;
-  for (int64_t later = segment + 1; later < c.segments && !forgot; later++) {
-    const int64_t index = column.index + (later - segment) * column.width;
-    sum += c.partial[index];
-    forgot = c.partial[column.plane + index] != 0.f;
+  if (c.anchored) {
+    sum = c.after[column.index];
+  } else {
+    bool forgot = false;
+    for (int64_t later = segment + 1; later < c.segments && !forgot; later++) {
+      const int64_t index = column.index + (later - segment) * column.width;
+      sum += c.partial[index];
+      forgot = c.partial[column.plane + index] != 0.f;
+    }
+    if (!forgot && c.after) sum += c.after[sequence * column.width + at];
   }
-  if (!forgot && c.after) sum += c.after[sequence * column.width + at];
   column.sum_up(sum, [&](int64_t step, double x) {
     if (column.dg.data) column.dg.store(column.steps.start + step, column.channel, (float)x);
     else column.terms[step * column.width] = (float)x;
@@ -204,7 +212,7 @@ extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *strea
   int32_t code = fast ? launch(gate_terms_kernel<true>, tokens, TERM_THREADS, 0, stream, c)
                       : launch(gate_terms_kernel<false>, tokens, TERM_THREADS, 0, stream, c);
   const Dims grid = {(int64_t)c.sequences * c.segments, (width + SUM_THREADS - 1) / SUM_THREADS};
-  if (code == 0) code = launch(partial_sums_kernel, grid, SUM_THREADS, 0, stream, c);
+  if (code == 0 && !c.anchored) code = launch(partial_sums_kernel, grid, SUM_THREADS, 0, stream, c);
   if (code == 0) code = launch(sums_kernel, grid, SUM_THREADS, 0, stream, c);
   return code;
 }

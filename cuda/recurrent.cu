@@ -7,8 +7,8 @@ namespace cla {
 
 constexpr int BLOCK_COLUMNS = 32, COLUMN_GROUPS = 8, ROW_GROUPS = 16, RECURRENT_THREADS = COLUMN_GROUPS * ROW_GROUPS;
 
-// Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH.
-template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurrent_kernel(cla_sweep s) {
+// Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH. ENDS: `ends` is wanted.
+template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH <= 4 ? 5 : EACH <= 8 ? 4 : 2) void recurrent_kernel(cla_sweep s) {
   const int tid = thread_index(), x = tid % COLUMN_GROUPS, y = tid / COLUMN_GROUPS;
   // Neighbouring blocks have neighbouring columns: their rows lie side by side in memory.
   const int tiles = (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -74,6 +74,21 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
       column_decay[tid] = valid && cols_fade ? exp_fast(steps.decay_before(gate, step, block_column + tid)) : 1.f;
     }
     barrier();
+    const int64_t tokens = t - steps.start + 1;
+    if (ENDS && (tokens == steps.count || tokens % s.segment == 0)) {
+      Place end = place;
+      end.segment = (tokens - 1) / s.segment;
+      float *to = s.ends + end.index(s.heads, s.segments) * s.rows * (int64_t)s.cols;
+      CLA_UNROLL
+      for (int i = 0; i < EACH; i++) {
+        const int row = y + ROW_GROUPS * i;
+        CLA_UNROLL
+        for (int c = 0; c < 4; c++) {
+          if (row >= s.rows || column + c >= s.cols) continue;
+          to[(int64_t)row * s.cols + column + c] = s.last_scale * state[i][c] * (row_decay[row] * column_decay[4 * x + c]);
+        }
+      }
+    }
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL
     for (int i = 0; i < EACH; i++) {
@@ -128,7 +143,7 @@ template <int EACH> CLA_KERNEL(RECURRENT_THREADS, EACH <= 8 ? 5 : 2) void recurr
 template <int EACH> int32_t launch_recurrent(const cla_sweep &s, void *stream) {
   const Dims grid = {(int64_t)s.sequences * s.heads * ((s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), 1};
   const int floats = 3 * ROW_GROUPS * EACH + 2 * BLOCK_COLUMNS + RECURRENT_THREADS / 32 * BLOCK_COLUMNS;
-  return launch(recurrent_kernel<EACH>, grid, RECURRENT_THREADS, 4 * floats, stream, s);
+  return launch(s.ends ? recurrent_kernel<EACH, true> : recurrent_kernel<EACH, false>, grid, RECURRENT_THREADS, 4 * floats, stream, s);
 }
 
 }  // namespace cla

@@ -37,16 +37,20 @@ pub(super) fn backward(
     let mut dv = buffer(wants(Role::V), dtype, p.v_dim)?;
     let mut dkv = wants(Role::Kv).then(|| states(pass)).transpose()?;
 
-    // What the gate's gradient begins with behind the last token.
-    let with_after = gate.is_some() && grads.kv.is_some();
+    // What the gate's gradient begins with behind the last token, or in f32 behind the last of each chunk: errors add up
+    // from there on, while most of the sums cancel.
+    let anchored = gate.is_some() && p.dtype == DType::F32 && pass.states() > 0;
+    let with_after = gate.is_some() && grads.kv.is_some() && !anchored;
     let mut before_last = with_after.then(|| states(pass)).transpose()?;
+    let ends = || anchored.then(|| pass.ends()).transpose();
+    let (mut read_ends, mut write_ends) = (ends()?, ends()?);
 
     let sweeps = Sweeps { problem: p, x, grads, with_own: gate.is_none() };
     if dq.is_some() {
-        pass.run(sweeps.query(dq.as_mut(), before_last.as_mut()))?;
+        pass.run(Sweep { ends: read_ends.as_mut(), ..sweeps.query(dq.as_mut(), before_last.as_mut()) })?;
     }
     if dk.is_some() {
-        pass.run(sweeps.key(dk.as_mut()))?;
+        pass.run(Sweep { ends: write_ends.as_mut(), ..sweeps.key(dk.as_mut()) })?;
     }
     if dv.is_some() || dkv.is_some() {
         pass.run(sweeps.value(dv.as_mut(), dkv.as_mut()))?;
@@ -54,16 +58,21 @@ pub(super) fn backward(
 
     let mut found = Vec::new();
     if let (Some(gate), Some(of_q), Some(of_k)) = (gate, &mut dq, &mut dk) {
-        let after = match (before_last, &grads.kv) {
-            (Some(states), Some(grad)) if pass.states() > 0 => {
-                let product = (states.into_tensor() * grad)?;
-                Some(if p.decay == Decay::Channel { product.sum(D::Minus1)? } else { product.sum((2, 3))? })
+        let after = match (before_last, &grads.kv, read_ends, write_ends) {
+            (Some(states), Some(grad), ..) if pass.states() > 0 => {
+                Some(sum_states(p, (states.into_tensor() * grad)?, D::Minus1)?)
+            }
+            (_, _, Some(read), Some(write)) => {
+                Some(sum_states(p, (read.into_tensor() * write.into_tensor())?, D::Minus2)?)
             }
             _ => None,
         };
         let narrow = groups == 1 && dtype != DType::F32;
         let mut out = [buffer(narrow, dtype, p.k_dim)?, buffer(narrow, dtype, p.k_dim)?];
-        found.push((Role::G, gate_gradient(pass, x, grads, gate, [of_q, of_k], &mut out, after.as_ref())?));
+        found.push((
+            Role::G,
+            gate_gradient(pass, x, grads, gate, [of_q, of_k], &mut out, (after.as_ref(), anchored))?,
+        ));
         if let [Some(q), Some(k)] = out {
             (dq, dk) = (Some(q), Some(k));
         }
@@ -105,7 +114,7 @@ impl<'a> Sweeps<'a> {
             out_scale: self.problem.scale,
             first_scale: 1.,
             last_scale: 1.,
-            in_f32: self.for_gate(),
+            ends: None,
         }
     }
 
@@ -117,7 +126,6 @@ impl<'a> Sweeps<'a> {
             read: Some(&self.x.v),
             value: Some(&self.x.q),
             inclusive: self.with_own,
-            in_f32: self.for_gate(),
             ..self.towards_the_front(self.grads.out.as_ref(), out, None)
         }
     }
@@ -132,12 +140,6 @@ impl<'a> Sweeps<'a> {
             inclusive: true,
             ..self.towards_the_front(Some(&self.x.q), out, last)
         }
-    }
-
-    /// Whether dq and dk are for a gate's gradient that needs all digits of f32: it is a sum of differences up to the end of
-    /// the sequence, in which errors add up while most of the sums cancel.
-    fn for_gate(&self) -> bool {
-        !self.with_own && self.problem.dtype == DType::F32
     }
 
     /// What the sweeps from the last token to the first have in common.
@@ -167,7 +169,7 @@ impl<'a> Sweeps<'a> {
             out_scale: s,
             first_scale: s.recip(),
             last_scale: s,
-            in_f32: false,
+            ends: None,
         }
     }
 }
@@ -187,7 +189,7 @@ fn gate_gradient(
     gate: &Tensor,
     [dq, dk]: [&mut Buffer; 2],
     keys_out: &mut [Option<Buffer>; 2],
-    after: Option<&Tensor>,
+    (after, anchored): (Option<&Tensor>, bool),
 ) -> Result<Tensor> {
     let p = pass.problem;
     let channels = if p.decay == Decay::Channel { p.k_dim } else { 1 };
@@ -206,6 +208,7 @@ fn gate_gradient(
         dk,
         keys_out: keys_out.each_mut().map(Option::as_mut),
         after,
+        anchored,
         terms: &mut terms,
         dg: dg.as_mut(),
     })?;
@@ -216,6 +219,12 @@ fn gate_gradient(
         Decay::Scalar => dg.squeeze(3),
         _ => Ok(dg),
     }
+}
+
+/// Products of states with their gradients, added up over V, the dimension `values`, or for a gate without channels over all.
+fn sum_states(p: &Problem, products: Tensor, values: D) -> Result<Tensor> {
+    let over_values = products.sum(values)?;
+    if p.decay == Decay::Channel { Ok(over_values) } else { over_values.sum(D::Minus1) }
 }
 
 /// Adds up, in f32, the gradients of a key head over the value heads that read it: `[B, T, HV, K]` to `[B, T, H, K]`.

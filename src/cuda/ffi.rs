@@ -73,6 +73,7 @@ pub(super) struct Sweep {
     pub segments: i32,
     pub starts: *mut f32,
     pub totals: *mut f32,
+    pub ends: *mut f32,
     pub shared_limit: i64,
 }
 
@@ -89,6 +90,7 @@ pub(super) struct GateGradient {
     pub dq_out: Tensor,
     pub dk_out: Tensor,
     pub after: *const f32,
+    pub anchored: i32,
     pub partial: *mut f32,
     pub terms: *mut f32,
     pub dg: Tensor,

@@ -27,7 +27,7 @@ pub(super) fn forward(pass: &Pass, x: &Inputs<Tensor>, dtype: DType) -> Result<(
         out_scale: p.scale,
         first_scale: 1.,
         last_scale: 1.,
-        in_f32: false,
+        ends: None,
     })?;
     Ok((out, last))
 }

@@ -9,6 +9,7 @@ use candle_core::{D, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::backward::{Grads, backward as solve_backward};
 use super::forward::forward as solve_forward;
+use super::memory::Buffer;
 use super::sweep::Pass;
 use crate::problem::{Inputs, Problem, Role};
 
@@ -17,10 +18,13 @@ const EPS: f64 = 1e-10;
 /// The output and the final kv and z if they are asked for.
 pub(super) fn forward(problem: &Problem, x: &Inputs<Tensor>) -> Result<Vec<Storage>> {
     let parts = Parts::new(problem, x)?;
-    let (sums, kv) = solve_forward(&parts.numerator_pass()?, &parts.numerator, DType::F32)?;
+    let pass = parts.numerator_pass()?;
+    let (sums, kv) = solve_forward(&pass, &parts.numerator, DType::F32)?;
     let (z, last_z) = solve_forward(&parts.normalizer_pass()?, &parts.normalizer, DType::F32)?;
     let out = Shape::from(problem.shape(Role::V));
     let out = match (sums.into_storage(), z.into_storage()) {
+        // A GPU refuses to launch Candle's operations on nothing.
+        _ if out.elem_count() == 0 => Buffer::new(&pass.machine, problem.dtype, out)?.into_storage(),
         (Storage::Cpu(sums), Storage::Cpu(z)) => Storage::Cpu(divide(&sums, &z, &out, problem.dtype)?),
         (Storage::Cuda(sums), Storage::Cuda(z)) => Storage::Cuda(divide(&sums, &z, &out, problem.dtype)?),
         _ => bail!("{}: the results are on different devices", problem.name),
@@ -35,10 +39,7 @@ fn divide<S: BackendStorage>(sums: &S, z: &S, shape: &Shape, dtype: DType) -> Re
     of_z.pop();
     of_z.push(1);
     let of_z = Layout::contiguous(of_z);
-    let quotient = match shape.elem_count() {
-        0 => sums.try_clone(&whole)?,
-        _ => sums.binary_impl::<Div>(&z.affine(&of_z, 1., EPS)?, &whole, &of_z.broadcast_as(shape)?)?,
-    };
+    let quotient = sums.binary_impl::<Div>(&z.affine(&of_z, 1., EPS)?, &whole, &of_z.broadcast_as(shape)?)?;
     quotient.to_dtype(&whole, dtype)
 }
 

@@ -44,6 +44,21 @@ impl<'a> Pass<'a> {
         self.problem.sequences.len() * self.problem.v_heads
     }
 
+    /// The most chunks that a sequence has.
+    fn chunks(&self) -> usize {
+        self.longest.div_ceil(ffi::CHUNK).max(1)
+    }
+
+    /// Memory for the states `[N, chunks, HV, V, K]` that sweeps with V rows and K columns leave at the ends of chunks.
+    pub fn ends(&self) -> Result<Buffer> {
+        let p = self.problem;
+        Buffer::new(
+            &self.machine,
+            DType::F32,
+            (p.sequences.len(), self.chunks(), p.v_heads, p.v_dim, p.k_dim),
+        )
+    }
+
     /// Queues a sweep. Every element of its results gets written.
     pub fn run(&self, sweep: Sweep) -> Result<()> {
         if self.states() == 0 {
@@ -61,6 +76,7 @@ impl<'a> Pass<'a> {
             (_, Decay::Channel, false) => Gate::Rows,
             (_, Decay::Channel, true) => Gate::Cols,
         };
+        let with_ends = sweep.ends.is_some();
         let mut at = Addresses::new(&self.machine);
         let mut call = ffi::Sweep {
             read: at.tensor(read, heads)?,
@@ -87,12 +103,16 @@ impl<'a> Pass<'a> {
             segments: 1,
             starts: std::ptr::null_mut(),
             totals: std::ptr::null_mut(),
+            ends: at.out_numbers(sweep.ends)?,
             shared_limit: self.card.shared_memory as i64,
         };
         // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
         let fits = unsafe { ffi::cla_chunked_shared_memory(&call) } >= 0;
-        let mode = if sweep.in_f32 { Mode::Recurrent } else { self.problem.mode };
+        let mode = if with_ends { Mode::Recurrent } else { self.problem.mode };
         let chosen = route::route(mode, &size, &self.card, fits);
+        if with_ends {
+            (call.segment, call.segments) = (ffi::CHUNK as i64, self.chunks() as i32);
+        }
         let decays = match gate_kind {
             Gate::None | Gate::Scalar => 1,
             Gate::Rows => rows,
@@ -145,10 +165,11 @@ impl<'a> Pass<'a> {
         let held = held.map(|x| x.map(Held::new));
         let [q, k, v, grad_out, gate, after] = held.each_ref().map(Option::as_ref);
         let cu_seqlens = self.cu_seqlens.as_ref().map(Held::new);
-        let segments = self.longest.div_ceil(ffi::CHUNK).max(1);
+        let segments = self.chunks();
         let summed = problem.decay != Decay::Channel;
         let shape = (2 * problem.sequences.len(), segments, heads, if summed { 1 } else { problem.k_dim });
-        let mut partial = Buffer::new(&self.machine, DType::F32, shape)?;
+        let mut partial =
+            (!call.anchored).then(|| Buffer::new(&self.machine, DType::F32, shape)).transpose()?;
         let mut at = Addresses::new(&self.machine);
         let [dq_out, dk_out] = call.keys_out;
         let call = ffi::GateGradient {
@@ -162,7 +183,8 @@ impl<'a> Pass<'a> {
             dq_out: at.out(dq_out)?,
             dk_out: at.out(dk_out)?,
             after: at.numbers(after)?,
-            partial: at.out_numbers(Some(&mut partial))?,
+            anchored: call.anchored.into(),
+            partial: at.out_numbers(partial.as_mut())?,
             terms: at.out_numbers(Some(call.terms))?,
             dg: at.out(call.dg)?,
             scale: problem.scale,
@@ -220,8 +242,8 @@ pub(super) struct Sweep<'a> {
     pub out_scale: f32,
     pub first_scale: f32,
     pub last_scale: f32,
-    /// Whether all products must be those of f32: the chunked kernels' have errors of 2^-17.
-    pub in_f32: bool,
+    /// The states at the ends of chunks, see [`Pass::ends`]. A sweep that has to write them goes token by token.
+    pub ends: Option<&'a mut Buffer>,
 }
 
 /// See `cla_gate_gradients` in `cuda/cla.h`.
@@ -235,8 +257,9 @@ pub(super) struct GateGradients<'a> {
     pub dk: &'a mut Buffer,
     /// Where dq and dk go, if not where they are.
     pub keys_out: [Option<&'a mut Buffer>; 2],
-    /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous.
+    /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous. With `anchored`, of each chunk.
     pub after: Option<&'a Tensor>,
+    pub anchored: bool,
     /// `[B, T, HV, K]`, or `[B, T, HV, 1]`, in f32.
     pub terms: &'a mut Buffer,
     /// Of the same shape, if it is not to take the place of the terms.
