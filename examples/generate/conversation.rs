@@ -66,11 +66,9 @@ impl<'a> Conversation<'a> {
         }
     }
 
-    /// Forgets all that was said but for what the system was told.
+    /// Forgets all that was said but for what the system says. The next turn will go back.
     pub fn reset(&mut self) {
         self.messages.retain(|message| message.role == "system");
-        self.before_answer = None;
-        self.go_back();
     }
 
     /// Says something and shows the answer piece by piece, until it ends or `show` returns false.
