@@ -104,6 +104,7 @@ fn bad_arguments_of_generate_are_named() {
         (&["--temperature", "nan"], "--temperature is NaN"),
         (&["--top-p", "0"], "--top-p is 0, must be more than 0 and at most 1"),
         (&["--top-p", "1.5"], "--top-p is 1.5"),
+        (&["--min-p", "2"], "--min-p is 2, must be from 0 to 1"),
         (&["--top-k", "0"], "--top-k is 0, must be at least 1"),
         (&["--repeat-penalty", "0"], "--repeat-penalty is 0, must be from 0.001 to 1000"),
         (&["--repeat-penalty", "1e-38"], "--repeat-penalty is "),
@@ -184,4 +185,103 @@ fn bad_arguments_of_logits_are_named() {
     let message = fail(&mut logits(&model(), "1", &[], &nowhere));
     assert!(message.contains("cannot write --output"), "{message}");
     assert!(fail(&mut logits(Path::new("nowhere"), "1", &[], &output)).contains("nowhere"));
+}
+
+/// The tiny model with a template and what a chat model's folder has besides.
+static CHAT: LazyLock<PathBuf> = LazyLock::new(|| chat_folder("chat"));
+
+fn chat_folder(name: &str) -> PathBuf {
+    let folder = FOLDER.path().join(name);
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(model().join(file), folder.join(file)).unwrap();
+    }
+    let template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}\
+        {% if add_generation_prompt %}[assistant]{% if enable_thinking %}<think>{% endif %}{% endif %}";
+    let config = serde_json::json!({"chat_template": template});
+    std::fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+    std::fs::write(folder.join("generation_config.json"), r#"{"do_sample": false}"#).unwrap();
+    folder
+}
+
+/// What a session says to these lines, and its report.
+fn chat(lines: &str, arguments: &[&str]) -> (String, String) {
+    let mut command = example("generate");
+    command.arg("--model").arg(&*CHAT).arg("--chat").args(arguments);
+    if !arguments.contains(&"-n") {
+        command.args(["-n", "12"]);
+    }
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let report = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{report}");
+    (String::from_utf8(output.stdout).unwrap(), report)
+}
+
+#[test]
+fn a_chat_reads_lines_until_it_is_told_to_stop() {
+    let (one, report) = chat("Hello\n", &[]);
+    assert!(one.ends_with('\n') && one.len() > 1 && report.contains("decode: "), "{one:?} {report}");
+    // By its file the model does not sample: what was said first is answered as before, whatever comes after it.
+    let (more, _) =
+        chat("Hello\n\nAnd now?\r\nOne more ❄\n  \nThe last\n/exit\nNot this\n", &["--seed", "9"]);
+    assert!(more.starts_with(&one) && more.len() > one.len(), "{more:?}");
+    assert_eq!(chat("Hello\n\nAnd now?\nOne more ❄\nThe last", &[]).0, more);
+    let prompt = |report: &str| report.split(" tokens").next().unwrap().to_owned();
+    assert_ne!(prompt(&chat("Hello\n", &["--system", "You are a bear."]).1), prompt(&report));
+    assert_eq!(chat("Hello\n/reset\nHello\n", &[]).0, one.repeat(2));
+    assert_eq!(chat("", &[]).0, "");
+}
+
+#[test]
+fn an_answer_that_is_cut_off_is_said_to_be() {
+    assert!(chat("Hello\n", &["-n", "1"]).1.contains("cut off by --max-new-tokens"));
+}
+
+#[test]
+fn thoughts_are_shown_unless_they_are_hidden() {
+    let (plain, _) = chat("Hello\n", &[]);
+    assert_eq!(chat("Hello\n", &["--thinking", "off"]).0, plain);
+    // The tiny model has never seen a mark and so goes on thinking.
+    assert!(chat("Hello\n", &["--thinking", "on"]).0.starts_with("<think>\n"));
+    assert_eq!(chat("Hello\n", &["--thinking", "on", "--hide-thinking"]).0, "\n");
+}
+
+#[test]
+fn a_chat_needs_a_template_and_its_options_a_chat() {
+    let message = fail(&mut generate(&["--chat"]));
+    assert!(message.contains("has no chat template"), "{message}");
+    for arguments in
+        [&["--system", "x"][..], &["--hide-thinking"], &["--thinking", "on"], &["--chat", "--prompt", "x"]]
+    {
+        let message = fail(&mut generate(arguments));
+        assert!(message.contains("--chat"), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn broken_files_of_a_chat_are_named() {
+    let folder = chat_folder("broken-chat");
+    for (file, text, part) in [
+        ("generation_config.json", r#"{"top_k": "all"}"#, r#"top_k is "all", must be"#),
+        ("tokenizer_config.json", r#"{"chat_template": "{% for %}"}"#, "chat template cannot be read"),
+        ("tokenizer_config.json", r#"{"bos_token": 1}"#, "bos_token is 1, must be"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not a JSON object"),
+    ] {
+        std::fs::write(folder.join(file), text).unwrap();
+        let message = fail(example("generate").arg("--model").arg(&folder).arg("--chat"));
+        assert!(message.contains(part), "{file}: {message}");
+    }
+}
+
+#[test]
+fn quantized_models_write_too() {
+    for format in ["q8_0", "q4_k"] {
+        let text = succeed(&mut generate(&["--temperature", "0", "-n", "20", "--quantize", format]));
+        assert!(text.starts_with("Once upon a time") && text.len() > 60, "{format}: {text}");
+    }
+    let message = fail(&mut generate(&["--quantize", "q3"]));
+    assert!(message.contains("q8_0") && message.contains("q4_k"), "{message}");
 }

@@ -119,7 +119,7 @@ pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
         None if device.is_cpu() => Some(DType::F32),
         None => None,
     };
-    let bar = loading_bar();
+    let bar = progress_bar(0, "loading {bar:30} {bytes}/{total_bytes}");
     let progress = bar.clone();
     let options = LoadOptions {
         dtype,
@@ -137,8 +137,7 @@ pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
 }
 
 /// On stderr, where that is a terminal.
-fn loading_bar() -> ProgressBar {
-    let style = ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}")
-        .unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(0).with_style(style)
+pub fn progress_bar(total: u64, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(total).with_style(style)
 }

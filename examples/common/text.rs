@@ -18,7 +18,12 @@ pub fn load_tokenizer(file: &Path) -> Result<Tokenizer> {
             file.display()
         );
     }
-    Tokenizer::from_file(file).map_err(|e| anyhow!("cannot read the tokenizer {}: {e}", file.display()))
+    let failed = |e| anyhow!("cannot read the tokenizer {}: {e}", file.display());
+    let mut tokenizer = Tokenizer::from_file(file).map_err(failed)?;
+    // What a file has of these is left from its making: transformers does neither unless asked to.
+    tokenizer.with_padding(None);
+    tokenizer.with_truncation(None).map_err(failed)?;
+    Ok(tokenizer)
 }
 
 /// Token ids of `text`, with the special tokens that the tokenizer puts around a text.
@@ -42,8 +47,8 @@ pub struct TextStream<'a> {
 
 impl<'a> TextStream<'a> {
     /// The prompt is decoded and dropped: some decoders strip the space before the first token they see.
-    pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32]) -> Result<Self> {
-        let mut stream = Self { stream: tokenizer.decode_stream(true) };
+    pub fn after(tokenizer: &'a Tokenizer, prompt: &[u32], skip_special_tokens: bool) -> Result<Self> {
+        let mut stream = Self { stream: tokenizer.decode_stream(skip_special_tokens) };
         for &id in prompt {
             stream.push(id)?;
         }

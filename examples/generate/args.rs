@@ -1,15 +1,24 @@
 //! The command line.
 
-use crate::common::runtime::ComputeArgs;
+use crate::{
+    common::runtime::ComputeArgs,
+    settings::{MIN_P, REPEAT_PENALTY, TEMPERATURE, TOP_P},
+};
 use anyhow::{Context, Result, bail, ensure};
 use candle_linear_attn::models::hub;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use std::{
     io::Read,
     path::{Path, PathBuf},
 };
 
 const DEFAULT_PROMPT: &str = "Once upon a time, there was a little girl named Lily.";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    On,
+    Off,
+}
 
 /// Writes a text with a linear-attention model: without arguments, a story by the model that comes with this repository.
 #[derive(Parser, Debug)]
@@ -27,26 +36,44 @@ pub struct Args {
     /// Text to go on from; "-" reads it from stdin.
     #[arg(long, default_value = DEFAULT_PROMPT)]
     prompt: String,
-    /// Below 1 the likely tokens become likelier; 0 always takes the likeliest.
-    #[arg(long, default_value_t = 0.8)]
-    pub temperature: f64,
+    /// Talk with the model by the chat template of its folder: every line of stdin is a message; /reset begins a new
+    /// conversation, /exit or the end of input ends.
+    #[arg(long, conflicts_with = "prompt")]
+    pub chat: bool,
+    /// What --chat tells the model before all else.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Ask the template of --chat for answers with or without thinking; as the template has it unless given.
+    #[arg(long, value_enum, requires = "chat")]
+    pub thinking: Option<Switch>,
+    /// Do not show what --chat has the model think before it answers.
+    #[arg(long, requires = "chat")]
+    pub hide_thinking: bool,
+    /// Below 1 the likely tokens become likelier; 0 always takes the likeliest. This and the next four are as the
+    /// folder's generation_config.json says unless given, else 0.8, 0.95, all, 0 and 1.
+    #[arg(long)]
+    pub temperature: Option<f64>,
     /// Choose among the likeliest tokens that together have this probability.
-    #[arg(long, default_value_t = 0.95)]
-    pub top_p: f64,
+    #[arg(long)]
+    pub top_p: Option<f64>,
     /// Choose among this many of the likeliest tokens.
     #[arg(long)]
     pub top_k: Option<usize>,
+    /// Choose among tokens that have at least this part of the likeliest one's probability.
+    #[arg(long)]
+    pub min_p: Option<f64>,
     /// Above 1, makes tokens of the last --repeat-last-n less likely.
-    #[arg(long, default_value_t = 1.0)]
-    pub repeat_penalty: f32,
+    #[arg(long)]
+    pub repeat_penalty: Option<f64>,
     #[arg(long, default_value_t = 64)]
     pub repeat_last_n: usize,
     /// The same seed writes the same text.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Stop after this many tokens if the text has not ended.
-    #[arg(short = 'n', long, default_value_t = 400)]
-    pub max_new_tokens: usize,
+    /// Stop after this many tokens if the text has not ended; as generation_config.json says unless given, else 400, and
+    /// 4096 for an answer of --chat.
+    #[arg(short = 'n', long)]
+    pub max_new_tokens: Option<usize>,
     #[command(flatten)]
     pub compute: ComputeArgs,
 }
@@ -54,28 +81,23 @@ pub struct Args {
 impl Args {
     /// Refuses numbers that no text can be sampled with.
     pub fn validate(&self) -> Result<()> {
-        ensure!(
-            self.temperature.is_finite() && self.temperature >= 0.0,
-            "--temperature is {}, must be 0 or a positive number",
-            self.temperature
-        );
-        ensure!(
-            self.top_p > 0.0 && self.top_p <= 1.0,
-            "--top-p is {}, must be more than 0 and at most 1",
-            self.top_p
-        );
+        TEMPERATURE.check("--temperature", self.temperature)?;
+        TOP_P.check("--top-p", self.top_p)?;
+        MIN_P.check("--min-p", self.min_p)?;
+        REPEAT_PENALTY.check("--repeat-penalty", self.repeat_penalty)?;
         ensure!(self.top_k != Some(0), "--top-k is 0, must be at least 1");
-        ensure!(
-            (1e-3..=1e3).contains(&self.repeat_penalty),
-            "--repeat-penalty is {}, must be from 0.001 to 1000",
-            self.repeat_penalty
-        );
         ensure!(
             self.revision.is_none() || self.model_id.is_some(),
             "--revision belongs to --model-id, which is not given"
         );
-        ensure!(self.max_new_tokens > 0, "--max-new-tokens is 0, must be at least 1");
+        ensure!(self.max_new_tokens != Some(0), "--max-new-tokens is 0, must be at least 1");
         Ok(())
+    }
+
+    /// Whether it is said how to sample.
+    pub fn sample(&self) -> bool {
+        let numbers = [self.temperature, self.top_p, self.min_p];
+        numbers.iter().any(Option::is_some) || self.top_k.is_some()
     }
 
     pub fn prompt(&self) -> Result<String> {

@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 const CONFIG: &str = "config.json";
 const TOKENIZER: &str = "tokenizer.json";
 /// Taken along where a repository has them.
-const OPTIONAL: [&str; 2] = ["tokenizer_config.json", "generation_config.json"];
+const OPTIONAL: [&str; 4] =
+    ["tokenizer_config.json", "chat_template.jinja", "chat_template.json", "generation_config.json"];
 
 /// Downloads a model from the Hub, or finds it in the local cache; see [`Hub`] for where these are.
 ///

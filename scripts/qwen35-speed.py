@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+"""How fast a model of Qwen3.5-0.8B's configuration runs here and in transformers, on the same CPU in the same minutes.
+
+    pip install torch transformers             # anywhere; a folder for PYTHONPATH will do
+    scripts/qwen35-speed.py --folder /tmp/qwen35 [--rounds 3] [--prompt 512] [--new 16]
+
+Writes random weights (752M parameters, bf16, tied) in the Hub's naming into the folder unless they are there, and then
+runs `cargo run --release --example speed` and transformers in turn, so that a busy machine is busy for both: medians over
+the rounds, and ratios to transformers' bf16 in the same round.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+
+CONFIG = dict(
+    hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
+    head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128,
+    linear_value_head_dim=128, vocab_size=248320, tie_word_embeddings=True,
+)
+OURS = {
+    "ours, bf16 weights": [],
+    "ours, q8_0": ["--quantize", "q8_0"],
+    "ours, q4_k": ["--quantize", "q4_k"],
+}
+THEIRS = {"transformers, bf16": "bfloat16", "transformers, f32": "float32"}
+BASE = "transformers, bf16"
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def write_weights(folder):
+    import torch
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    Qwen3_5ForCausalLM(Qwen3_5TextConfig(**CONFIG)).save_pretrained(folder)
+
+
+def measure_theirs(folder, dtype, prompt, new):
+    """Runs in a process of its own and prints tokens a second, twice, and the peak of memory."""
+    import resource
+    import time
+
+    import torch
+    from transformers import Qwen3_5ForCausalLM
+
+    torch.set_num_threads(os.cpu_count())
+    model = Qwen3_5ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    ids = torch.arange(prompt)[None] * 7919 % CONFIG["vocab_size"]
+    prefill, decode = [], []
+    with torch.inference_mode():
+        for _ in range(2):
+            started = time.perf_counter()
+            out = model(ids, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1:].argmax(-1)
+            prefill.append(time.perf_counter() - started)
+            past = out.past_key_values
+            for _ in range(new):
+                started = time.perf_counter()
+                token = model(token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
+                decode.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    print(f"prompt: {prompt / statistics.median(prefill):.1f} decode: {1 / statistics.median(decode):.2f} memory: {peak:.0f}")
+
+
+def run(command):
+    """Tokens of the prompt and tokens written a second, and megabytes."""
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode != 0:
+        sys.exit(done.stderr)
+    number = lambda name: float(re.search(name + r": ([\d.]+)", done.stdout).group(1))
+    return number("prompt"), number("decode"), number("memory")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=pathlib.Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--theirs", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.theirs:
+        return measure_theirs(args.folder, args.theirs, args.prompt, args.new)
+
+    if not (args.folder / "model.safetensors").exists():
+        write_weights(args.folder)
+    build = ["cargo", "build", "--release", "--example", "speed"]
+    subprocess.run(build, cwd=ROOT, check=True)
+    speed = ["cargo", "run", "--release", "--quiet", "--example", "speed", "--", "--cpu", "--model", args.folder,
+             "--prompt-tokens", args.prompt, "--new-tokens", args.new, "--repeats", 2]
+    theirs = [sys.executable, __file__, "--folder", args.folder, "--prompt", args.prompt, "--new", args.new, "--theirs"]
+    commands = {name: theirs + [dtype] for name, dtype in THEIRS.items()}
+    commands |= {name: speed + more for name, more in OURS.items()}
+    rounds = []
+    for _ in range(args.rounds):
+        rounds.append({name: run([str(part) for part in command]) for name, command in commands.items()})
+        print(rounds[-1], file=sys.stderr)
+
+    print("| | prompt, tokens/s | times | decode, tokens/s | times | peak memory, MB |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name in commands:
+        median = lambda of: statistics.median(of(found) for found in rounds)
+        cells = [median(lambda found: found[name][i]) for i in range(3)]
+        ratios = [median(lambda found: found[name][i] / found[BASE][i]) for i in range(2)]
+        print(f"| {name} | {cells[0]:.1f} | {ratios[0]:.2f} | {cells[1]:.2f} | {ratios[1]:.2f} | {cells[2]:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
