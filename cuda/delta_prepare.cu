@@ -38,9 +38,8 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE void load() {
     const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head), beta(s.of.beta, at.steps.batch, head);
-    auto into = [&](Tile t) { return [=](int row, int c) { return t.piece(row, c / 8); }; };
-    fetch_rows<R, THREADS>(into(tile(0)), k, at, s.of.k_dim, tid);
-    fetch_rows<R, THREADS>(into(tile(1)), q, at, s.of.k_dim, tid);
+    fetch_tile<R, THREADS>(tile(0), k, at, s.of.k_dim, tid);
+    fetch_tile<R, THREADS>(tile(1), q, at, s.of.k_dim, tid);
     copies_commit();
     if (tid < CHUNK) {
       // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
