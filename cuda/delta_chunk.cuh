@@ -46,15 +46,17 @@ struct SegmentSteps {
 };
 
 // What is left at each step of what is written at each one before, f(later, earlier, left), and of what is there before the
-// first, f(later, -1, left). By threads 0 to CHUNK. Logarithms are summed up a step at a time: a difference of two sums would
-// be one of large numbers, or of infinities.
-template <class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
-  if (tid > CHUNK) return;
-  const int from = tid == CHUNK ? -1 : tid;
+// first, f(later, -1, left). By THREADS threads. Logarithms are summed up a step at a time: a difference of two sums would be
+// one of large numbers, or of infinities.
+template <int THREADS, class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
+  constexpr int STEPS = CHUNK / (THREADS / CHUNK);
+  const int from = tid % CHUNK, first = tid / CHUNK * STEPS;
   float sum = 0.f;
-  for (int t = 0; t < CHUNK; t++) {
+  for (int t = from + 1; t < first; t++) sum += gates[t];
+  for (int t = first; t < first + STEPS; t++) {
     if (t > from) sum += gates[t];
     f(t, from, t < from ? 0.f : exp_fast(sum));
+    if (from == 0) f(t, -1, exp_fast(gates[0] + sum));
   }
 }
 

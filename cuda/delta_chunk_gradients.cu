@@ -160,7 +160,7 @@ template <int R> struct DeltaChunkGradients {
     split_state<false>(c.starts);
     copies_wait<0>();
     barrier();
-    each_fade(numbers(GATE), tid, [&](int t, int from, float left) {
+    each_fade<THREADS>(numbers(GATE), tid, [&](int t, int from, float left) {
       if (from < 0) numbers(FROM)[t] = left;
       else fades(t)[from] = left;
       if (t == CHUNK - 1) *numbers(from < 0 ? WHOLE : LEFT + from) = left;
@@ -366,27 +366,47 @@ template <int R> struct DeltaChunkGradients {
 
   // ---- the gradients of a step's numbers ----
 
-  CLA_DEVICE void store_numbers() const {
-    if (tid >= at.count) return;
-    const int64_t t = at.token(tid);
-    if (c.dbeta.data) rows_of(c.dbeta).store(t, 0, numbers(DBETA)[tid]);
-    if (!c.dg.data) return;
-    double sum = 0.;
-    bool forgot = false;
-    for (int i = tid; i < at.count && !forgot; i++) {
-      forgot = exp_fast(numbers(GATE)[i]) == 0.f;
-      if (!forgot) sum += (double)numbers(SUMS)[i] + (double)numbers(SUMS)[CHUNK + i];
+  // By the first warp: sums of SUMS from each step to the end of the segment, with what stands behind it. A lane has two steps,
+  // the first lane the last two. What a step makes of the sum behind it is 0 if it forgot, else one more term.
+  CLA_DEVICE void store_gate() const {
+    double term[2], behind = lane < THREADS / 32 ? (double)(numbers(WHOLE)[0] * numbers(BEHIND)[lane]) : 0.;
+    bool forgot[2];
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      term[i] = (double)numbers(SUMS)[t] + (double)numbers(SUMS)[CHUNK + t];
+      forgot[i] = exp_fast(numbers(GATE)[t]) == 0.f;
+      if (t + 1 < at.count) behind += (double)numbers(FIRST)[t] + (double)numbers(FIRST)[CHUNK + t];
     }
-    if (!forgot) {
-      float behind = 0.f;
-      for (int w = 0; w < THREADS / 32; w++) behind += numbers(BEHIND)[w];
-      sum += (double)numbers(WHOLE)[0] * behind;
-      for (int i = 0; i + 1 < at.count; i++) sum += (double)numbers(FIRST)[i] + (double)numbers(FIRST)[CHUNK + i];
+    behind = sum_of_lanes(behind);
+    auto then = [](double sum, bool forgot, double term) { return forgot ? 0. : sum + term; };
+    double sum = then(then(0., forgot[0], term[0]), forgot[1], term[1]);
+    int cut = forgot[0] || forgot[1];
+    CLA_UNROLL
+    for (int d = 1; d < 32; d *= 2) {
+      const double later = shuffle_up(sum, d);
+      const int later_cut = shuffle_up(cut, d);
+      if (lane >= d && !cut) sum += later, cut = later_cut;
     }
+    const double all = cut ? sum : sum + behind, later = shuffle_up(all, 1);
+    sum = lane == 0 ? behind : later;
     const Rows dg = rows_of(c.dg);
-    for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
-      dg.store(t, slice, slice == 0 ? (float)sum : 0.f);
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      sum = then(sum, forgot[i], term[i]);
+      if (t >= at.count) continue;
+      for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
+        dg.store(at.token(t), slice, slice == 0 ? (float)sum : 0.f);
+      }
     }
+  }
+  CLA_DEVICE int step_of_lane(int i) const { return CHUNK - 1 - 2 * lane - i; }
+
+  CLA_DEVICE void store_numbers() const {
+    if (c.dg.data && tid < 32) store_gate();
+    const int row = tid - THREADS / 2;
+    if (c.dbeta.data && row >= 0 && row < at.count) rows_of(c.dbeta).store(at.token(row), 0, numbers(DBETA)[row]);
   }
 
   CLA_DEVICE void run() const {

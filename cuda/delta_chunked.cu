@@ -335,17 +335,19 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
       if (solves) {
         keep(i);
         add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::K), false);
-      } else {
-        fetch(i + 1);
-        if (REVERSE) see_grad(acc, of);
-        else if (out.data) add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::Q), false);
+      } else if (REVERSE) {
+        see_grad(acc, of);
+      } else if (out.data) {
+        add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::Q), false);
       }
       fade(acc, of);
       if (REVERSE) barrier();
       if (solves) give_right(acc, of);
       else if (REVERSE) give_grad(of);
       barrier();
+      // The reading warps have nothing else to do meanwhile.
       if (solves) solve(of, at);
+      else fetch(i + 1);
       barrier();
       if (solves) {
         update_state(of);

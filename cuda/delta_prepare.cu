@@ -54,7 +54,7 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE void sum_gates() {
     const float last = s.reverse && s.of.gate_kind != CLA_NO_GATE ? exp_fast(gate.load(at.token(at.count - 1), 0)) : 1.f;
-    each_fade(gates(), tid, [&](int t, int from, float left) {
+    each_fade<THREADS>(gates(), tid, [&](int t, int from, float left) {
       if (from < 0) factors()[Prepared::FROM_START + t] = left;
       else fades(t)[from] = left;
       if (t == CHUNK - 1) factors()[from < 0 ? Prepared::WHOLE : Prepared::TO_END + from] = last * left;
