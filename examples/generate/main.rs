@@ -17,7 +17,7 @@ use candle_core::{DType, Tensor};
 use candle_linear_attn::models::{Cache, Model};
 use clap::Parser;
 use common::{
-    runtime::{keep_operations_on_their_thread, open_model},
+    runtime::{open_model, prepare_process},
     text::{TextStream, encode_prompt, load_tokenizer},
 };
 use sampler::Sampler;
@@ -33,7 +33,7 @@ use std::{
 const PIECE: usize = 2048;
 
 fn main() -> ExitCode {
-    keep_operations_on_their_thread();
+    prepare_process();
     common::exit_code(run(&Args::parse()))
 }
 

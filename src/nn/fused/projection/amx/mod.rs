@@ -52,15 +52,20 @@ impl Amx {
         for b in 0..rows.div_ceil(most) {
             let rows = block(b, most, rows);
             let packed = aligned(&mut buffer, rows.len().div_ceil(SIDE) * group);
-            let groups =
-                x[rows.start * k..rows.end * k].par_chunks(SIDE * k).zip(packed.par_chunks_exact_mut(group));
             // SAFETY: the machine has what `has_amx` looked for.
-            each(groups, parallel, |(x, to)| unsafe { pack::pack(x, k, width, to) });
+            let pack = |(x, to): (&[f32], &mut [u32])| unsafe { pack::pack(x, k, width, to) };
+            let from = &x[rows.start * k..rows.end * k];
+            match parallel && rows.len() > SIDE {
+                true => from.par_chunks(SIDE * k).zip(packed.par_chunks_exact_mut(group)).for_each(pack),
+                false => from.chunks(SIDE * k).zip(packed.chunks_exact_mut(group)).for_each(pack),
+            }
             let product = Product { x, k, rows, weights, width, group, packed, y: columns };
-            each((0..outputs.div_ceil(BLOCK)).into_par_iter(), parallel, |b| {
-                // SAFETY: the machine has what `has_amx` looked for, and no two blocks overlap.
-                unsafe { product.run(block(b, BLOCK, outputs)) }
-            });
+            // SAFETY: the machine has what `has_amx` looked for, and no two blocks overlap.
+            let run = |b| unsafe { product.run(block(b, BLOCK, outputs)) };
+            match parallel {
+                true => (0..outputs.div_ceil(BLOCK)).into_par_iter().for_each(run),
+                false => (0..outputs.div_ceil(BLOCK)).for_each(run),
+            }
         }
         BUFFER.set(buffer);
         // SAFETY: blocks of rows and of outputs cover all elements, and each block has written its own.
@@ -72,12 +77,6 @@ impl Amx {
 thread_local! {
     /// Room for packed rows: new memory for every product would cost as much as to fill it.
     static BUFFER: Cell<Vec<u32>> = const { Cell::new(vec![]) };
-}
-
-/// Calls `run` with each item, in other threads too if that is worth it.
-fn each<I: IndexedParallelIterator>(items: I, parallel: bool, run: impl Fn(I::Item) + Sync + Send) {
-    let least = if parallel { 1 } else { items.len() };
-    items.with_min_len(least.max(1)).for_each(run);
 }
 
 /// So many elements from the beginning of a cache line on: tiles that are not whole lines take twice as long.

@@ -11,13 +11,13 @@ pub(super) const OUTPUTS: usize = 2 * SIDE;
 pub(super) struct Panel<'a> {
     weights: &'a [bf16],
     k: usize,
-    rest: [[bf16; DEPTH]; OUTPUTS],
+    rest: Vec<[bf16; DEPTH]>,
 }
 
 impl<'a> Panel<'a> {
     /// Rows of `k` elements, from one to [`OUTPUTS`].
     pub fn new(weights: &'a [bf16], k: usize) -> Self {
-        let mut rest = [[bf16::ZERO; DEPTH]; OUTPUTS];
+        let mut rest = vec![[bf16::ZERO; DEPTH]; if k.is_multiple_of(DEPTH) { 0 } else { OUTPUTS }];
         for (to, row) in rest.iter_mut().zip(weights.chunks_exact(k)) {
             let row = &row[k / DEPTH * DEPTH..];
             to[..row.len()].copy_from_slice(row);
@@ -51,9 +51,9 @@ impl<'a> Panel<'a> {
     /// Whole tiles and the rest, and which steps of `x` they meet.
     fn parts(&self, ahead: *const bf16) -> impl Iterator<Item = (Weights, Range<usize>)> {
         let (whole, all) = (self.k / DEPTH, self.k.div_ceil(DEPTH));
-        let whole = (self.tiles(ahead, self.weights, self.k), 0..whole);
-        let rest = (self.tiles(ahead, self.rest.as_flattened(), DEPTH), whole.1.end..all);
-        [whole, rest].into_iter().filter(|(_, steps)| !steps.is_empty())
+        let parts = [(self.weights, self.k, 0..whole), (self.rest.as_flattened(), DEPTH, whole..all)];
+        let parts = parts.into_iter().filter(|(.., steps)| !steps.is_empty());
+        parts.map(move |(rows, stride, steps)| (self.tiles(ahead, rows, stride), steps))
     }
 
     fn tiles(&self, ahead: *const bf16, rows: &[bf16], stride: usize) -> Weights {
