@@ -65,6 +65,8 @@ typedef struct {
   // has data or not. Blocks have 16 or 32 columns of the state.
   int32_t columns;
   unsigned char *prepared;
+  // Token by token only: whether twice as many blocks are to have room, which makes each slower.
+  int32_t crowded;
 } cla_delta_sweep;
 
 // Token by token, K up to 256 and any V.

@@ -5,7 +5,7 @@
 
 namespace cla {
 
-template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
+template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
   using State = DeltaState<EACH>;
   static constexpr int ROWS = State::ROWS, COLUMNS = State::COLUMNS, THREADS = State::THREADS, WARPS = State::WARPS;
   static constexpr int PER_THREAD = ROWS > THREADS ? ROWS / THREADS : 1;
@@ -27,8 +27,8 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
         head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
         steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse) {}
 
-  // Made anew for each use, out of what is in constant memory: registers are for the state.
-  CLA_DEVICE Rows rows(const cla_tensor &x) const { return Rows(x, steps.batch, opaque(head)); }
+  // In a crowd made anew for each use, out of what is in constant memory: registers are for the state.
+  CLA_DEVICE Rows rows(const cla_tensor &x) const { return Rows(x, steps.batch, CROWDED ? opaque(head) : head); }
 
   CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
 
@@ -173,22 +173,27 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
   }
 };
 
-template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : LOW_RANK ? 7 : 8) void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+template <int EACH, bool LOW_RANK, bool CROWDED>
+CLA_KERNEL(128, EACH > 8 ? 2 : !CROWDED ? (EACH == 8 && LOW_RANK ? 3 : 4) : LOW_RANK ? 7 : 8)
+void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   const int tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  DeltaRecurrent<EACH, LOW_RANK>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
+  DeltaRecurrent<EACH, LOW_RANK, CROWDED>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
 }
 
-template <int EACH, bool LOW_RANK> int32_t launch_delta_recurrent(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaRecurrent<EACH, LOW_RANK>;
+template <int EACH, bool LOW_RANK, bool CROWDED> int32_t launch_delta_recurrent(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaRecurrent<EACH, LOW_RANK, CROWDED>;
   const int64_t tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
   const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(delta_recurrent_kernel<EACH, LOW_RANK>, grid, Kernel::THREADS, Kernel::SHARED, stream, s);
+  return launch(delta_recurrent_kernel<EACH, LOW_RANK, CROWDED>, grid, Kernel::THREADS, Kernel::SHARED, stream, s);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream) {
   return cla::by_rows(sweep->of.k_dim, sweep->of.low_rank, [&](auto each, auto low_rank) {
-    return cla::launch_delta_recurrent<decltype(each)::value, decltype(low_rank)::value>(*sweep, stream);
+    constexpr int EACH = decltype(each)::value;
+    constexpr bool LOW_RANK = decltype(low_rank)::value;
+    return sweep->crowded ? cla::launch_delta_recurrent<EACH, LOW_RANK, true>(*sweep, stream)
+                          : cla::launch_delta_recurrent<EACH, LOW_RANK, false>(*sweep, stream);
   });
 }

@@ -56,8 +56,9 @@ template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS
 
   for (int64_t step = 0; step < steps.count; step++) {
     const int64_t t = steps.token(step);
-    // Made anew for each step, out of what is in constant memory: registers are for the state.
-    const int head = opaque(place.head);
+    // Made anew for each step, out of what is in constant memory: registers are for the state, so that many blocks are there
+    // when all that decoding does is to wait for memory.
+    const int head = ENDS ? place.head : opaque(place.head);
     const Rows read(s.read, steps.batch, head), write(s.write, steps.batch, head), value(s.value, steps.batch, head),
         gate(s.gate, steps.batch, head);
     CLA_NO_UNROLL

@@ -53,6 +53,7 @@ pub(super) struct Sweep {
     pub reverse: i32,
     pub columns: i32,
     pub prepared: *mut u8,
+    pub crowded: i32,
 }
 
 #[derive(Debug, Clone, Copy)]

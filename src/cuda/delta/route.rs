@@ -1,5 +1,6 @@
 //! Which kernels a delta sweep takes: a plain function of its sizes and the GPU's numbers.
 
+use super::ffi;
 use crate::cuda::route::Card;
 use crate::options::Mode;
 
@@ -42,6 +43,15 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
         (true, false) => Route::Chunked { columns: wide },
         (false, false) => Route::Recurrent,
     }
+}
+
+/// Whether a sweep token by token has so many blocks, or waits so much for memory, that it is better off with room for twice
+/// as many on a multiprocessor: these make addresses anew all the time.
+pub(super) fn is_crowded(size: &Size, card: &Card) -> bool {
+    /// Blocks that a multiprocessor has room for otherwise.
+    const BLOCKS: usize = 4;
+    let blocks = size.states * size.cols.div_ceil(ffi::COLUMNS);
+    size.longest <= SHORT || blocks > BLOCKS * card.multiprocessors
 }
 
 #[cfg(test)]
@@ -90,5 +100,13 @@ mod tests {
         assert_eq!(route(Mode::FusedChunk, &LONG, &H200, |_| None), Route::Recurrent);
         let tiny = Card { shared_memory: 48 * 1024, ..H200 };
         assert_eq!(route(Mode::FusedChunk, &LONG, &tiny, needs), Route::Recurrent);
+    }
+
+    #[test]
+    fn decoding_and_many_blocks_make_a_crowd() {
+        assert!(is_crowded(&Size { longest: 1, ..LONG }, &H200));
+        assert!(!is_crowded(&LONG, &H200));
+        let (fits, too_many) = (Size { states: 132, ..LONG }, Size { states: 133, ..LONG });
+        assert!(!is_crowded(&fits, &H200) && is_crowded(&too_many, &H200));
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 
 use super::ffi::{self, SegmentStates};
-use super::route::{Route, Size, route};
+use super::route::{Route, Size, is_crowded, route};
 use crate::cuda::ffi::Gate;
 use crate::cuda::memory::{Addresses, Buffer, Held};
 use crate::cuda::sweep::Pass;
@@ -112,6 +112,7 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     }
     let p = pass.problem;
     let heads = p.v_heads;
+    let size = Size { states: pass.states(), longest: pass.longest, cols: p.v_dim };
     let opened = Opened::new(pass, x);
     let [value, first] = [sweep.value, sweep.first].map(|x| x.map(Held::new));
     let mut at = Addresses::new(&pass.machine);
@@ -127,13 +128,13 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
         reverse: sweep.reverse.into(),
         columns: 0,
         prepared: std::ptr::null_mut(),
+        crowded: is_crowded(&size, &pass.card).into(),
     };
     let needs = |columns: usize| {
         let call = ffi::Sweep { columns: columns as i32, ..call };
         // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
         usize::try_from(unsafe { ffi::cla_delta_shared_memory(&call) }).ok()
     };
-    let size = Size { states: pass.states(), longest: pass.longest, cols: p.v_dim };
     let chosen = route(p.mode, &size, &pass.card, needs);
     let own = match (chosen, sweep.segments) {
         (Route::Chunked { .. }, None) => Some(Segments::new(pass)?),

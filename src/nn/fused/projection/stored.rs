@@ -123,23 +123,23 @@ impl Format for &[Q8_0] {
 }
 
 impl Format for &[Q4K] {
-    /// Two of eight groups of 32 elements share 32 bytes: the first has the low four bits, the second the high ones.
-    const GROUP: usize = 64;
+    const GROUP: usize = Q4K::LEN;
 
+    /// Two of eight parts of 32 elements share 32 bytes: the first has the low four bits, the second the high ones.
     #[inline(always)]
     fn group<S: Simd>(self, simd: S, at: usize, mut each: impl FnMut(usize, S::f32s)) {
-        let (block, pair) = (&self[at / Q4K::LEN], at % Q4K::LEN / Self::GROUP);
+        let block = &self[at / Q4K::LEN];
         let (scale, step) = (from_f16(half_at(block, 0)), from_f16(half_at(block, 2)));
-        let bytes = &block[16 + 32 * pair..][..32];
+        let (scales, mins) = scales_and_mins(&block[4..16]);
+        let (scales, mins) = (scales.map(|s| scale * f32::from(s)), mins.map(|m| -step * f32::from(m)));
         let vectors = 32 / S::F32_LANES;
-        for half in 0..2 {
-            let (s, m) = scale_and_min(&block[4..16], 2 * pair + half);
-            let s = simd.splat_f32s(scale * f32::from(s));
-            let m = simd.splat_f32s(-step * f32::from(m));
+        for part in 0..8 {
+            let (s, m) = (simd.splat_f32s(scales[part]), simd.splat_f32s(mins[part]));
+            let bytes = &block[16 + part / 2 * 32..][..32];
             for i in 0..vectors {
                 let bytes = &bytes[i * S::F32_LANES..];
-                let x = if half == 0 { low_bits(simd, bytes) } else { high_bits(simd, bytes) };
-                each(half * vectors + i, simd.mul_add_e_f32s(s, x, m));
+                let x = if part % 2 == 0 { low_bits(simd, bytes) } else { high_bits(simd, bytes) };
+                each(part * vectors + i, simd.mul_add_e_f32s(s, x, m));
             }
         }
     }
@@ -150,12 +150,15 @@ fn half_at(block: &[u8], at: usize) -> f16 {
     f16::from_le_bytes([block[at], block[at + 1]])
 }
 
-/// The six-bit pair of a group: the first four lie in bytes of their own, whose two high bits belong to the others.
+/// The six-bit numbers of all parts: the first four lie in bytes of their own, whose two high bits belong to the others.
 #[inline(always)]
-fn scale_and_min(packed: &[u8], group: usize) -> (u8, u8) {
-    if group < 4 {
-        return (packed[group] & 63, packed[group + 4] & 63);
-    }
-    let low = packed[group + 4];
-    ((low & 15) | packed[group - 4] >> 6 << 4, (low >> 4) | packed[group] >> 6 << 4)
+fn scales_and_mins(packed: &[u8]) -> ([u8; 8], [u8; 8]) {
+    let four = |i: usize| u32::from_le_bytes([packed[i], packed[i + 1], packed[i + 2], packed[i + 3]]);
+    let (scales, mins, low) = (four(0), four(4), four(8));
+    let all = |first: u32, low: u32| {
+        let first_four = first & 0x3f3f_3f3f;
+        let others = (low & 0x0f0f_0f0f) | (first >> 6 & 0x0303_0303) << 4;
+        (u64::from(first_four) | u64::from(others) << 32).to_le_bytes()
+    };
+    (all(scales, low), all(mins, low >> 4))
 }

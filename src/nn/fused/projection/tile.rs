@@ -14,7 +14,7 @@ const M: usize = 4;
 /// Outputs of a tile at most.
 const MAX_N: usize = 6;
 /// Elements of a group at most.
-const MAX_GROUP: usize = 64;
+const MAX_GROUP: usize = 256;
 
 /// A matrix of which several threads write columns of their own.
 #[derive(Clone, Copy)]
