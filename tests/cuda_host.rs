@@ -22,8 +22,12 @@ mod reference;
 #[path = "ops/run.rs"]
 mod run;
 
+#[path = "kernels/convolutions.rs"]
+mod convolutions;
 #[path = "kernels/host.rs"]
 mod host;
+#[path = "kernels/norms.rs"]
+mod norms;
 #[path = "kernels/small.rs"]
 mod small;
 

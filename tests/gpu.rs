@@ -19,8 +19,12 @@ mod reference;
 #[path = "ops/run.rs"]
 mod run;
 
+#[path = "kernels/convolutions.rs"]
+mod convolutions;
 #[path = "kernels/large.rs"]
 mod large;
+#[path = "kernels/norms.rs"]
+mod norms;
 #[path = "kernels/small.rs"]
 mod small;
 

@@ -63,6 +63,10 @@ impl<'a> Held<'a> {
         let (storage, layout) = x.storage_and_layout();
         Self { storage, layout, dtype: x.dtype() }
     }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
 }
 
 /// Hands out addresses and keeps what has to be kept until the kernels that use them are queued.
@@ -127,6 +131,16 @@ impl<'a> Addresses<'a> {
         };
         let (strides, dtype) = ([b, t, h, d].map(|s| s as i64), x.dtype);
         tensor(self.written(x)?, strides, 1, dtype)
+    }
+
+    /// A result `[B, T, D]`.
+    pub fn out_rows(&mut self, x: Option<&'a mut Buffer>) -> Result<ffi::Tensor> {
+        let strides = match x.as_ref().map(|x| x.layout.stride()) {
+            None => [0; 4],
+            Some([batch, token, element]) => [*batch, *token, 0, *element],
+            Some(_) => bail!("a result is not [B, T, D]"),
+        };
+        self.out_strided(x, strides)
     }
 
     /// As [`Addresses::states`].

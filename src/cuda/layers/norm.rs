@@ -65,19 +65,11 @@ struct Op {
     gate: Option<Gate>,
 }
 
-/// What a pass reads.
+/// What both passes read.
 struct Given<'a> {
     x: &'a Tensor,
     weight: Option<&'a Tensor>,
     gate: Option<&'a Tensor>,
-}
-
-/// What the backward pass reads and writes besides.
-struct Gradients<'a> {
-    grad_out: &'a Tensor,
-    dx: &'a mut Buffer,
-    dgate: Option<&'a mut Buffer>,
-    partial: Option<&'a mut Buffer>,
 }
 
 enum Pass<'a> {
@@ -85,45 +77,141 @@ enum Pass<'a> {
     Backward(Gradients<'a>),
 }
 
+struct Gradients<'a> {
+    grad_out: &'a Tensor,
+    dx: &'a mut Buffer,
+    dgate: Option<&'a mut Buffer>,
+    /// `[blocks, width]`
+    partial: Option<&'a mut Buffer>,
+}
+
 impl Op {
     fn given<'a>(&self, inputs: &'a [Tensor]) -> Given<'a> {
         let mut rest = inputs[1..].iter();
-        let weight = self.weight.then(|| rest.next()).flatten();
-        Given { x: &inputs[0], weight, gate: self.gate.and_then(|_| rest.next()) }
+        let weight = if self.weight { rest.next() } else { None };
+        Given { x: &inputs[0], weight, gate: rest.next() }
     }
 
-    /// Blocks of a pass over so many rows.
-    fn blocks(&self, machine: &Machine, dtype: DType, rows: usize) -> Result<usize> {
-        let teams = ffi::NORM_THREADS / self.norm.team(dtype);
+    /// Blocks of the backward pass over `xs`.
+    fn blocks(&self, machine: &Machine, xs: &Tensor) -> Result<usize> {
+        let teams = ffi::NORM_THREADS / self.norm.team(xs.dtype());
+        let rows = xs.elem_count() / self.norm.width;
         Ok(rows.div_ceil(teams).min(BLOCKS * machine.card()?.multiprocessors))
     }
 
     fn run(&self, machine: &Machine, given: &Given, pass: Pass) -> Result<()> {
-        let (width, dtype) = (self.norm.width, given.x.dtype());
-        let grad_out = match &pass {
-            Pass::Forward { .. } => None,
-            Pass::Backward(of) => Some(of.grad_out),
+        let (width, team) = (self.norm.width, self.norm.team(given.x.dtype()));
+        let (out, of) = match pass {
+            Pass::Forward { out } => (Some(out), None),
+            Pass::Backward(of) => (None, Some(of)),
         };
-        let read: Vec<&Tensor> = [Some(given.x), given.gate, grad_out].into_iter().flatten().collect();
-        let shared = SharedRows::new(&read, width)?;
+        let backward = of.is_some();
+        let (grad_out, dx, dgate, partial) = match of {
+            Some(Gradients { grad_out, dx, dgate, partial }) => (Some(grad_out), Some(dx), dgate, partial),
+            None => (None, None, None, None),
+        };
+        let read = [Some(given.x), given.gate, grad_out];
+        let shared = SharedRows::new(&read.into_iter().flatten().collect::<Vec<_>>(), width)?;
         let rows = shared.rows();
         if rows == 0 {
             return Ok(());
         }
-        let team = self.norm.team(dtype);
-        let blocks = self.blocks(machine, dtype, rows)?;
         if rows.div_ceil(ffi::NORM_THREADS / team) > MOST_BLOCKS {
             bail!("{NAME}: {rows} rows of {width} are more blocks than a launch takes, {MOST_BLOCKS}");
         }
         let held: Vec<Held> = shared.tensors.iter().map(Held::new).collect();
         let weight = given.weight.map(Held::new);
         let mut at = Addresses::new(machine);
-        let mut next = 0..read.len();
-        let mut input = |at: &mut Addresses<'_>, there: bool| match next.next().filter(|_| there) {
-            Some(i) => at.strided(held.get(i), shared.strides(i)),
-            None => Ok(NO_TENSOR),
+        let mut found = Vec::with_capacity(held.len());
+        for (i, x) in held.iter().enumerate() {
+            found.push(at.strided(Some(x), shared.strides(i))?);
+        }
+        let mut found = found.into_iter();
+        let mut input = |x: Option<&Tensor>| x.and_then(|_| found.next()).unwrap_or(NO_TENSOR);
+        let [_, tokens, heads] = shared.sizes;
+        let call = ffi::Norm {
+            x: input(read[0]),
+            gate: input(read[1]),
+            grad_out: input(read[2]),
+            out: at.out_strided(out, shared.contiguous())?,
+            dx: at.out_strided(dx, shared.contiguous())?,
+            dgate: at.out_strided(dgate, shared.contiguous())?,
+            weight: numbers(&mut at, weight.as_ref())?,
+            partial: at.out_numbers(partial)?,
+            factor: self.norm.factor,
+            eps: self.norm.eps,
+            gate_kind: match self.gate {
+                None => ffi::Gate::None,
+                Some(Gate::Silu) => ffi::Gate::Silu,
+                Some(Gate::Sigmoid) => ffi::Gate::Sigmoid,
+            },
+            width: width as i32,
+            team: team as i32,
+            blocks: self.blocks(machine, given.x)? as i32,
+            rows: rows as i64,
+            tokens: tokens as i64,
+            heads: heads as i64,
         };
-        let _ = (&mut input, &mut at, &weight, blocks, dtype, pass);
-        todo!()
+        // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `norm`'s caller checks and
+        // `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes after.
+        let code = unsafe {
+            match backward {
+                true => ffi::cla_norm_backward(&call, machine.stream()),
+                false => ffi::cla_norm_forward(&call, machine.stream()),
+            }
+        };
+        if code != 0 {
+            bail!("{NAME}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
+        }
+        Ok(())
+    }
+}
+
+impl Function for Op {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
+        let given = self.given(inputs);
+        let machine = Machine::of(given.x.device())?;
+        let mut out = Buffer::new(&machine, given.x.dtype(), given.gate.unwrap_or(given.x).shape())?;
+        self.run(&machine, &given, Pass::Forward { out: &mut out })?;
+        Ok(vec![out.into_result()])
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        grads: &[Option<Tensor>],
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let grad_out = only_gradient(NAME, grads)?;
+        let given = self.given(inputs);
+        let machine = Machine::of(given.x.device())?;
+        let like = |x: &Tensor| Buffer::new(&machine, x.dtype(), x.shape());
+        let mut dx = like(given.x)?;
+        let mut dgate = given.gate.map(like).transpose()?;
+        let mut partial = match given.weight {
+            Some(_) if wanted[1] => {
+                let blocks = self.blocks(&machine, given.x)?;
+                Some(Buffer::new(&machine, DType::F32, (blocks, self.norm.width))?)
+            }
+            _ => None,
+        };
+        let of = Gradients { grad_out, dx: &mut dx, dgate: dgate.as_mut(), partial: partial.as_mut() };
+        self.run(&machine, &given, Pass::Backward(of))?;
+        let dweight = match (given.weight, partial.map(Buffer::into_tensor)) {
+            (Some(weight), Some(partial)) => {
+                let columns = Columns { of: &partial, from: 0, columns: self.norm.width };
+                Some(columns.sums(NAME, &machine, weight.dtype(), weight.dims())?)
+            }
+            _ => None,
+        };
+        let mut found = vec![Some(dx)];
+        found.extend(given.weight.map(|_| dweight));
+        found.extend(given.gate.map(|_| dgate));
+        let found = found.into_iter().zip(wanted);
+        Ok(found.map(|(grad, wanted)| grad.filter(|_| *wanted).map(Buffer::into_tensor)).collect())
     }
 }

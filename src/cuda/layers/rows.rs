@@ -141,7 +141,9 @@ mod tests {
     #[test]
     fn what_lies_unevenly_is_copied() {
         let x = zeros(&[2, 3, 4, 5]);
-        for other in [x.transpose(2, 3).unwrap().contiguous().unwrap().transpose(2, 3).unwrap(), zeros(&[120])] {
+        for other in
+            [x.transpose(2, 3).unwrap().contiguous().unwrap().transpose(2, 3).unwrap(), zeros(&[120])]
+        {
             let rows = SharedRows::new(&[&x, &other], 5).unwrap();
             assert!(rows.tensors[1].is_contiguous());
             assert_eq!(rows.sizes, [1, 24, 1]);

@@ -1,12 +1,11 @@
 //! What blocks leave of a sum over tokens, added up.
 
-use candle_core::{DType, Result, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
 use super::ffi;
 use crate::cuda::ffi::Dtype;
 use crate::cuda::machine::Machine;
 use crate::cuda::memory::{Addresses, Buffer, Held};
-use candle_core::Tensor;
 
 /// Some columns of a contiguous matrix in f32.
 pub(super) struct Columns<'a> {
@@ -16,11 +15,10 @@ pub(super) struct Columns<'a> {
 }
 
 impl Columns<'_> {
-    /// Their sums, of `dtype`: `rows` rows of them, read column by column where they are a matrix that is to be transposed.
+    /// Their sums, as a vector or, column by column, as a matrix.
     pub fn sums(&self, name: &str, machine: &Machine, dtype: DType, shape: &[usize]) -> Result<Buffer> {
         let mut out = Buffer::new(machine, dtype, shape)?;
         let (rows, all) = self.of.dims2()?;
-        // A result of [inner, outer] has the sums in columns.
         let (inner, outer) = match *shape {
             [inner] => (inner, 1),
             [inner, outer] => (inner, outer),
