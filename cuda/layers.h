@@ -63,7 +63,7 @@ typedef struct {
   float factor, eps;
   int32_t gate_kind;  // enum cla_norm_gate
   int32_t width;      // n, up to what CLA_NORM_HELD vectors of 16 bytes in each of CLA_NORM_THREADS threads hold
-  int32_t team;       // threads that share a row, a power of two
+  int32_t team_bits;  // 2^team_bits threads share a row
   int32_t blocks;     // of the backward pass
   int64_t rows, tokens, heads;
 } cla_norm;

@@ -184,6 +184,16 @@ impl PackedGatedDeltaNet {
     fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
         let (batch, tokens, _) = qkv.dims3()?;
         let DeltaHeads { num_heads, num_v_heads, head_k_dim, head_v_dim, .. } = self.heads;
+        if head_k_dim == head_v_dim {
+            // Heads of one width are a dimension of all three: their parts are views.
+            let heads = qkv.reshape((batch, tokens, (), head_k_dim))?;
+            let part = |start, count| heads.narrow(2, start, count);
+            return Ok([
+                l2_norm(&part(0, num_heads)?, L2_EPS)?,
+                l2_norm(&part(num_heads, num_heads)?, L2_EPS)?,
+                part(2 * num_heads, num_v_heads)?,
+            ]);
+        }
         let part = |start, heads: usize, width: usize| {
             let part = qkv.narrow(D::Minus1, start, heads * width)?;
             part.contiguous()?.reshape((batch, tokens, heads, width))

@@ -68,7 +68,7 @@ pub(super) struct Norm {
     pub eps: f32,
     pub gate_kind: Gate,
     pub width: i32,
-    pub team: i32,
+    pub team_bits: i32,
     pub blocks: i32,
     pub rows: i64,
     pub tokens: i64,

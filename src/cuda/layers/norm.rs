@@ -146,7 +146,7 @@ impl Op {
                 Some(Gate::Sigmoid) => ffi::Gate::Sigmoid,
             },
             width: width as i32,
-            team: team as i32,
+            team_bits: team.ilog2() as i32,
             blocks: self.blocks(machine, given.x)? as i32,
             rows: rows as i64,
             tokens: tokens as i64,

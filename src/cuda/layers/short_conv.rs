@@ -9,11 +9,13 @@ use crate::cuda::machine::Machine;
 use crate::cuda::memory::{Addresses, Buffer, Held};
 use crate::nn::fused::ShortConv;
 
+/// In a block.
+const THREADS: usize = 32 * ffi::CONV_PIECES;
 /// Tokens that a warp goes over: as few as this, to have threads enough, and no more, where there are plenty.
 const SHORTEST_PIECE: usize = 8;
 const LONGEST_PIECE: usize = 64;
 /// Threads that a multiprocessor should have to do, before pieces get longer.
-const THREADS_EACH: usize = 2048;
+const THREADS_EACH: usize = 1024;
 
 const NAME: &str = "short_conv";
 
@@ -31,13 +33,16 @@ pub(crate) fn short_conv(
     past: Option<&Tensor>,
 ) -> Result<Tensor> {
     let op = Convolve { bias: bias.is_some(), past: past.is_some(), of: Sequences::new(conv, xs)? };
-    let xs = op.of.batched(xs)?;
-    // The order in which the fewest are tracked beyond the third.
-    let inputs =
-        [Some(xs), Some(weight.contiguous()?), bias.map(Tensor::contiguous).transpose()?, past.cloned()];
+    let inputs = [
+        Some(op.of.batched(xs)?),
+        Some(weight.contiguous()?),
+        bias.map(Tensor::contiguous).transpose()?,
+        past.cloned(),
+    ];
     let inputs: Vec<Tensor> = inputs.into_iter().flatten().collect();
     match autograd::apply(op, &inputs)?.pop() {
-        Some(ys) => Ok(ys),
+        Some(ys) if ys.dims() == xs.dims() => Ok(ys),
+        Some(ys) => ys.reshape(xs.shape()),
         None => bail!("{NAME}: no result"),
     }
 }
@@ -117,9 +122,12 @@ impl Sequences {
         let piece = self.piece(machine, channels)?;
         let tiles = conv.channels.div_ceil(channels * ffi::CONV_LANES);
         let pieces = self.tokens.div_ceil(piece * ffi::CONV_PIECES).saturating_mul(self.batch);
-        let before = conv.sequences.len().saturating_mul(conv.width).saturating_mul(conv.channels);
-        if tiles.saturating_mul(pieces) > MOST_BLOCKS || before > MOST_BLOCKS || conv.channels > MOST_CHANNELS
-        {
+        let before = conv.sequences.len().saturating_mul(conv.width - 1);
+        let of_past = before.saturating_mul(conv.channels.div_ceil(channels)).div_ceil(THREADS);
+        // Channels are counted in 32 bits, to the end of a tile.
+        let of_tiles = tiles.saturating_mul(channels * ffi::CONV_LANES);
+        let most = [tiles.saturating_mul(pieces), of_past, of_tiles, conv.sequences.len()];
+        if most.iter().any(|n| *n > MOST_BLOCKS) {
             bail!(
                 "{NAME}: B = {}, T = {}, C = {}, N = {} are more blocks than a launch takes, {MOST_BLOCKS}",
                 self.batch,
@@ -169,9 +177,6 @@ impl Sequences {
         Ok(())
     }
 }
-
-/// So many channels and what is beside them have 32-bit numbers.
-const MOST_CHANNELS: usize = (i32::MAX / 2) as usize;
 
 /// Of `[B, T, C]`, as the kernels have four dimensions.
 fn strides(x: Option<&Tensor>) -> Result<[usize; 4]> {
