@@ -46,42 +46,58 @@ struct SegmentSteps {
 };
 
 // What is left at each step of what is written at each one before, f(later, earlier, left), and of what is there before the
-// first, f(later, -1, left). By threads 0 to CHUNK. Logarithms are summed up a step at a time: a difference of two sums would
-// be one of large numbers, or of infinities.
-template <class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
-  if (tid > CHUNK) return;
-  const int from = tid == CHUNK ? -1 : tid;
+// first, f(later, -1, left). By THREADS threads. Logarithms are summed up a step at a time: a difference of two sums would be
+// one of large numbers, or of infinities.
+template <int THREADS, class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
+  constexpr int STEPS = CHUNK / (THREADS / CHUNK);
+  const int from = tid % CHUNK, first = tid / CHUNK * STEPS;
   float sum = 0.f;
-  for (int t = 0; t < CHUNK; t++) {
+  for (int t = from + 1; t < first; t++) sum += gates[t];
+  for (int t = first; t < first + STEPS; t++) {
     if (t > from) sum += gates[t];
     f(t, from, t < from ? 0.f : exp_fast(sum));
+    if (from == 0) f(t, -1, exp_fast(gates[0] + sum));
   }
 }
 
-// The rows of a segment, `width` of up to WIDTH columns, into a tile; zeros elsewhere. By THREADS threads, of which this is
-// `tid`. Copies are to be committed and waited for.
-template <int WIDTH, int THREADS, class Piece>
+// The rows of a segment, `width` of up to WIDTH columns, to shared memory; zeros elsewhere. By THREADS threads, of which this
+// is `tid`. `piece` says where eight columns of a row go; rows further down by a multiple of 8 lie PITCH bytes a row further.
+// Copies are to be committed and waited for.
+template <int WIDTH, int THREADS, int PITCH, class Piece>
 CLA_DEVICE void fetch_rows(Piece piece, const Rows &rows, const SegmentSteps &at, int width, int tid) {
-  const bool pieces = rows.in_pieces(width);
-  CLA_UNROLL_TWICE
-  for (int i = tid; i < CHUNK * (WIDTH / 8); i += THREADS) {
-    const int row = i / (WIDTH / 8), c = i % (WIDTH / 8) * 8;
-    unsigned char *to = piece(row, c);
-    const bool valid = row < at.count && c < width;
-    if (pieces) {
-      copy16_async(to, rows.data + (valid ? (at.token(row) * rows.token + c) * 2 : 0), valid);
-    } else {
-      uint32_t x[4];
-      CLA_UNROLL
-      for (int k = 0; k < 4; k++) {
-        float pair[2];
-        CLA_UNROLL
-        for (int j = 0; j < 2; j++) pair[j] = valid && c + 2 * k + j < width ? rows.load(at.token(row), c + 2 * k + j) : 0.f;
-        x[k] = pack_bf16(pair[0], pair[1]);
-      }
-      store16(to, {x[0], x[1], x[2], x[3]});
+  // A thread has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
+  constexpr int EVERY = THREADS / (WIDTH / 8);
+  static_assert(EVERY % 8 == 0 && CHUNK % EVERY == 0, "pieces cover the rows");
+  const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
+  unsigned char *to = piece(first, c);
+  if (rows.in_pieces(width)) {
+    const unsigned char *from = rows.data + (at.token(first) * rows.token + c) * 2;
+    const int64_t stride = (at.steps.reverse ? -2 : 2) * EVERY * rows.token;
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      copy16_async(to + i * EVERY * PITCH, from + i * stride, c < width && first + i * EVERY < at.count);
     }
+    return;
   }
+  CLA_NO_UNROLL
+  for (int i = 0; i < CHUNK / EVERY; i++) {
+    const int row = first + i * EVERY;
+    uint32_t x[4];
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) {
+      float pair[2];
+      CLA_UNROLL
+      for (int j = 0; j < 2; j++) {
+        pair[j] = row < at.count && c + 2 * k + j < width ? rows.load(at.token(row), c + 2 * k + j) : 0.f;
+      }
+      x[k] = pack_bf16(pair[0], pair[1]);
+    }
+    store16(to + i * EVERY * PITCH, {x[0], x[1], x[2], x[3]});
+  }
+}
+template <int WIDTH, int THREADS>
+CLA_DEVICE void fetch_tile(Tile to, const Rows &rows, const SegmentSteps &at, int width, int tid) {
+  fetch_rows<WIDTH, THREADS, 128>([=](int row, int c) { return to.piece(row, c / 8); }, rows, at, width, tid);
 }
 
 }  // namespace cla

@@ -73,62 +73,82 @@ template <int R> struct DeltaChunkGradients {
     store16(high.piece(row, column / 8), {h[0], h[1], h[2], h[3]});
     store16(low.piece(row, column / 8), {l[0], l[1], l[2], l[3]});
   }
-  // Eight numbers of a row of v_dim, zeros behind its end.
-  CLA_DEVICE void load8(float (&x)[8], const float *row, int column, bool valid) const {
-    const int left = valid ? c.of.v_dim - column : 0;
-    if (left >= 8 && ((uintptr_t)(row + column) & 15) == 0) {
-      float first[4], second[4];
-      load4(first, row + column);
-      load4(second, row + column + 4);
-      CLA_UNROLL
-      for (int i = 0; i < 4; i++) x[i] = first[i], x[4 + i] = second[i];
+  // Up to eight numbers from `from` on, zeros behind them. What sweeps leave is contiguous: rows of whole pieces are aligned.
+  CLA_DEVICE void load8(float (&x)[8], const float *from, int count) const {
+    float first[4] = {0.f, 0.f, 0.f, 0.f}, second[4] = {0.f, 0.f, 0.f, 0.f};
+    if (c.of.v_dim % 8 == 0) {
+      if (count > 0) {
+        load4(first, from);
+        load4(second, from + 4);
+      }
     } else {
       CLA_UNROLL
-      for (int i = 0; i < 8; i++) x[i] = i < left ? row[column + i] : 0.f;
+      for (int i = 0; i < 4; i++) {
+        if (i < count) first[i] = from[i];
+        if (4 + i < count) second[i] = from[4 + i];
+      }
     }
-  }
-  CLA_DEVICE void split_rows(int to, const Rows &from) const {
     CLA_UNROLL
-    for (int i = tid; i < CHUNK * V / 8; i += THREADS) {
-      const int row = i / (V / 8), column = i % (V / 8) * 8;
-      float x[8];
-      load8(x, (const float *)from.row(at.token(row)), column, row < at.count);
-      split(tile(to), tile(to, 1, VALUE), row, column, x);
+    for (int i = 0; i < 4; i++) x[i] = first[i], x[4 + i] = second[i];
+  }
+  // A thread has the same piece of every EVERY-th row.
+  static constexpr int EVERY = THREADS / (V / 8);
+  CLA_DEVICE int own_row() const { return tid / (V / 8); }
+  CLA_DEVICE int own_column() const { return tid % (V / 8) * 8; }
+
+  CLA_DEVICE void split_rows(int to, const Rows &rows) const {
+    const float *from = (const float *)rows.row(at.token(own_row())) + own_column();
+    const int left = c.of.v_dim - own_column();
+    float x[CHUNK / EVERY][8];
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      load8(x[i], from + i * EVERY * rows.token, own_row() + i * EVERY < at.count ? left : 0);
+    }
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      split(tile(to), tile(to, 1, VALUE), own_row() + i * EVERY, own_column(), x[i]);
     }
   }
   // A state of K x V, as the operand of products over values. Returns the thread's part of its product with what is there.
   template <bool MULTIPLY> CLA_DEVICE float split_state(const cla_delta_states &states) const {
+    constexpr int AT_ONCE = 4;  // loads under way before the first is used
     const int64_t size = (int64_t)c.of.k_dim * c.of.v_dim;
-    const float *from = states.data + (segment * c.of.heads + head) * size;
+    const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.of.v_dim + own_column();
+    const int left = c.of.v_dim - own_column();
     float sum = 0.f;
-    CLA_UNROLL_TWICE
-    for (int i = tid; i < R * V / 8; i += THREADS) {
-      const int row = i / (V / 8), column = i % (V / 8) * 8;
-      const Tile high = state_tile(0, row), low = state_tile(1, row);
-      float x[8];
-      load8(x, from + row * (int64_t)c.of.v_dim, column, row < c.of.k_dim);
-      if (MULTIPLY) {
-        const Vec4 h = load16(high.piece(row % 64, column / 8)), l = load16(low.piece(row % 64, column / 8));
-        const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
-        CLA_UNROLL
-        for (int j = 0; j < 4; j++) {
-          sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[2 * j];
-          sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[2 * j + 1];
-        }
+    CLA_NO_UNROLL
+    for (int first = 0; first < R; first += AT_ONCE * EVERY) {
+      float x[AT_ONCE][8];
+      CLA_UNROLL
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int row = first + i * EVERY;
+        load8(x[i], from + row * c.of.v_dim, own_row() + row < c.of.k_dim ? left : 0);
       }
-      split(high, low, row % 64, column, x);
+      CLA_UNROLL
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int row = own_row() + first + i * EVERY;
+        const Tile high = state_tile(0, row), low = state_tile(1, row);
+        if (MULTIPLY) {
+          const Vec4 h = load16(high.piece(row % 64, own_column() / 8)), l = load16(low.piece(row % 64, own_column() / 8));
+          const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
+          CLA_UNROLL
+          for (int j = 0; j < 4; j++) {
+            sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[i][2 * j];
+            sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[i][2 * j + 1];
+          }
+        }
+        split(high, low, row % 64, own_column(), x[i]);
+      }
     }
     return sum;
   }
   CLA_DEVICE void fetch_key(int to, const cla_tensor &from) const {
-    const Tile t = tile(to);
-    fetch_rows<R, THREADS>([=](int row, int c) { return t.piece(row, c / 8); }, rows_of(from), at, c.of.k_dim, tid);
+    fetch_tile<R, THREADS>(tile(to), rows_of(from), at, c.of.k_dim, tid);
     copies_commit();
   }
 
   CLA_DEVICE void load() const {
-    const Tile of_out = tile(GRAD_OUT);
-    fetch_rows<V, THREADS>([=](int row, int c) { return of_out.piece(row, c / 8); }, rows_of(c.grad_out), at, c.of.v_dim, tid);
+    fetch_tile<V, THREADS>(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
     fetch_key(K, c.of.k);
     if (tid < CHUNK) {
       const bool valid = tid < at.count;
@@ -140,7 +160,7 @@ template <int R> struct DeltaChunkGradients {
     split_state<false>(c.starts);
     copies_wait<0>();
     barrier();
-    each_fade(numbers(GATE), tid, [&](int t, int from, float left) {
+    each_fade<THREADS>(numbers(GATE), tid, [&](int t, int from, float left) {
       if (from < 0) numbers(FROM)[t] = left;
       else fades(t)[from] = left;
       if (t == CHUNK - 1) *numbers(from < 0 ? WHOLE : LEFT + from) = left;
@@ -346,27 +366,47 @@ template <int R> struct DeltaChunkGradients {
 
   // ---- the gradients of a step's numbers ----
 
-  CLA_DEVICE void store_numbers() const {
-    if (tid >= at.count) return;
-    const int64_t t = at.token(tid);
-    if (c.dbeta.data) rows_of(c.dbeta).store(t, 0, numbers(DBETA)[tid]);
-    if (!c.dg.data) return;
-    double sum = 0.;
-    bool forgot = false;
-    for (int i = tid; i < at.count && !forgot; i++) {
-      forgot = exp_fast(numbers(GATE)[i]) == 0.f;
-      if (!forgot) sum += (double)numbers(SUMS)[i] + (double)numbers(SUMS)[CHUNK + i];
+  // By the first warp: sums of SUMS from each step to the end of the segment, with what stands behind it. A lane has two steps,
+  // the first lane the last two. What a step makes of the sum behind it is 0 if it forgot, else one more term.
+  CLA_DEVICE void store_gate() const {
+    double term[2], behind = lane < THREADS / 32 ? (double)(numbers(WHOLE)[0] * numbers(BEHIND)[lane]) : 0.;
+    bool forgot[2];
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      term[i] = (double)numbers(SUMS)[t] + (double)numbers(SUMS)[CHUNK + t];
+      forgot[i] = exp_fast(numbers(GATE)[t]) == 0.f;
+      if (t + 1 < at.count) behind += (double)numbers(FIRST)[t] + (double)numbers(FIRST)[CHUNK + t];
     }
-    if (!forgot) {
-      float behind = 0.f;
-      for (int w = 0; w < THREADS / 32; w++) behind += numbers(BEHIND)[w];
-      sum += (double)numbers(WHOLE)[0] * behind;
-      for (int i = 0; i + 1 < at.count; i++) sum += (double)numbers(FIRST)[i] + (double)numbers(FIRST)[CHUNK + i];
+    behind = sum_of_lanes(behind);
+    auto then = [](double sum, bool forgot, double term) { return forgot ? 0. : sum + term; };
+    double sum = then(then(0., forgot[0], term[0]), forgot[1], term[1]);
+    int cut = forgot[0] || forgot[1];
+    CLA_UNROLL
+    for (int d = 1; d < 32; d *= 2) {
+      const double later = shuffle_up(sum, d);
+      const int later_cut = shuffle_up(cut, d);
+      if (lane >= d && !cut) sum += later, cut = later_cut;
     }
+    const double all = cut ? sum : sum + behind, later = shuffle_up(all, 1);
+    sum = lane == 0 ? behind : later;
     const Rows dg = rows_of(c.dg);
-    for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
-      dg.store(t, slice, slice == 0 ? (float)sum : 0.f);
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      sum = then(sum, forgot[i], term[i]);
+      if (t >= at.count) continue;
+      for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
+        dg.store(at.token(t), slice, slice == 0 ? (float)sum : 0.f);
+      }
     }
+  }
+  CLA_DEVICE int step_of_lane(int i) const { return CHUNK - 1 - 2 * lane - i; }
+
+  CLA_DEVICE void store_numbers() const {
+    if (c.dg.data && tid < 32) store_gate();
+    const int row = tid - THREADS / 2;
+    if (c.dbeta.data && row >= 0 && row < at.count) rows_of(c.dbeta).store(at.token(row), 0, numbers(DBETA)[row]);
   }
 
   CLA_DEVICE void run() const {

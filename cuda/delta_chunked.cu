@@ -189,15 +189,16 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
       const int tid = this->tid - 128;
       const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
       unsigned char *to = stage(i);
-      auto into = [=](int part) { return [=](int row, int c) { return Tile{to + part}.piece(row, c / 8); }; };
-      fetch_rows<R, 128>(into(L::K), k, at, s.of.k_dim, tid);
-      if (REVERSE || out.data) fetch_rows<R, 128>(into(L::Q), q, at, s.of.k_dim, tid);
-      fetch_rows<COLUMNS, 128>([=](int row, int c) { return (unsigned char *)(value_row(to, row) + c); }, value, at,
-                               columns(), tid);
+      fetch_tile<R, 128>(tile(to, L::K), k, at, s.of.k_dim, tid);
+      if (REVERSE || out.data) fetch_tile<R, 128>(tile(to, L::Q), q, at, s.of.k_dim, tid);
+      fetch_rows<COLUMNS, 128, 2 * L::VALUE_PITCH>([=](int row, int c) { return (unsigned char *)(value_row(to, row) + c); },
+                                                   value, at, columns(), tid);
       const unsigned char *from =
           s.prepared + (segment_index(s.anchors, sequence, segment(i)) * s.of.heads + head) * Prepared::BYTES;
-      CLA_UNROLL_TWICE
-      for (int at = 16 * tid; at < Prepared::BYTES; at += 16 * 128) copy16_async(to + L::PREPARED + at, from + at, true);
+      CLA_UNROLL
+      for (int at = 0; at < Prepared::BYTES; at += 16 * 128) {
+        if (at + 16 * tid < Prepared::BYTES) copy16_async(to + L::PREPARED + at + 16 * tid, from + at + 16 * tid, true);
+      }
     }
     copies_commit();
   }
@@ -246,10 +247,21 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
     for (int m = 0; m < M; m++) give(L::OF_WRITE, warp, m, acc[m]);
   }
 
-  CLA_DEVICE void store(const Rows &to, const SegmentSteps &at, float (&acc)[M][2][4], float factor) const {
-    each(acc, [&](float &x, int t, int c) {
-      if (t < at.count && c < columns()) to.store(at.token(t), first_column + c, factor * x);
-    });
+  // A result, whose rows are contiguous.
+  CLA_DEVICE void store(const Rows &to, const SegmentSteps &at, const float (&acc)[M][2][4], float factor) const {
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const int t = 16 * warp + 8 * (i >> 1) + pair + (i & 1);
+      if (t >= at.count) continue;
+      unsigned char *row = to.row(at.token(t));
+      CLA_UNROLL
+      for (int j = 0; j < 2 * M; j++) {
+        const int c = 8 * j + row0;
+        if (c < columns()) {
+          store_element(row, to.dtype, first_column + c, factor * acc[j >> 1][i >> 1][2 * (j & 1) + (i & 1)]);
+        }
+      }
+    }
   }
 
   CLA_DEVICE void update_state(unsigned char *of) {
@@ -323,17 +335,19 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
       if (solves) {
         keep(i);
         add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::K), false);
-      } else {
-        fetch(i + 1);
-        if (REVERSE) see_grad(acc, of);
-        else if (out.data) add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::Q), false);
+      } else if (REVERSE) {
+        see_grad(acc, of);
+      } else if (out.data) {
+        add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::Q), false);
       }
       fade(acc, of);
       if (REVERSE) barrier();
       if (solves) give_right(acc, of);
       else if (REVERSE) give_grad(of);
       barrier();
+      // The reading warps have nothing else to do meanwhile.
       if (solves) solve(of, at);
+      else fetch(i + 1);
       barrier();
       if (solves) {
         update_state(of);

@@ -38,9 +38,8 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE void load() {
     const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head), beta(s.of.beta, at.steps.batch, head);
-    auto into = [&](Tile t) { return [=](int row, int c) { return t.piece(row, c / 8); }; };
-    fetch_rows<R, THREADS>(into(tile(0)), k, at, s.of.k_dim, tid);
-    fetch_rows<R, THREADS>(into(tile(1)), q, at, s.of.k_dim, tid);
+    fetch_tile<R, THREADS>(tile(0), k, at, s.of.k_dim, tid);
+    fetch_tile<R, THREADS>(tile(1), q, at, s.of.k_dim, tid);
     copies_commit();
     if (tid < CHUNK) {
       // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
@@ -55,7 +54,7 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE void sum_gates() {
     const float last = s.reverse && s.of.gate_kind != CLA_NO_GATE ? exp_fast(gate.load(at.token(at.count - 1), 0)) : 1.f;
-    each_fade(gates(), tid, [&](int t, int from, float left) {
+    each_fade<THREADS>(gates(), tid, [&](int t, int from, float left) {
       if (from < 0) factors()[Prepared::FROM_START + t] = left;
       else fades(t)[from] = left;
       if (t == CHUNK - 1) factors()[from < 0 ? Prepared::WHOLE : Prepared::TO_END + from] = last * left;

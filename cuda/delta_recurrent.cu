@@ -20,16 +20,15 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
   int tid, head, first_column;
   int64_t sequence;
   Steps steps;
-  Rows q, k, value, gate, a, b, beta, inner, out;
   State state;
 
   CLA_DEVICE DeltaRecurrent(const cla_delta_sweep &s, int tiles, const Place &place)
       : s(s), reverse(s.reverse), shared((float *)shared_memory()), tid(thread_index()),
         head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse), q(s.of.q, steps.batch, head), k(s.of.k, steps.batch, head),
-        value(s.value, steps.batch, head), gate(s.of.gate, steps.batch, head), a(s.of.a, steps.batch, head),
-        b(s.of.b, steps.batch, head), beta(s.of.beta, steps.batch, head), inner(s.inner, steps.batch, head),
-        out(s.out, steps.batch, head) {}
+        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse) {}
+
+  // Made anew for each use, out of what is in constant memory: registers are for the state.
+  CLA_DEVICE Rows rows(const cla_tensor &x) const { return Rows(x, steps.batch, opaque(head)); }
 
   CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
 
@@ -43,14 +42,14 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
     for (int i = 0; i < PER_THREAD; i++) {
       const int r = tid + i * THREADS;
       const bool valid = r < s.of.k_dim;
-      f.q[i] = valid ? q.load(t, r) : 0.f;
-      f.k[i] = valid ? k.load(t, r) : 0.f;
-      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? gate.load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
-      f.a[i] = valid && LOW_RANK ? a.load(t, r) : 0.f;
-      f.b[i] = valid && LOW_RANK ? b.load(t, r) : 0.f;
+      f.q[i] = valid ? rows(s.of.q).load(t, r) : 0.f;
+      f.k[i] = valid ? rows(s.of.k).load(t, r) : 0.f;
+      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? rows(s.of.gate).load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
+      f.a[i] = valid && LOW_RANK ? rows(s.of.a).load(t, r) : 0.f;
+      f.b[i] = valid && LOW_RANK ? rows(s.of.b).load(t, r) : 0.f;
     }
-    f.value = tid < columns() ? value.load(t, first_column + tid) : 0.f;
-    f.beta = tid == 0 && !LOW_RANK ? beta.load(t, 0) : 1.f;
+    f.value = tid < columns() ? rows(s.value).load(t, first_column + tid) : 0.f;
+    f.beta = tid == 0 && !LOW_RANK ? rows(s.of.beta).load(t, 0) : 1.f;
   }
   CLA_DEVICE void place(const Fetched &f, float *to) const {
     float qk = 0.f, qb = 0.f;
@@ -109,7 +108,7 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
 
   CLA_DEVICE void solve(const float *of, int64_t step) {
     // Whether something is read for `out`; the backward delta sweep has it in c.
-    const bool reads = out.data && (LOW_RANK || !reverse), writes_value = LOW_RANK || reverse;
+    const bool reads = s.out.data && (LOW_RANK || !reverse), writes_value = LOW_RANK || reverse;
     float w[4] = {0.f, 0.f, 0.f, 0.f}, y[4] = {0.f, 0.f, 0.f, 0.f}, m[4], c[4], v[4];
     float *sums = shared + SUMS, *own = sums + tid / 32 * COLUMNS, *others = sums + WARPS * COLUMNS;
     state.read(of + R1, w);
@@ -130,6 +129,13 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
       c[i] = f * m[i];
       y[i] = hv * v[i] + hc * c[i] + (reads ? sum_of_warps(others + state.column + i, COLUMNS) : 0.f);
     }
+    // The first warp has the columns of all four threads that share them, the second too.
+    const int lane = tid & 31, part = lane / State::COLUMN_GROUPS, column = state.column + part;
+    if (tid < 64 && column < columns()) {
+      const int64_t t = steps.token(step);
+      if (tid < 32 && s.out.data) rows(s.out).store(t, first_column + column, pick(y, part));
+      if (tid >= 32 && s.inner.data) rows(s.inner).store(t, first_column + column, pick(m, part));
+    }
     if (s.of.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
     if (writes_value) state.add(of + X1, v);
     if (LOW_RANK && reverse && s.anchors.data) {
@@ -138,13 +144,6 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
       if (at > 0 && at % CLA_DELTA_SEGMENT == 0) keep(at / CLA_DELTA_SEGMENT - 1);
     }
     state.add(of + X2, c);
-    // The first warp has the columns of all four threads that share them, the second too.
-    const int lane = tid & 31, part = lane / State::COLUMN_GROUPS, column = state.column + part;
-    if (tid < 64 && column < columns()) {
-      const int64_t t = steps.token(step);
-      if (tid < 32 && out.data) out.store(t, first_column + column, pick(y, part));
-      if (tid >= 32 && inner.data) inner.store(t, first_column + column, pick(m, part));
-    }
   }
 
   CLA_DEVICE void run() {
@@ -174,7 +173,7 @@ template <int EACH, bool LOW_RANK> struct DeltaRecurrent {
   }
 };
 
-template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : EACH == 8 && LOW_RANK ? 3 : 4) void delta_recurrent_kernel(cla_delta_sweep s) {
+template <int EACH, bool LOW_RANK> CLA_KERNEL(128, EACH > 8 ? 2 : LOW_RANK ? 7 : 8) void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   const int tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
   DeltaRecurrent<EACH, LOW_RANK>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
 }

@@ -8,14 +8,12 @@ namespace cla {
 constexpr int BLOCK_COLUMNS = 32, COLUMN_GROUPS = 8, ROW_GROUPS = 16, RECURRENT_THREADS = COLUMN_GROUPS * ROW_GROUPS;
 
 // Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH. ENDS: `ends` is wanted.
-template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH <= 4 ? 5 : EACH <= 8 ? 4 : 2) void recurrent_kernel(cla_sweep s) {
+template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS ? 4 : 8) void recurrent_kernel(const CLA_CONSTANT cla_sweep s) {
   const int tid = thread_index(), x = tid % COLUMN_GROUPS, y = tid / COLUMN_GROUPS;
   // Neighbouring blocks have neighbouring columns: their rows lie side by side in memory.
   const int tiles = (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
   const Place place(block_x() / tiles, s.heads, 1);
   const Steps steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse);
-  const Rows read(s.read, steps.batch, place.head), write(s.write, steps.batch, place.head),
-      value(s.value, steps.batch, place.head), gate(s.gate, steps.batch, place.head), out(s.out, steps.batch, place.head);
   const int block_column = block_x() % tiles * BLOCK_COLUMNS, column = block_column + 4 * x;
   const bool rows_fade = s.gate_kind == CLA_GATE_ROWS, cols_fade = s.gate_kind == CLA_GATE_COLS;
 
@@ -58,6 +56,11 @@ template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH <= 4 ? 5 : EAC
 
   for (int64_t step = 0; step < steps.count; step++) {
     const int64_t t = steps.token(step);
+    // Made anew for each step, out of what is in constant memory: registers are for the state.
+    const int head = opaque(place.head);
+    const Rows read(s.read, steps.batch, head), write(s.write, steps.batch, head), value(s.value, steps.batch, head),
+        gate(s.gate, steps.batch, head);
+    CLA_NO_UNROLL
     for (int r = tid; r < ROW_GROUPS * EACH; r += RECURRENT_THREADS) {
       const bool valid = r < s.rows;
       read_row[r] = valid ? read.load(t, r) : 0.f;
@@ -114,13 +117,13 @@ template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH <= 4 ? 5 : EAC
       float total = 0.f;
       CLA_UNROLL
       for (int w = 0; w < RECURRENT_THREADS / 32; w++) total += sums[w * BLOCK_COLUMNS + tid];
-      out.store(t, block_column + tid, s.out_scale * total);
+      Rows(s.out, steps.batch, opaque(place.head)).store(t, block_column + tid, s.out_scale * total);
     }
   }
 
   if (!s.last.data) return;
   const float scale = steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale;
-  if (s.gate_kind != CLA_NO_GATE && s.reverse && steps.count > 0) fade([&](int d) { return steps.decay_after(gate, d); });
+  if (s.gate_kind != CLA_NO_GATE && s.reverse && steps.count > 0) fade([&](int d) { return steps.decay_after(Rows(s.gate, steps.batch, place.head), d); });
   float *last = s.last.data + place.sequence * s.last.sequence + place.head * s.last.head;
   const bool last_in_pieces = s.last.col == 1 && s.last.row % 4 == 0 && ((uintptr_t)last & 15) == 0;
   CLA_UNROLL

@@ -12,7 +12,7 @@ use candle_linear_attn::models::Model;
 use clap::Parser;
 use common::{
     files::write_safetensors,
-    runtime::{ComputeArgs, keep_operations_on_their_thread, open_model},
+    runtime::{ComputeArgs, open_model, prepare_process},
 };
 use std::{collections::BTreeMap, path::PathBuf, process::ExitCode};
 
@@ -36,7 +36,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    keep_operations_on_their_thread();
+    prepare_process();
     common::exit_code(run(&Args::parse()))
 }
 

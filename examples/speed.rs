@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use candle_core::{D, Tensor};
 use candle_linear_attn::models::Model;
 use clap::Parser;
-use common::runtime::{ComputeArgs, keep_operations_on_their_thread, open_model};
+use common::runtime::{ComputeArgs, open_model, prepare_process};
 use std::{
     path::PathBuf,
     process::ExitCode,
@@ -35,7 +35,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    keep_operations_on_their_thread();
+    prepare_process();
     common::exit_code(run(&Args::parse()))
 }
 

@@ -48,14 +48,30 @@ impl From<DTypeArg> for DType {
     }
 }
 
+/// What a process that computes on a CPU is better off with. Must come before anything else.
+pub fn prepare_process() {
+    keep_operations_on_their_thread();
+    keep_freed_memory();
+}
+
 /// Keeps candle from splitting element-wise operations over threads of its own: they are too short to gain by it, and
-/// where something else runs on the other cores each waits for the slowest. Must come before anything else: candle looks
-/// once, and no other thread may be running.
-pub fn keep_operations_on_their_thread() {
+/// where something else runs on the other cores each waits for the slowest. Candle looks once, and no other thread may be
+/// running.
+fn keep_operations_on_their_thread() {
     const THREADS: &str = "CANDLE_NUM_THREADS";
     if std::env::var_os(THREADS).is_none() {
         // SAFETY: called at the start of main, where this is the only thread.
         unsafe { std::env::set_var(THREADS, "1") };
+    }
+}
+
+/// Keeps memory that has been freed for the next tensor: by default a large part of what a prompt takes goes back to the
+/// operating system after each operation, and every page of it is a fault the next time.
+fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    for (parameter, bytes) in [(libc::M_MMAP_THRESHOLD, 32 << 20), (libc::M_TRIM_THRESHOLD, 1 << 30)] {
+        // SAFETY: two numbers for the allocator. If it refuses them, it goes on as before.
+        unsafe { libc::mallopt(parameter, bytes) };
     }
 }
 

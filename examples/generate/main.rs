@@ -23,7 +23,7 @@ use anyhow::{Context, Result};
 use args::{Args, Switch};
 use clap::Parser;
 use common::{
-    runtime::{keep_operations_on_their_thread, open_model},
+    runtime::{open_model, prepare_process},
     text::{TextStream, encode_prompt, load_tokenizer},
 };
 use conversation::Conversation;
@@ -39,7 +39,7 @@ use template::ChatTemplate;
 use tokenizers::Tokenizer;
 
 fn main() -> ExitCode {
-    keep_operations_on_their_thread();
+    prepare_process();
     common::exit_code(run(&Args::parse()))
 }
 

@@ -25,7 +25,7 @@ use anyhow::{Context, Result};
 use args::Args;
 use clap::Parser;
 use common::{
-    runtime::{ComputeArgs, DTypeArg, device, keep_operations_on_their_thread, open_model},
+    runtime::{ComputeArgs, DTypeArg, device, open_model, prepare_process},
     text::load_tokenizer,
 };
 use data::{Texts, TokenStream};
@@ -33,7 +33,7 @@ use std::{path::Path, process::ExitCode};
 use workers::Workers;
 
 fn main() -> ExitCode {
-    keep_operations_on_their_thread();
+    prepare_process();
     common::exit_code(run(&Args::parse()))
 }
 

@@ -13,6 +13,16 @@ pub(crate) fn check_size(name: &str, size: usize) -> Result<()> {
     }
 }
 
+/// `heads` heads of `width` channels from channel `start` on: of `[B, T, channels]`, `[B, T, heads, width]`. Nothing is
+/// copied if what lies before and behind them are such heads, too.
+pub(crate) fn heads_from(xs: &Tensor, start: usize, heads: usize, width: usize) -> Result<Tensor> {
+    let (batch, tokens, channels) = xs.dims3()?;
+    if start.is_multiple_of(width) && channels.is_multiple_of(width) {
+        return xs.reshape((batch, tokens, channels / width, width))?.narrow(2, start / width, heads);
+    }
+    xs.narrow(2, start, heads * width)?.reshape((batch, tokens, heads, width))
+}
+
 /// The sizes of an attention layer, checked.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {

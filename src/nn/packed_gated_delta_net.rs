@@ -4,6 +4,7 @@ use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::decay::{Decay, DecayRange};
 use crate::nn::delta::{DeltaHeads, L2_EPS};
 use crate::nn::fused::Gate;
+use crate::nn::heads::heads_from;
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm, ShortConvolution};
@@ -182,27 +183,12 @@ impl PackedGatedDeltaNet {
 
     /// q, k and v, each `[B, T, heads, channels]`, of what the convolution makes.
     fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
-        let (batch, tokens, _) = qkv.dims3()?;
         let DeltaHeads { num_heads, num_v_heads, head_k_dim, head_v_dim, .. } = self.heads;
-        if head_k_dim == head_v_dim {
-            // Heads of one width are a dimension of all three: their parts are views.
-            let heads = qkv.reshape((batch, tokens, (), head_k_dim))?;
-            let part = |start, count| heads.narrow(2, start, count);
-            return Ok([
-                l2_norm(&part(0, num_heads)?, L2_EPS)?,
-                l2_norm(&part(num_heads, num_heads)?, L2_EPS)?,
-                part(2 * num_heads, num_v_heads)?,
-            ]);
-        }
-        let part = |start, heads: usize, width: usize| {
-            let part = qkv.narrow(D::Minus1, start, heads * width)?;
-            part.contiguous()?.reshape((batch, tokens, heads, width))
-        };
         let keys = num_heads * head_k_dim;
         Ok([
-            l2_norm(&part(0, num_heads, head_k_dim)?, L2_EPS)?,
-            l2_norm(&part(keys, num_heads, head_k_dim)?, L2_EPS)?,
-            part(2 * keys, num_v_heads, head_v_dim)?,
+            l2_norm(&heads_from(qkv, 0, num_heads, head_k_dim)?, L2_EPS)?,
+            l2_norm(&heads_from(qkv, keys, num_heads, head_k_dim)?, L2_EPS)?,
+            heads_from(qkv, 2 * keys, num_v_heads, head_v_dim)?,
         ])
     }
 }

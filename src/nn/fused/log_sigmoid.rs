@@ -1,6 +1,6 @@
 //! `log(sigmoid(x))`.
 
-use super::{BLOCK, Held, fits, sigmoid, values};
+use super::{BLOCK, Held, fits, in_blocks, sigmoid, values};
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
@@ -28,9 +28,8 @@ impl CustomOp1 for LogSigmoid {
 
     fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let xs = values(xs, layout)?;
-        let mut ys = vec![0.; xs.len()];
-        ys.par_chunks_mut(BLOCK).zip(xs.par_chunks(BLOCK)).for_each(|(ys, xs)| {
-            for (y, x) in ys.iter_mut().zip(xs) {
+        let ys = in_blocks(xs.len(), BLOCK, |at, ys| {
+            for (y, x) in ys.iter_mut().zip(&xs[at]) {
                 *y = x.min(0.) - (-x.abs()).exp().ln_1p();
             }
         });

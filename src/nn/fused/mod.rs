@@ -29,9 +29,46 @@ pub(crate) use swiglu::swiglu;
 use crate::cpu::exp::exp;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};
 use pulp::Arch;
+use rayon::prelude::*;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Elements that a thread takes at a time.
 const BLOCK: usize = 1 << 14;
+
+/// So many elements, which `fill` sets: a block of them at a time, in other threads too if there are more.
+fn in_blocks(len: usize, block: usize, fill: impl Fn(Range<usize>, &mut [f32]) + Sync) -> Vec<f32> {
+    let blocks: Vec<_> = (0..len).step_by(block.max(1)).map(|from| from..len.min(from + block)).collect();
+    in_pieces(blocks.iter().map(|range| range.len()), |i, elements| fill(blocks[i].clone(), elements))
+}
+
+/// Elements in pieces of these lengths, each of which `fill` sets, given its number. They are 0 before that, and it is the
+/// thread which sets them that makes them so: one pass over new memory by one thread would take as long as some of the
+/// operations here.
+fn in_pieces(lens: impl Iterator<Item = usize> + Clone, fill: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    let len = lens.clone().sum();
+    let mut elements = Vec::with_capacity(len);
+    let mut rest = &mut elements.spare_capacity_mut()[..len];
+    let mut pieces = Vec::new();
+    for len in lens {
+        let (piece, others) = rest.split_at_mut(len);
+        pieces.push(piece);
+        rest = others;
+    }
+    let run = |(i, piece): (usize, &mut [MaybeUninit<f32>])| {
+        piece.fill(MaybeUninit::new(0.));
+        // SAFETY: all have just been set.
+        fill(i, unsafe { &mut *(piece as *mut [MaybeUninit<f32>] as *mut [f32]) });
+    };
+    match pieces.len() {
+        // Not worth waking other threads for.
+        0..=1 => pieces.into_iter().enumerate().for_each(run),
+        _ => pieces.into_par_iter().enumerate().for_each(run),
+    }
+    // SAFETY: the pieces were all of them, and all have been set.
+    unsafe { elements.set_len(len) };
+    elements
+}
 
 /// Whether all are where, and what, the operations here can work on.
 fn fits(tensors: &[&Tensor]) -> bool {
@@ -75,7 +112,8 @@ fn silu_slope(x: f32) -> f32 {
     s * (1. + x * (1. - s))
 }
 
-/// Runs a loop that has been compiled for the vector units there are.
+/// Runs a loop that has been compiled for the vector units there are: `#[inline(always)]`, or the compiler may make it a
+/// function of its own, which knows nothing of them.
 #[inline(always)]
 fn vectorized<R>(body: impl FnOnce() -> R) -> R {
     Arch::new().dispatch(body)

@@ -1,6 +1,6 @@
 //! Root-mean-square norms, alone and with a SiLU gate.
 
-use super::{BLOCK, Held, fits, sigmoid, silu_slope, values, vectorized};
+use super::{BLOCK, Held, fits, in_blocks, sigmoid, silu_slope, values, vectorized};
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 use crate::cuda::layers;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -16,7 +16,7 @@ pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64, dtype: DType) -> 
     let [xs, weight] = [xs, weight].map(|x| x.to_dtype(DType::F32));
     let (xs, weight) = (xs?, weight?);
     let ys = match fits(&[&xs, &weight]) {
-        true => xs.contiguous()?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 })?,
+        true => in_rows(&xs)?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 })?,
         false => composed(&xs, &weight, eps)?,
     };
     ys.to_dtype(dtype)
@@ -188,15 +188,18 @@ impl CustomOp2 for RmsNorm {
         weight: &CpuStorage,
         weight_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
-        let (n, block) = (weight.len(), block_of_rows(weight.len()));
-        let mut ys = vec![0.; xs.len()];
-        ys.par_chunks_mut(block).zip(xs.par_chunks(block)).for_each(|(ys, xs)| {
-            vectorized(|| {
-                for (y, x) in ys.chunks_mut(n).zip(xs.chunks(n)) {
-                    self.forward_row(x, weight, y);
-                }
-            });
+        let weight = values(weight, weight_layout)?;
+        let (n, runs) = (weight.len(), runs(xs, layout, weight.len())?);
+        let block = runs.first().map_or(1, |run| run.len());
+        let ys = in_blocks(layout.shape().elem_count(), block, |at, ys| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in ys.chunks_mut(n).zip(runs[at.start / block].chunks(n)) {
+                        self.forward_row(x, weight, y);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(ys), layout.shape().clone()))
     }
@@ -210,18 +213,22 @@ impl CustomOp2 for RmsNorm {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let (shape, weight_shape) = (xs.shape(), weight.shape());
-        let [xs, weight, dy] = [&Held::new(xs), &Held::new(weight), &Held::new(&dy)];
+        let xs = xs.contiguous()?;
+        let [xs, weight, dy] = [&Held::new(&xs), &Held::new(weight), &Held::new(&dy)];
         let [xs, weight, dy] = [xs.values()?, weight.values()?, dy.values()?];
         let (n, block) = (weight.len(), block_of_rows(weight.len()));
         let mut dx = dy.to_vec();
         let blocks = dx.par_chunks_mut(block).zip(xs.par_chunks(block));
         let dweights = blocks.map(|(dx, xs)| {
             let mut dweight = vec![0.; n];
-            vectorized(|| {
-                for (dx, x) in dx.chunks_mut(n).zip(xs.chunks(n)) {
-                    self.backward_row(x, weight, dx, &mut dweight);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (dx, x) in dx.chunks_mut(n).zip(xs.chunks(n)) {
+                        self.backward_row(x, weight, dx, &mut dweight);
+                    }
+                },
+            );
             dweight
         });
         let dweight = total(dweights.collect(), n);
@@ -249,18 +256,20 @@ impl CustomOp3 for RmsNormGated {
         let (xs, weight) = (values(xs, layout)?, values(weight, weight_layout)?);
         let gate = values(gate, gate_layout)?;
         let (n, block) = (weight.len(), block_of_rows(weight.len()));
-        let mut ys = vec![0.; xs.len()];
-        let blocks = ys.par_chunks_mut(block).zip(xs.par_chunks(block)).zip(gate.par_chunks(block));
-        blocks.for_each(|((ys, xs), gate)| {
-            vectorized(|| {
-                for ((y, x), gate) in ys.chunks_mut(n).zip(xs.chunks(n)).zip(gate.chunks(n)) {
-                    self.0.forward_row(x, weight, y);
-                    match self.1 {
-                        Gate::Silu => multiply_gate(Gate::Silu, y, gate),
-                        Gate::Sigmoid => multiply_gate(Gate::Sigmoid, y, gate),
+        let ys = in_blocks(xs.len(), block, |at, ys| {
+            let (xs, gate) = (&xs[at.clone()], &gate[at]);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((y, x), gate) in ys.chunks_mut(n).zip(xs.chunks(n)).zip(gate.chunks(n)) {
+                        self.0.forward_row(x, weight, y);
+                        match self.1 {
+                            Gate::Silu => multiply_gate(Gate::Silu, y, gate),
+                            Gate::Sigmoid => multiply_gate(Gate::Sigmoid, y, gate),
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         Ok((CpuStorage::F32(ys), gate_layout.shape().clone()))
     }
@@ -283,19 +292,22 @@ impl CustomOp3 for RmsNormGated {
         let outputs = dx.par_chunks_mut(block).zip(dgate.par_chunks_mut(block));
         let dweights = outputs.zip(inputs).map(|((dx, dgate), ((xs, gate), dy))| {
             let mut dweight = vec![0.; n];
-            vectorized(|| {
-                for from in (0..xs.len()).step_by(n) {
-                    let row = from..from + n;
-                    let (x, gate, dy) = (&xs[row.clone()], &gate[row.clone()], &dy[row.clone()]);
-                    let (dx, dgate) = (&mut dx[row.clone()], &mut dgate[row]);
-                    self.0.forward_row(x, weight, dgate);
-                    for (((dx, dgate), g), dy) in dx.iter_mut().zip(dgate).zip(gate).zip(dy) {
-                        *dx = dy * self.1.value(*g);
-                        *dgate *= dy * self.1.slope(*g);
+            vectorized(
+                #[inline(always)]
+                || {
+                    for from in (0..xs.len()).step_by(n) {
+                        let row = from..from + n;
+                        let (x, gate, dy) = (&xs[row.clone()], &gate[row.clone()], &dy[row.clone()]);
+                        let (dx, dgate) = (&mut dx[row.clone()], &mut dgate[row]);
+                        self.0.forward_row(x, weight, dgate);
+                        for (((dx, dgate), g), dy) in dx.iter_mut().zip(dgate).zip(gate).zip(dy) {
+                            *dx = dy * self.1.value(*g);
+                            *dgate *= dy * self.1.slope(*g);
+                        }
+                        self.0.backward_row(x, weight, dx, &mut dweight);
                     }
-                    self.0.backward_row(x, weight, dx, &mut dweight);
-                }
-            });
+                },
+            );
             dweight
         });
         let dweight = total(dweights.collect(), n);
@@ -309,6 +321,35 @@ fn multiply_gate(kind: Gate, y: &mut [f32], gate: &[f32]) {
     for (y, g) in y.iter_mut().zip(gate) {
         *y *= kind.value(*g);
     }
+}
+
+/// A tensor whose rows, along the last dimension, each lie in one piece.
+fn in_rows(xs: &Tensor) -> Result<Tensor> {
+    let (len, _) = pieces(xs.layout());
+    if xs.dims().last().is_some_and(|n| len.is_multiple_of(*n)) { Ok(xs.clone()) } else { xs.contiguous() }
+}
+
+/// Whole rows of `n` that lie one behind the other, as many in each of the slices, except in the last.
+fn runs<'a>(xs: &'a CpuStorage, layout: &Layout, n: usize) -> Result<Vec<&'a [f32]>> {
+    let CpuStorage::F32(all) = xs else { bail!("an f32 tensor is needed") };
+    let (len, starts) = pieces(layout);
+    match starts.as_slice() {
+        [start] => Ok(all[*start..start + len].chunks(block_of_rows(n)).collect()),
+        _ => Ok(starts.into_iter().map(|start| &all[start..start + len]).collect()),
+    }
+}
+
+/// How many elements lie one behind the other, and where all such pieces begin.
+fn pieces(layout: &Layout) -> (usize, Vec<usize>) {
+    let (mut len, mut starts) = (1, vec![layout.start_offset()]);
+    let mut dims: Vec<_> = layout.dims().iter().copied().zip(layout.stride().iter().copied()).collect();
+    while let Some((dim, _)) = dims.pop_if(|(dim, stride)| *dim == 1 || *stride == len) {
+        len *= dim;
+    }
+    for (dim, stride) in dims {
+        starts = starts.iter().flat_map(|start| (0..dim).map(move |i| start + i * stride)).collect();
+    }
+    (len, starts)
 }
 
 /// Elements that a thread takes at a time: whole rows of `n`.
@@ -373,6 +414,25 @@ mod tests {
     fn agrees_with_its_composition() -> Result<()> {
         for (shape, n) in SHAPES {
             agree(&[shape, &[n]], |x| rms_norm(&x[0], &x[1], EPS, F32), |x| composed(&x[0], &x[1], EPS))?;
+        }
+        Ok(())
+    }
+
+    /// Heads among others, rows among others, and rows that are not in one piece.
+    #[test]
+    fn strided_rows_agree_with_their_composition() -> Result<()> {
+        let views: [fn(&Tensor) -> Result<Tensor>; 3] = [
+            |x| x.narrow(2, 1, 3),
+            |x| x.narrow(1, 2, 2)?.transpose(0, 1),
+            |x| x.transpose(2, 3)?.narrow(2, 3, 4)?.narrow(3, 0, 8),
+        ];
+        for view in views {
+            let (fused, plain) = (|x: &Tensor| view(x), |x: &Tensor| view(x)?.contiguous());
+            agree(
+                &[&[3, 5, 8, 8], &[8]],
+                |x| rms_norm(&fused(&x[0])?, &x[1], EPS),
+                |x| composed(&plain(&x[0])?, &x[1], EPS),
+            )?;
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 mod kernel;
 
-use super::{Held, fits, vectorized};
+use super::{Held, fits, in_pieces, vectorized};
 use crate::autograd::{self, Function};
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 use crate::cuda::layers;
@@ -164,16 +164,14 @@ impl Function for Op {
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
         let held: Vec<Held> = inputs.iter().map(Held::new).collect();
         let numbers = self.numbers(&held)?;
-        let mut ys = vec![0.; numbers.xs.len()];
         let pieces = self.pieces();
-        let slices = split(&mut ys, &pieces, self.conv.channels);
-        let run =
-            |(ys, piece): (&mut [f32], &Piece)| vectorized(|| self.conv.forward_piece(&numbers, piece, ys));
-        match pieces.len() {
-            // A token is not worth waking other threads for.
-            0..=1 => slices.into_iter().zip(&pieces).for_each(run),
-            _ => slices.into_par_iter().zip(&pieces).for_each(run),
-        }
+        let lens = pieces.iter().map(|piece| piece.rows.len() * self.conv.channels);
+        let ys = in_pieces(lens, |i, ys| {
+            vectorized(
+                #[inline(always)]
+                || self.conv.forward_piece(&numbers, &pieces[i], ys),
+            );
+        });
         Ok(vec![(Storage::Cpu(CpuStorage::F32(ys)), self.shape.clone())])
     }
 
@@ -201,7 +199,12 @@ impl Function for Op {
         let mut tasks: Vec<_> = tasks.collect();
         let parts: Vec<_> = tasks
             .par_iter_mut()
-            .map(|task| vectorized(|| self.conv.backward_piece(&numbers, dy, task)))
+            .map(|task| {
+                vectorized(
+                    #[inline(always)]
+                    || self.conv.backward_piece(&numbers, dy, task),
+                )
+            })
             .collect();
         drop(tasks);
         let mut sums = vec![0.; (width + 1) * channels];

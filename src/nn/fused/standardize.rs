@@ -83,11 +83,14 @@ impl CustomOp1 for Standardize {
         let xs = values(xs, layout)?;
         let mut ys = vec![0.; xs.len()];
         ys.par_chunks_mut(self.block()).zip(xs.par_chunks(self.block())).for_each(|(ys, xs)| {
-            vectorized(|| {
-                for (y, x) in ys.chunks_exact_mut(self.width).zip(xs.chunks_exact(self.width)) {
-                    self.row(x, y);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in ys.chunks_exact_mut(self.width).zip(xs.chunks_exact(self.width)) {
+                        self.row(x, y);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(ys), layout.shape().clone()))
     }
@@ -101,16 +104,19 @@ impl CustomOp1 for Standardize {
         let mut dx = vec![0.; xs.len()];
         let blocks = dx.par_chunks_mut(block).zip(xs.par_chunks(block)).zip(dy.par_chunks(block));
         blocks.for_each(|((dx, xs), dy)| {
-            vectorized(|| {
-                let rows = xs.chunks_exact(self.width).zip(dy.chunks_exact(self.width));
-                for (dx, (x, dy)) in dx.chunks_exact_mut(self.width).zip(rows) {
-                    let inverse = self.row(x, dx);
-                    let (mean, slope) = (sum(dy) / n, dot(dx, dy) / n);
-                    for (dx, dy) in dx.iter_mut().zip(dy) {
-                        *dx = inverse * (dy - mean - *dx * slope);
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = xs.chunks_exact(self.width).zip(dy.chunks_exact(self.width));
+                    for (dx, (x, dy)) in dx.chunks_exact_mut(self.width).zip(rows) {
+                        let inverse = self.row(x, dx);
+                        let (mean, slope) = (sum(dy) / n, dot(dx, dy) / n);
+                        for (dx, dy) in dx.iter_mut().zip(dy) {
+                            *dx = inverse * (dy - mean - *dx * slope);
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         Tensor::from_vec(dx, shape, &Device::Cpu).map(Some)
     }

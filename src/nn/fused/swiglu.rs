@@ -1,6 +1,6 @@
 //! `silu(gate) * up`.
 
-use super::{BLOCK, Held, fits, sigmoid, silu_slope, values, vectorized};
+use super::{BLOCK, Held, fits, in_blocks, sigmoid, silu_slope, values, vectorized};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -34,14 +34,15 @@ impl CustomOp2 for Swiglu {
         up_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (values(gate, gate_layout)?, values(up, up_layout)?);
-        let mut y = vec![0.; gate.len()];
-        let blocks = y.par_chunks_mut(BLOCK).zip(gate.par_chunks(BLOCK)).zip(up.par_chunks(BLOCK));
-        blocks.for_each(|((y, gate), up)| {
-            vectorized(|| {
-                for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                    *y = gate * sigmoid(*gate) * up;
-                }
-            });
+        let y = in_blocks(gate.len(), BLOCK, |at, y| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((y, gate), up) in y.iter_mut().zip(&gate[at.clone()]).zip(&up[at]) {
+                        *y = gate * sigmoid(*gate) * up;
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
@@ -61,14 +62,17 @@ impl CustomOp2 for Swiglu {
         let inputs = gate.par_chunks(BLOCK).zip(up.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK));
         let outputs = dgate.par_chunks_mut(BLOCK).zip(dup.par_chunks_mut(BLOCK));
         outputs.zip(inputs).for_each(|((dgate, dup), ((gate, up), dy))| {
-            vectorized(|| {
-                for (((dgate, dup), dy), (gate, up)) in
-                    dgate.iter_mut().zip(dup).zip(dy).zip(gate.iter().zip(up))
-                {
-                    *dgate = dy * up * silu_slope(*gate);
-                    *dup = dy * gate * sigmoid(*gate);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (((dgate, dup), dy), (gate, up)) in
+                        dgate.iter_mut().zip(dup).zip(dy).zip(gate.iter().zip(up))
+                    {
+                        *dgate = dy * up * silu_slope(*gate);
+                        *dup = dy * gate * sigmoid(*gate);
+                    }
+                },
+            );
         });
         let tensor = |values| Tensor::from_vec(values, shape, &Device::Cpu);
         Ok((Some(tensor(dgate)?), Some(tensor(dup)?)))

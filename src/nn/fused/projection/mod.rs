@@ -3,6 +3,8 @@
 //! Every element of the result is a sum in an order of its own, which depends neither on how many rows there are nor on
 //! the number of threads: a sequence gets what it gets alone whatever else is computed in the same call.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 mod lanes;
 mod stored;
 mod tile;
@@ -32,7 +34,13 @@ pub(in crate::nn) fn project(x: &[f32], rows: usize, weights: Stored, outputs: u
     match weights {
         Stored::F32(w) => project_as(x, rows, w, outputs),
         Stored::F16(w) => project_as(x, rows, w, outputs),
-        Stored::BF16(w) => project_as(x, rows, w, outputs),
+        Stored::BF16(w) => {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            if let Some(amx) = amx::Amx::get() {
+                return amx.project(x, rows, w, outputs);
+            }
+            project_as(x, rows, w, outputs)
+        }
         Stored::Q8_0(w) => project_as(x, rows, w, outputs),
         Stored::Q4K(w) => project_as(x, rows, w, outputs),
     }
@@ -52,7 +60,7 @@ fn project_as<F: Format>(x: &[f32], rows: usize, weights: F, outputs: usize) -> 
     let columns = Columns::new(&mut y, outputs);
     let run = |rows, outputs| Arch::new().dispatch(Task { x, rows, stride, k, weights, outputs, y: columns });
     let (row_blocks, output_blocks) = (rows.div_ceil(ROWS), outputs.div_ceil(BLOCK));
-    if rows * outputs * k < LEAST_PARALLEL || rayon::current_num_threads() == 1 {
+    if !is_worth_threads(rows * outputs * k) {
         (0..row_blocks).for_each(|b| run(block(b, ROWS, rows), 0..outputs));
     } else {
         (0..row_blocks * output_blocks).into_par_iter().for_each(|b| {
@@ -60,6 +68,10 @@ fn project_as<F: Format>(x: &[f32], rows: usize, weights: F, outputs: usize) -> 
         });
     }
     y
+}
+
+fn is_worth_threads(multiplications: usize) -> bool {
+    multiplications >= LEAST_PARALLEL && rayon::current_num_threads() > 1
 }
 
 fn block(index: usize, size: usize, end: usize) -> Range<usize> {

@@ -63,29 +63,76 @@ fn product(x: &[f32], rows: usize, weights: &Weights, outputs: usize) -> Vec<f32
     y
 }
 
+/// By every way there is: weights in bf16 have one of their own where the machine has AMX.
+fn products(x: &[f32], rows: usize, weights: &Weights, outputs: usize) -> Vec<Vec<f32>> {
+    let mut ways = vec![product(x, rows, weights, outputs)];
+    (weights.stored)(&mut |stored| match stored {
+        Stored::BF16(w) if rows * outputs > 0 => ways.push(project_as(x, rows, w, outputs)),
+        _ => {}
+    });
+    ways
+}
+
 #[test]
 fn is_the_sum_of_products_for_any_sizes_and_formats() {
     for k in [0, 1, 31, 32, 33, 64, 100, 256, 512, 2048, 2080, 2304] {
-        for n in [0, 1, 5, 8, 13] {
+        for n in [0, 1, 5, 8, 13, 17, 39] {
             for weights in weights(n, k) {
-                for rows in [0, 1, 2, 3, 4, 5, 9] {
+                for rows in [0, 1, 2, 3, 4, 5, 9, 16, 17, 33, 40] {
                     let x = random(rows * k, 6);
-                    let y = product(&x, rows, &weights, n);
-                    assert_eq!(y.len(), rows * n);
-                    for (i, y) in y.iter().enumerate() {
+                    let ways = products(&x, rows, &weights, n);
+                    for i in 0..rows * n {
                         let (x, w) = (&x[i / n * k..][..k], &weights.exact[i % n * k..][..k]);
                         let exact: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
-                        let error = (f64::from(*y) - exact).abs();
-                        assert!(
-                            error <= 1e-5 * (k as f64).sqrt(),
-                            "{} {rows} {n} {k}: {error:e}",
-                            weights.name
-                        );
+                        for y in &ways {
+                            let error = (f64::from(y[i]) - exact).abs();
+                            assert!(
+                                error <= 1e-5 * (k as f64).sqrt(),
+                                "{} {rows} {n} {k}: {error:e}",
+                                weights.name
+                            );
+                        }
                     }
+                    assert!(ways.iter().all(|y| y.len() == rows * n));
                 }
             }
         }
     }
+}
+
+/// Infinities, numbers that are none, and those too large for bf16 give what they give in f32, and nothing else changes.
+#[test]
+fn special_numbers_are_what_they_are_in_f32() {
+    const SPECIAL: [f32; 6] = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, 1e38];
+    let (rows, n, k) = (35, 37, 70);
+    let x = random(rows * k, 8);
+    let mut w: Vec<bf16> = random(n * k, 9).into_iter().map(bf16::from_f32).collect();
+    let plain = project(&x, rows, Stored::BF16(&w), n);
+    for (output, special) in [(3, bf16::INFINITY), (20, bf16::NAN), (36, bf16::MAX)] {
+        w[output * k + 5 * output % k] = special;
+    }
+    let mut with_specials = x;
+    for (i, special) in SPECIAL.into_iter().enumerate() {
+        with_specials[6 * i * k + 11 * i] = special;
+    }
+    let found = project(&with_specials, rows, Stored::BF16(&w), n);
+    let expected = project_as(&with_specials, rows, w.as_slice(), n);
+    for i in 0..rows * n {
+        let (row, output, found, expected) = (i / n, i % n, found[i], expected[i]);
+        let touched = row.is_multiple_of(6) || [3, 20, 36].contains(&output);
+        let same = found == expected || (found.is_nan() && expected.is_nan());
+        let close = (found - expected).abs() <= 1e-4 * expected.abs();
+        assert!(same || (touched && close) || found == plain[i], "{row}, {output}: {found} for {expected}");
+    }
+}
+
+/// They may count as zeros.
+#[test]
+fn subnormal_numbers_do_no_harm() {
+    let tiny = [f32::from_bits(1), -f32::MIN_POSITIVE / 2., 0., -0.];
+    let x: Vec<f32> = tiny.into_iter().cycle().take(64).collect();
+    let y = project(&x, 1, Stored::BF16(&[bf16::ONE; 64]), 1);
+    assert!(y[0].abs() <= 64. * f32::MIN_POSITIVE);
 }
 
 /// In any company, on any number of threads.

@@ -3,6 +3,8 @@
 use super::Format;
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Elements of a row whose products are summed up before they join the others; weights of a tile stay in L1 meanwhile.
@@ -23,7 +25,7 @@ pub(super) struct Columns<'a> {
     elements: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: `add` asks of its callers that no two threads write one element.
+// SAFETY: what writes asks of its callers that no two threads write one element.
 unsafe impl Send for Columns<'_> {}
 // SAFETY: the same.
 unsafe impl Sync for Columns<'_> {}
@@ -33,14 +35,29 @@ impl<'a> Columns<'a> {
         Self { data: data.as_mut_ptr(), len: data.len(), cols, elements: PhantomData }
     }
 
+    /// Elements that hold nothing yet: they can be written, not added to.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub fn empty(data: &'a mut [MaybeUninit<f32>], cols: usize) -> Self {
+        Self { data: data.as_mut_ptr().cast(), len: data.len(), cols, elements: PhantomData }
+    }
+
     /// # Safety
-    /// Nobody else reads or writes this element meanwhile.
+    /// Nobody else reads or writes this element meanwhile, and it holds a number.
     #[inline(always)]
     unsafe fn add(self, row: usize, col: usize, value: f32) {
         let at = row * self.cols + col;
         assert!(at < self.len && col < self.cols);
         // SAFETY: within the elements, and nobody else's.
         unsafe { *self.data.add(at) += value };
+    }
+
+    /// Where some columns of a row are; whoever writes there sees to it that nobody else does.
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    pub fn part(self, row: usize, cols: Range<usize>) -> *mut f32 {
+        let at = row * self.cols + cols.start;
+        assert!(cols.end <= self.cols && at + cols.len() <= self.len);
+        // SAFETY: within the elements.
+        unsafe { self.data.add(at) }
     }
 }
 
