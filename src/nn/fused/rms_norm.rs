@@ -430,7 +430,7 @@ mod tests {
             let (fused, plain) = (|x: &Tensor| view(x), |x: &Tensor| view(x)?.contiguous());
             agree(
                 &[&[3, 5, 8, 8], &[8]],
-                |x| rms_norm(&fused(&x[0])?, &x[1], EPS),
+                |x| rms_norm(&fused(&x[0])?, &x[1], EPS, F32),
                 |x| composed(&plain(&x[0])?, &x[1], EPS),
             )?;
         }
