@@ -42,6 +42,24 @@ CLA_DEVICE void store4(float *to, const float (&x)[4]) {
   store16(to, {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])});
 }
 
+// Four neighbours of any dtype, moved at once.
+struct alignas(8) Halves {
+  uint16_t x[4];
+};
+CLA_DEVICE void load_four(float (&x)[4], const void *data, int32_t dtype, int64_t at) {
+  if (dtype == CLA_F32) return load4(x, (const float *)data + at);
+  const Halves v = *(const Halves *)((const uint16_t *)data + at);
+  CLA_UNROLL
+  for (int i = 0; i < 4; i++) x[i] = dtype == CLA_BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
+}
+CLA_DEVICE void store_four(void *data, int32_t dtype, int64_t at, const float (&x)[4]) {
+  if (dtype == CLA_F32) return store4((float *)data + at, x);
+  Halves v;
+  CLA_UNROLL
+  for (int i = 0; i < 4; i++) v.x[i] = dtype == CLA_BF16 ? to_bf16(x[i]) : to_f16(x[i]);
+  *(Halves *)((uint16_t *)data + at) = v;
+}
+
 // Over the lanes of a warp.
 template <class T> CLA_DEVICE T sum_of_lanes(T x) {
   CLA_UNROLL

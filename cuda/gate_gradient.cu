@@ -17,42 +17,22 @@ CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
   return t + 1 == end || (c.anchored && (t + 1 - start) % c.segment == 0);
 }
 
-struct alignas(8) Halves {
-  uint16_t x[4];
-};
 // Elements d to d + 3 of a row of `width`, zeros behind its end.
 template <bool IN_FOURS> CLA_DEVICE void load_four(float (&x)[4], const Rows &rows, int64_t t, int d, int width) {
-  const int64_t at = t * rows.token + d;
   CLA_UNROLL
   for (int i = 0; i < 4; i++) x[i] = 0.f;
   if (!rows.data) return;
-  if (IN_FOURS && rows.dtype == CLA_F32) {
-    load4(x, (const float *)rows.data + at);
-  } else if (IN_FOURS) {
-    const Halves v = *(const Halves *)((const uint16_t *)rows.data + at);
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) x[i] = rows.dtype == CLA_BF16 ? from_bf16(v.x[i]) : from_f16(v.x[i]);
-  } else {
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      if (d + i < width) x[i] = rows.load(t, d + i);
-    }
+  if (IN_FOURS) return load_four(x, rows.data, rows.dtype, t * rows.token + d);
+  CLA_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (d + i < width) x[i] = rows.load(t, d + i);
   }
 }
 template <bool IN_FOURS> CLA_DEVICE void store_four(const Rows &rows, int64_t t, int d, int width, const float (&x)[4]) {
-  const int64_t at = t * rows.token + d;
-  if (IN_FOURS && rows.dtype == CLA_F32) {
-    store4((float *)rows.data + at, x);
-  } else if (IN_FOURS) {
-    Halves v;
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) v.x[i] = rows.dtype == CLA_BF16 ? to_bf16(x[i]) : to_f16(x[i]);
-    *(Halves *)((uint16_t *)rows.data + at) = v;
-  } else {
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      if (d + i < width) rows.store(t, d + i, x[i]);
-    }
+  if (IN_FOURS) return store_four(rows.data, rows.dtype, t * rows.token + d, x);
+  CLA_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (d + i < width) rows.store(t, d + i, x[i]);
   }
 }
 

@@ -89,6 +89,8 @@ CLA_DEVICE uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)
 CLA_DEVICE float from_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 
 CLA_DEVICE float exp_fast(float x) { return exp2f(x * 1.4426950408889634f); }
+// To the last bit or two; 0 from 2^126 on.
+CLA_DEVICE float reciprocal_fast(float x) { return __fdividef(1.f, x); }
 
 struct alignas(16) Vec4 {
   uint32_t x, y, z, w;

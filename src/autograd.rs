@@ -66,8 +66,9 @@ fn apply_with(f: impl Function, inputs: &[Tensor], readable: bool) -> Result<Vec
         let plain = |(storage, shape)| Tensor::from_storage(storage, shape, BackpropOp::none(), false);
         return Ok(results.into_iter().map(plain).collect());
     }
-    if let ([a, b, c, rest @ ..], 1) = (inputs, results.len())
-        && !rest.iter().any(Tensor::track_op)
+    if results.len() == 1
+        && !inputs.iter().skip(3).any(Tensor::track_op)
+        && let Some([a, b, c]) = three(inputs)
         && let Some(result) = results.pop()
     {
         return Ok(vec![a.apply_op3(b, c, Single { f, saved, wanted, result: Slot::new(result) })?]);
@@ -90,6 +91,12 @@ fn apply_with(f: impl Function, inputs: &[Tensor], readable: bool) -> Result<Vec
     Ok(results)
 }
 
+/// The first three of some tensors, or the last in the place of those that are missing: it gets no gradient for these.
+fn three(inputs: &[Tensor]) -> Option<[&Tensor; 3]> {
+    let last = inputs.last()?;
+    Some([0, 1, 2].map(|i| inputs.get(i).unwrap_or(last)))
+}
+
 /// A new token for `results` results.
 fn token<S>(like: &S, results: usize) -> Result<(S, Shape)>
 where
@@ -105,7 +112,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The whole function as one op, for three tracked inputs and one result.
+/// The whole function as one op, for up to three tracked inputs and one result.
 struct Single<F> {
     f: F,
     saved: Vec<Tensor>,

@@ -21,9 +21,17 @@ mod layout;
 mod reference;
 #[path = "ops/run.rs"]
 mod run;
+#[path = "models/support.rs"]
+mod support;
 
+#[path = "kernels/convolutions.rs"]
+mod convolutions;
 #[path = "kernels/host.rs"]
 mod host;
+#[path = "kernels/models.rs"]
+mod models;
+#[path = "kernels/norms.rs"]
+mod norms;
 #[path = "kernels/small.rs"]
 mod small;
 

@@ -18,9 +18,17 @@ mod layout;
 mod reference;
 #[path = "ops/run.rs"]
 mod run;
+#[path = "models/support.rs"]
+mod support;
 
+#[path = "kernels/convolutions.rs"]
+mod convolutions;
 #[path = "kernels/large.rs"]
 mod large;
+#[path = "kernels/models.rs"]
+mod models;
+#[path = "kernels/norms.rs"]
+mod norms;
 #[path = "kernels/small.rs"]
 mod small;
 

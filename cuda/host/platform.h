@@ -155,6 +155,7 @@ inline uint16_t to_f16(float x) {
 }
 
 inline float exp_fast(float x) { return expf(x); }
+inline float reciprocal_fast(float x) { return 1.f / x; }
 
 inline Vec4 load16(const void *p, CLA_HOST_SITE) {
   host::check_alignment(p, {"load16", file, line});

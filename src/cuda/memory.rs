@@ -44,6 +44,11 @@ impl Buffer {
     pub fn into_tensor(self) -> Tensor {
         Tensor::from_storage(self.storage, self.layout.shape(), BackpropOp::none(), false)
     }
+
+    /// The storage and its shape, as [`crate::autograd`] has results.
+    pub fn into_result(self) -> (Storage, Shape) {
+        (self.storage, self.layout.shape().clone())
+    }
 }
 
 /// A tensor, open for reading as long as this is there.
@@ -57,6 +62,10 @@ impl<'a> Held<'a> {
     pub fn new(x: &'a Tensor) -> Self {
         let (storage, layout) = x.storage_and_layout();
         Self { storage, layout, dtype: x.dtype() }
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
     }
 }
 
@@ -96,6 +105,19 @@ impl<'a> Addresses<'a> {
         states(self.at_start(x)?, x.layout.stride(), transposed)
     }
 
+    /// A tensor whose elements are `strides` apart along B, T, H and D.
+    pub fn strided(&mut self, x: Option<&'a Held<'a>>, strides: [usize; 4]) -> Result<ffi::Tensor> {
+        let Some(x) = x else { return Ok(NO_TENSOR) };
+        tensor(self.at_start(x)?, strides.map(|s| s as i64), 1, x.dtype)
+    }
+
+    /// A result whose elements are `strides` apart along B, T, H and D.
+    pub fn out_strided(&mut self, x: Option<&'a mut Buffer>, strides: [usize; 4]) -> Result<ffi::Tensor> {
+        let Some(x) = x else { return Ok(NO_TENSOR) };
+        let dtype = x.dtype;
+        tensor(self.written(x)?, strides.map(|s| s as i64), 1, dtype)
+    }
+
     pub fn numbers<T>(&mut self, x: Option<&'a Held<'a>>) -> Result<*const T> {
         let Some(x) = x else { return Ok(null_mut()) };
         Ok(self.at_start(x)?.cast_const().cast())
@@ -109,6 +131,16 @@ impl<'a> Addresses<'a> {
         };
         let (strides, dtype) = ([b, t, h, d].map(|s| s as i64), x.dtype);
         tensor(self.written(x)?, strides, 1, dtype)
+    }
+
+    /// A result `[B, T, D]`.
+    pub fn out_rows(&mut self, x: Option<&'a mut Buffer>) -> Result<ffi::Tensor> {
+        let strides = match x.as_ref().map(|x| x.layout.stride()) {
+            None => [0; 4],
+            Some([batch, token, element]) => [*batch, *token, 0, *element],
+            Some(_) => bail!("a result is not [B, T, D]"),
+        };
+        self.out_strided(x, strides)
     }
 
     /// As [`Addresses::states`].
@@ -138,13 +170,28 @@ impl<'a> Addresses<'a> {
 
 fn tensor(data: *mut c_void, strides: [i64; 4], groups: usize, dtype: DType) -> Result<ffi::Tensor> {
     let [batch, token, head, element] = strides;
-    let dtype = match dtype {
-        DType::F32 => ffi::Dtype::F32,
-        DType::F16 => ffi::Dtype::F16,
-        DType::BF16 => ffi::Dtype::BF16,
-        _ => bail!("a tensor is {dtype:?}, it must be F32, F16 or BF16"),
-    };
-    Ok(ffi::Tensor { data, batch, token, head, element, group: groups as i32, dtype })
+    Ok(ffi::Tensor {
+        data,
+        batch,
+        token,
+        head,
+        element,
+        group: groups as i32,
+        dtype: ffi::Dtype::try_from(dtype)?,
+    })
+}
+
+impl TryFrom<DType> for ffi::Dtype {
+    type Error = candle_core::Error;
+
+    fn try_from(dtype: DType) -> Result<Self> {
+        Ok(match dtype {
+            DType::F32 => Self::F32,
+            DType::F16 => Self::F16,
+            DType::BF16 => Self::BF16,
+            _ => bail!("a tensor is {dtype:?}, it must be F32, F16 or BF16"),
+        })
+    }
 }
 
 fn states(data: *mut c_void, strides: &[usize], transposed: bool) -> Result<ffi::States> {

@@ -1,10 +1,12 @@
 //! The CUDA backend: [`forward`](fn@forward) and [`backward`](fn@backward) describe a problem as sweeps, for which the
-//! kernels in `cuda/` are queued on the stream of Candle's device. Nothing here waits for the device.
+//! kernels in `cuda/` are queued on the stream of Candle's device; [`layers`] does the same for what layers do around an
+//! operator. Nothing here waits for the device.
 
 mod backward;
 mod delta;
 mod ffi;
 mod forward;
+pub(crate) mod layers;
 #[cfg_attr(feature = "cuda-host", path = "host.rs")]
 #[cfg_attr(not(feature = "cuda-host"), path = "gpu.rs")]
 mod machine;

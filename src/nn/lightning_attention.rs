@@ -122,8 +122,8 @@ impl Mixer for LightningAttention {
         let Output { out, state } = retention(&part(0)?, &part(1)?, &part(2)?, &self.log_decay, &options)?;
         call.finish(state, vec![], size);
         let gate = self.output_gate.forward(xs)?;
-        let out = self.norm.forward_gated_f32(&out.flatten_from(2)?, &gate, Gate::Sigmoid)?;
-        self.out_proj.forward(&out.to_dtype(xs.dtype())?)
+        let out = self.norm.forward_gated_to(&out.flatten_from(2)?, (&gate, Gate::Sigmoid), xs.dtype())?;
+        self.out_proj.forward(&out)
     }
 
     fn set_mode(&mut self, mode: Mode) {

@@ -171,7 +171,7 @@ impl GatedNorm {
     fn forward(&self, ys: &Tensor, gate: &Tensor) -> Result<Tensor> {
         let weight = self.weight.to_dtype(DType::F32)?;
         if self.before_gate && self.groups == 1 {
-            return fused::rms_norm_gated(ys, &weight, (gate, Gate::Silu), self.eps);
+            return fused::rms_norm_gated(ys, &weight, (gate, Gate::Silu), self.eps, DType::F32);
         }
         if self.before_gate {
             return self.normalize(ys, &weight)? * gate.silu()?;
@@ -182,12 +182,12 @@ impl GatedNorm {
     /// Each group by itself; the weight is one number a channel of all of them.
     fn normalize(&self, ys: &Tensor, weight: &Tensor) -> Result<Tensor> {
         if self.groups == 1 {
-            return fused::rms_norm(ys, weight, self.eps);
+            return fused::rms_norm(ys, weight, self.eps, DType::F32);
         }
         let (batch, tokens, inner) = ys.dims3()?;
         let ys = ys.reshape((batch, tokens, self.groups, inner / self.groups))?;
         let ones = Tensor::ones(inner / self.groups, DType::F32, ys.device())?;
-        fused::rms_norm(&ys, &ones, self.eps)?.flatten_from(2)?.broadcast_mul(weight)
+        fused::rms_norm(&ys, &ones, self.eps, DType::F32)?.flatten_from(2)?.broadcast_mul(weight)
     }
 }
 

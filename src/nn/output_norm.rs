@@ -66,17 +66,16 @@ impl OutputNorm {
     /// `out: [B, T, H, V]` and the layer's input `xs: [B, T, hidden_size]` to `[B, T, H * V]`.
     pub fn forward(&self, out: &Tensor, xs: &Tensor) -> Result<Tensor> {
         let Some((proj, gate_fn)) = &self.gate else {
-            return self.norm.forward_f32(out)?.flatten_from(2)?.to_dtype(xs.dtype());
+            return self.norm.forward_to(out, xs.dtype())?.flatten_from(2);
         };
         let gate = proj.forward(xs)?;
-        let ys = match gate_fn {
-            Activation::Silu => self.norm.forward_gated_f32(out, &gate, Gate::Silu)?,
-            Activation::Sigmoid => self.norm.forward_gated_f32(out, &gate, Gate::Sigmoid)?,
+        match gate_fn {
+            Activation::Silu => self.norm.forward_gated_to(out, (&gate, Gate::Silu), xs.dtype()),
+            Activation::Sigmoid => self.norm.forward_gated_to(out, (&gate, Gate::Sigmoid), xs.dtype()),
             _ => {
                 let gate = gate_fn.forward_f32(&gate.to_dtype(DType::F32)?)?;
-                (self.norm.forward_f32(out)?.flatten_from(2)? * gate)?
+                (self.norm.forward_to(out, DType::F32)?.flatten_from(2)? * gate)?.to_dtype(xs.dtype())
             }
-        };
-        ys.to_dtype(xs.dtype())
+        }
     }
 }

@@ -208,8 +208,7 @@ impl Mixer for PackedGatedDeltaNet {
         let beta = Activation::Sigmoid.forward_f32(&b.to_dtype(DType::F32)?)?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, vec![past], size);
-        let out = self.norm.forward_gated_f32(&out, &z, Gate::Silu)?;
-        self.out_proj.forward(&out.to_dtype(xs.dtype())?)
+        self.out_proj.forward(&self.norm.forward_gated_to(&out, (&z, Gate::Silu), xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

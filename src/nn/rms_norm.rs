@@ -1,6 +1,7 @@
 //! Root-mean-square normalisation ([Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467)).
 
-use crate::nn::fused::{self, Gate};
+use crate::nn::fused;
+pub use crate::nn::fused::Gate as NormGate;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -33,37 +34,48 @@ impl RmsNorm {
         if norm.weight.track_op() {
             return Ok(norm);
         }
-        Ok(Self { weight: norm.weight_f32()?, offset: 0., eps })
+        Ok(Self { weight: norm.full_weight()?, offset: 0., eps })
     }
 
-    fn weight_f32(&self) -> Result<Tensor> {
-        let weight = self.weight.to_dtype(DType::F32)?;
-        if self.offset == 0. { Ok(weight) } else { weight + self.offset }
+    /// As it is stored if nothing is to be added to it.
+    fn full_weight(&self) -> Result<Tensor> {
+        if self.offset == 0. {
+            return Ok(self.weight.clone());
+        }
+        self.weight.to_dtype(DType::F32)? + self.offset
     }
 
     /// `[.., size]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.forward_f32(xs)?.to_dtype(xs.dtype())
+        self.forward_to(xs, xs.dtype())
     }
 
-    /// [`forward`](Self::forward), left in f32 for whatever comes next.
-    pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
-        fused::rms_norm(&xs.to_dtype(DType::F32)?, &self.weight_f32()?, self.eps)
+    /// [`forward`](Self::forward), in the dtype that comes next.
+    pub(crate) fn forward_to(&self, xs: &Tensor, dtype: DType) -> Result<Tensor> {
+        fused::rms_norm(xs, &self.full_weight()?, self.eps, dtype)
     }
 
-    /// The same times a function of `gate`, in f32 and in the shape of `gate`, which has the elements of `xs` in their order.
-    pub(crate) fn forward_gated_f32(&self, xs: &Tensor, gate: &Tensor, kind: Gate) -> Result<Tensor> {
-        let [xs, gate] = [xs, gate].map(|x| x.to_dtype(DType::F32));
-        fused::rms_norm_gated(&xs?, &self.weight_f32()?, (&gate?, kind), self.eps)
+    /// [`forward`](Self::forward) times a function of `gate`, in one operation with a gradient; in the shape of `gate`, which
+    /// has the elements of `xs` in their order.
+    pub fn forward_gated(&self, xs: &Tensor, gate: &Tensor, kind: NormGate) -> Result<Tensor> {
+        self.forward_gated_to(xs, (gate, kind), xs.dtype())
+    }
+
+    /// The same in the dtype that comes next.
+    pub(crate) fn forward_gated_to(
+        &self,
+        xs: &Tensor,
+        gate: (&Tensor, NormGate),
+        dtype: DType,
+    ) -> Result<Tensor> {
+        fused::rms_norm_gated(xs, &self.full_weight()?, gate, self.eps, dtype)
     }
 }
 
-/// `y = x / sqrt(sum(x^2) + eps)` over the last dimension, computed in f32: what delta rules do to queries and keys.
-pub(crate) fn l2_norm(xs: &Tensor, eps: f64) -> Result<Tensor> {
-    let n = xs.dims().last().copied().unwrap_or(0).max(1) as f64;
-    // A root mean square is the root of a sum over n.
-    let weight = Tensor::full((1. / n.sqrt()) as f32, n as usize, xs.device())?;
-    fused::rms_norm(&xs.to_dtype(DType::F32)?, &weight, eps / n)?.to_dtype(xs.dtype())
+/// `y = x / sqrt(sum(x^2) + eps)` over the last dimension, computed in f32: what delta rules do to queries and keys. One
+/// operation with a gradient; to the same shape and dtype.
+pub fn l2_norm(xs: &Tensor, eps: f64) -> Result<Tensor> {
+    fused::l2_norm(xs, eps)
 }
 
 impl Module for RmsNorm {

@@ -1,7 +1,9 @@
 //! What only kernels on the host can be asked: how a GPU's size and the order of its threads change what they compute.
 
 use crate::case::{Case, Op};
+use crate::convolutions::{Convolution, DTYPES, Lies};
 use crate::kernels::{check, limits};
+use crate::norms::{KINDS, Norm};
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_linear_attn::{Mode, Options, cuda_host, linear_attn};
@@ -9,11 +11,20 @@ use candle_linear_attn::{Mode, Options, cuda_host, linear_attn};
 fn outcome(case: &Case, mode: Mode) -> Vec<Vec<u32>> {
     let inputs = case.inputs().unwrap();
     let got = case.run(mode, &inputs, Graph::ALL).unwrap();
-    let bits = |x: &Tensor| {
-        let numbers: Vec<f32> = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
-        numbers.into_iter().map(f32::to_bits).collect()
-    };
     got.outputs.iter().chain(&got.grads).flatten().map(bits).collect()
+}
+
+fn bits(x: &Tensor) -> Vec<u32> {
+    let numbers: Vec<f32> = x.to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+    numbers.into_iter().map(f32::to_bits).collect()
+}
+
+/// Convolutions and norms whose blocks share sums, of rows in a part of a warp and in several.
+fn layers() -> (Vec<Convolution>, Vec<Norm>) {
+    let conv = |(dtype, width)| Convolution { dtype, width, tokens: 130, ..Default::default() };
+    let convolutions = [(DType::F32, 4), (DType::BF16, 3), (DType::F16, 7)].map(conv);
+    let norm = |kind| [vec![700, 24], vec![30, 2000]].map(|dims| Norm { kind, dims, ..Default::default() });
+    (convolutions.to_vec(), KINDS.into_iter().flat_map(norm).collect())
 }
 
 /// A barrier that is missing shows when other threads go first.
@@ -36,6 +47,53 @@ fn the_order_of_the_threads_changes_nothing() {
             }
         }
     }
+}
+
+#[test]
+fn the_order_of_the_threads_changes_nothing_in_layers() {
+    let (convolutions, norms) = layers();
+    let run = |seed| {
+        cuda_host::order(seed);
+        // So few multiprocessors that a block has several rows of the largest, one after the other.
+        let got: Vec<_> = cuda_host::run_on(1, 227 << 10, || {
+            let convolutions = convolutions.iter().map(|c| c.run(&c.numbers()?, &Device::Cpu));
+            let norms = norms.iter().map(|n| n.run(&n.numbers()?, &Device::Cpu));
+            convolutions.chain(norms).collect::<Result<_>>()
+        })
+        .unwrap();
+        cuda_host::order(0);
+        got.iter().flatten().flatten().map(bits).collect::<Vec<_>>()
+    };
+    let first = run(0);
+    for seed in [1, 2, 3] {
+        assert!(run(seed) == first, "order {seed}");
+    }
+}
+
+/// The fewer multiprocessors, the longer the pieces of a convolution and the more rows a block of a norm goes over.
+#[test]
+fn any_number_of_multiprocessors_gives_the_same_layers() -> Result<()> {
+    let (mut convolutions, norms) = layers();
+    let cu_seqlens = Some(vec![0, 1, 60, 64, 64, 129, 300, 300]);
+    convolutions.push(Convolution { batch: 1, tokens: 300, cu_seqlens, ..Default::default() });
+    for (dtype, lies) in DTYPES.into_iter().zip([Lies::Contiguous, Lies::Swapped, Lies::Window(5)]) {
+        convolutions.push(Convolution { channels: 300, tokens: 600, dtype, lies, ..Default::default() });
+    }
+    for multiprocessors in [1, 2, 20] {
+        for case in &convolutions {
+            let numbers = case.numbers()?;
+            let run = || case.run(&numbers, &Device::Cpu);
+            let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
+            case.compare(&numbers, &got).unwrap_or_else(|e| panic!("{multiprocessors}, {case:?}: {e}"));
+        }
+        for case in &norms {
+            let numbers = case.numbers()?;
+            let run = || case.run(&numbers, &Device::Cpu);
+            let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
+            case.compare(&numbers, &got).unwrap_or_else(|e| panic!("{multiprocessors}, {case:?}: {e}"));
+        }
+    }
+    Ok(())
 }
 
 /// 99 KB is what an RTX 40 has, 163 KB an A100; with 40 KB little is left but going token by token.

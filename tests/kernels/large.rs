@@ -1,7 +1,9 @@
 //! Problems of the sizes that models have, against the CPU backend in f32.
 
 use crate::case::{Case, Gates, Op};
+use crate::convolutions::{Convolution, DTYPES, Lies};
 use crate::kernels::{by_cpu, check_against};
+use crate::norms::{KINDS, Norm};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Tensor};
@@ -77,6 +79,33 @@ fn strong_decay() {
         for op in Op::GATED {
             let case = Case { op, gates, dtype: DType::BF16, t: 1500, h: 4, k: 64, v: 64, ..Case::default() };
             check(&case, &MODES);
+        }
+    }
+}
+
+#[test]
+fn convolutions() {
+    for dtype in DTYPES {
+        for width in [2, 3, 4, 8] {
+            let case = Convolution { dtype, width, tokens: 1500, channels: 1024, ..Default::default() };
+            case.check();
+            let cu_seqlens = Some(vec![0, 0, 1, 700, 700, 702, 2000, 2064, 3000]);
+            Convolution { batch: 1, tokens: 3000, cu_seqlens, lies: Lies::Window(8), ..case }.check();
+        }
+    }
+    // Long pieces, which need many channels.
+    let case =
+        Convolution { tokens: 9000, channels: 2048, dtype: DType::BF16, past: false, ..Default::default() };
+    case.check();
+}
+
+#[test]
+fn norms() {
+    for kind in KINDS {
+        for dtype in DTYPES {
+            Norm { kind, dtype, dims: vec![2, 3000, 16, 128], flat_gate: true, ..Default::default() }.check();
+            Norm { kind, dtype, dims: vec![3000, 2048], ..Default::default() }.check();
+            Norm { kind, dtype, dims: vec![500, 4096], lies: Lies::Window(8), ..Default::default() }.check();
         }
     }
 }

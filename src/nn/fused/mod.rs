@@ -2,7 +2,8 @@
 //!
 //! Composed of Candle's operations, a norm or a gate is five to ten passes over memory forward and three times as many
 //! backward: more than half of the time of a training step on a CPU. Here each is one pass forward and one backward.
-//! On other devices, and in f16, the composition takes their place; both are held against each other below.
+//! On CUDA, convolutions and RMS norms are kernels (`cuda/short_conv.cu`, `cuda/norms.cu`). On other devices, and for what
+//! the kernels do not take, the composition takes their place; both are held against each other below.
 //!
 //! Sums are taken in an order that does not depend on the number of threads, so that training can be repeated bit by bit.
 
@@ -19,7 +20,8 @@ mod swiglu;
 pub(crate) use linear::linear;
 pub(crate) use log_sigmoid::log_sigmoid;
 pub(crate) use quantized::{divides, quantized_linear};
-pub(crate) use rms_norm::{Gate, rms_norm, rms_norm_gated};
+pub use rms_norm::Gate;
+pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated};
 pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
 pub(crate) use standardize::standardize;
 pub(crate) use swiglu::swiglu;

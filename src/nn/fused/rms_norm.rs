@@ -1,22 +1,45 @@
 //! Root-mean-square norms, alone and with a SiLU gate.
 
 use super::{BLOCK, Held, fits, in_blocks, sigmoid, silu_slope, values, vectorized};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::cuda::layers;
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, f32; `weight` is `[n]`.
-pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
+/// `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in f32; in `dtype`. `weight` is `[n]`.
+pub(crate) fn rms_norm(xs: &Tensor, weight: &Tensor, eps: f64, dtype: DType) -> Result<Tensor> {
     check_shapes(xs, weight)?;
-    match fits(&[xs, weight]) {
-        true => in_rows(xs)?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 }),
-        false => composed(xs, weight, eps),
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some((norm, inner)) = on_kernels(&[xs], weight, (Squares::Mean, eps), dtype) {
+        return layers::norm(norm, &xs.to_dtype(inner)?, Some(weight), None)?.to_dtype(dtype);
     }
+    let [xs, weight] = [xs, weight].map(|x| x.to_dtype(DType::F32));
+    let (xs, weight) = (xs?, weight?);
+    let ys = match fits(&[&xs, &weight]) {
+        true => in_rows(&xs)?.apply_op2(&weight.contiguous()?, RmsNorm { eps: eps as f32 })?,
+        false => composed(&xs, &weight, eps)?,
+    };
+    ys.to_dtype(dtype)
 }
 
-/// The function on the gate of a [`rms_norm_gated`].
+/// `x / sqrt(sum(x^2) + eps)` over the last dimension, computed in f32; in the dtype of `xs`.
+pub(crate) fn l2_norm(xs: &Tensor, eps: f64) -> Result<Tensor> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some((norm, _)) = on_kernels(&[xs], xs, (Squares::Sum, eps), xs.dtype()) {
+        return layers::norm(norm, xs, None, None);
+    }
+    let n = xs.dims().last().copied().unwrap_or(0).max(1) as f64;
+    // A root mean square is the root of a sum over n.
+    let weight = Tensor::full((1. / n.sqrt()) as f32, n as usize, xs.device())?;
+    rms_norm(xs, &weight, eps / n, xs.dtype())
+}
+
+/// What multiplies a norm, as a function of its gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Gate {
+pub enum Gate {
+    /// x * sigmoid(x)
     Silu,
+    /// 1 / (1 + exp(-x))
     Sigmoid,
 }
 
@@ -45,25 +68,63 @@ impl Gate {
     }
 }
 
-/// [`rms_norm`] times a function of `gate`, f32. `gate` has the elements of `xs` in the same order, in any shape, and
-/// gives the result its shape.
+/// [`rms_norm`] times a function of `gate`. `gate` has the elements of `xs` in the same order, in any shape, and gives the
+/// result its shape.
 pub(crate) fn rms_norm_gated(
     xs: &Tensor,
     weight: &Tensor,
     (gate, kind): (&Tensor, Gate),
     eps: f64,
+    dtype: DType,
 ) -> Result<Tensor> {
     check_shapes(xs, weight)?;
     if gate.elem_count() != xs.elem_count() {
         bail!("rms_norm: gate is {:?}, it must have as many elements as xs, {:?}", gate.dims(), xs.dims());
     }
-    match fits(&[xs, weight, gate]) {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some((norm, inner)) = on_kernels(&[xs, gate], weight, (Squares::Mean, eps), dtype) {
+        let (xs, gate) = (xs.to_dtype(inner)?, gate.to_dtype(inner)?);
+        return layers::norm(norm, &xs, Some(weight), Some((&gate, kind)))?.to_dtype(dtype);
+    }
+    let [xs, weight, gate] = [xs, weight, gate].map(|x| x.to_dtype(DType::F32));
+    let (xs, weight, gate) = (xs?, weight?, gate?);
+    let ys = match fits(&[&xs, &weight, &gate]) {
         true => {
             let op = RmsNormGated(RmsNorm { eps: eps as f32 }, kind);
-            xs.contiguous()?.apply_op3(&weight.contiguous()?, &gate.contiguous()?, op)
+            xs.contiguous()?.apply_op3(&weight.contiguous()?, &gate.contiguous()?, op)?
         }
-        false => composed(xs, weight, eps)?.reshape(gate.shape())? * kind.composed(gate)?,
-    }
+        false => (composed(&xs, &weight, eps)?.reshape(gate.shape())? * kind.composed(&gate)?)?,
+    };
+    ys.to_dtype(dtype)
+}
+
+/// The norm that the kernels are to compute and the dtype to give them `tensors` in, the first of which is normalised, if
+/// they take these and the weight. In 16 bits only where nothing is lost by that.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+fn on_kernels(
+    tensors: &[&Tensor],
+    weight: &Tensor,
+    (squares, eps): (Squares, f64),
+    result: DType,
+) -> Option<(layers::Norm, DType)> {
+    let xs = tensors.first()?;
+    let width = xs.dims().last().copied()?;
+    let factor = match squares {
+        Squares::Sum => 1.,
+        Squares::Mean => 1. / width as f32,
+    };
+    let dtype = if tensors.iter().all(|x| x.dtype() == result) { result } else { DType::F32 };
+    let norm = layers::Norm { width, factor, eps: eps as f32 };
+    let all: Vec<&Tensor> = tensors.iter().copied().chain([weight]).collect();
+    (layers::takes(&all) && norm.fits(dtype)).then_some((norm, dtype))
+}
+
+/// What a norm makes of the squares of a row.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+#[derive(Debug, Clone, Copy)]
+enum Squares {
+    Sum,
+    Mean,
 }
 
 /// A multiple of the right size would be cut into rows that are none.
@@ -324,6 +385,7 @@ fn dot(x: &[f32], y: &[f32]) -> f32 {
 mod tests {
     use super::*;
     use crate::nn::fused::tests::agree;
+    use DType::F32;
 
     /// With a small one the gradient of a single channel is all rounding: it is the difference of two numbers that differ
     /// by `eps / x^2` of themselves.
@@ -333,25 +395,25 @@ mod tests {
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() -> Result<()> {
-        let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu);
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, F32, &Device::Cpu);
         let (xs, weight) = (zeros(&[3, 4])?, zeros(&[4])?);
         for wrong in [&[2, 2][..], &[4, 3], &[8], &[3, 8], &[]] {
             let wrong = zeros(wrong)?;
-            assert!(rms_norm(&wrong, &weight, EPS).is_err(), "{wrong:?}");
-            assert!(rms_norm(&xs, &wrong, EPS).is_err(), "{wrong:?}");
-            assert!(rms_norm_gated(&wrong, &weight, (&wrong, Gate::Silu), EPS).is_err(), "{wrong:?}");
+            assert!(rms_norm(&wrong, &weight, EPS, F32).is_err(), "{wrong:?}");
+            assert!(rms_norm(&xs, &wrong, EPS, F32).is_err(), "{wrong:?}");
+            assert!(rms_norm_gated(&wrong, &weight, (&wrong, Gate::Silu), EPS, F32).is_err(), "{wrong:?}");
         }
         for gate in [&[2, 4][..], &[4], &[13], &[]] {
-            assert!(rms_norm_gated(&xs, &weight, (&zeros(gate)?, Gate::Silu), EPS).is_err(), "{gate:?}");
+            assert!(rms_norm_gated(&xs, &weight, (&zeros(gate)?, Gate::Silu), EPS, F32).is_err(), "{gate:?}");
         }
-        assert!(rms_norm(&zeros(&[3, 0])?, &zeros(&[0])?, EPS).is_err());
+        assert!(rms_norm(&zeros(&[3, 0])?, &zeros(&[0])?, EPS, F32).is_err());
         Ok(())
     }
 
     #[test]
     fn agrees_with_its_composition() -> Result<()> {
         for (shape, n) in SHAPES {
-            agree(&[shape, &[n]], |x| rms_norm(&x[0], &x[1], EPS), |x| composed(&x[0], &x[1], EPS))?;
+            agree(&[shape, &[n]], |x| rms_norm(&x[0], &x[1], EPS, F32), |x| composed(&x[0], &x[1], EPS))?;
         }
         Ok(())
     }
@@ -368,7 +430,7 @@ mod tests {
             let (fused, plain) = (|x: &Tensor| view(x), |x: &Tensor| view(x)?.contiguous());
             agree(
                 &[&[3, 5, 8, 8], &[8]],
-                |x| rms_norm(&fused(&x[0])?, &x[1], EPS),
+                |x| rms_norm(&fused(&x[0])?, &x[1], EPS, F32),
                 |x| composed(&plain(&x[0])?, &x[1], EPS),
             )?;
         }
@@ -381,7 +443,7 @@ mod tests {
             let gate = &[shape[0], shape[1..].iter().product()];
             agree(
                 &[shape, &[n], gate],
-                |x| rms_norm_gated(&x[0], &x[1], (&x[2], kind), EPS),
+                |x| rms_norm_gated(&x[0], &x[1], (&x[2], kind), EPS, F32),
                 |x| composed(&x[0], &x[1], EPS)?.reshape(x[2].shape())? * kind.composed(&x[2])?,
             )?;
         }

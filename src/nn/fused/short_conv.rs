@@ -4,7 +4,9 @@ mod kernel;
 
 use super::{Held, fits, in_pieces, vectorized};
 use crate::autograd::{self, Function};
-use candle_core::{CpuStorage, Device, Result, Shape, Storage, Tensor, bail};
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::cuda::layers;
+use candle_core::{CpuStorage, DType, Device, Result, Shape, Storage, Tensor, bail};
 use kernel::{Numbers, Piece, Task};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -23,7 +25,8 @@ pub(crate) struct ShortConv {
     pub sequences: Vec<Range<usize>>,
 }
 
-/// `y_t = act(bias + sum_i weight_i * x_{t - W + 1 + i})` in each channel of each sequence, f32.
+/// `y_t = act(bias + sum_i weight_i * x_{t - W + 1 + i})` in each channel of each sequence, computed in f32; in the dtype of
+/// `xs`.
 ///
 /// `xs: [.., C]`, contiguous or not, `weight: [C, W]`, `bias: [C]`, `past: [N, W - 1, C]`, the rows before the first of
 /// each sequence, 0 if not given.
@@ -48,14 +51,24 @@ pub(crate) fn short_conv(
             "short_conv: the weight must be [{channels}, {width}], the bias [{channels}], the past {past_shape:?}"
         );
     }
-    let given: Vec<Tensor> = [Some(xs), Some(weight), bias, past].into_iter().flatten().cloned().collect();
+    // An empty tensor has nothing to say, and no row for each sequence to be cut into.
+    let past = past.filter(|_| width > 1).map(|past| past.to_dtype(xs.dtype())).transpose()?;
+    let given: Vec<&Tensor> = [Some(xs), Some(weight), bias, past.as_ref()].into_iter().flatten().collect();
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if layers::takes(&given) && layers::takes_width(width) {
+        return layers::short_conv(conv, xs, weight, bias, past.as_ref());
+    }
+    let (bias, past) = (bias.is_some(), past.is_some());
+    let given = given.iter().map(|x| x.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
     if !fits(&given.iter().collect::<Vec<_>>()) {
-        return composed(&conv, xs, weight, bias, past);
+        let mut rest = given[2..].iter();
+        let bias = if bias { rest.next() } else { None };
+        return composed(&conv, &given[0], &given[1], bias, rest.next())?.to_dtype(xs.dtype());
     }
     let given = given.iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
-    let op = Op { conv, shape: xs.shape().clone(), bias: bias.is_some(), past: past.is_some() };
+    let op = Op { conv, shape: xs.shape().clone(), bias, past };
     match autograd::apply(op, &given)?.pop() {
-        Some(ys) => Ok(ys),
+        Some(ys) => ys.to_dtype(xs.dtype()),
         None => bail!("short_conv: no result"),
     }
 }
@@ -213,6 +226,16 @@ impl Function for Op {
 
 /// The last `W - 1` rows of every sequence, those of the past included: `[N, W - 1, C]`.
 pub(crate) fn last_rows(conv: &ShortConv, xs: &Tensor, past: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    {
+        let past = past.filter(|_| conv.width > 1);
+        if layers::takes(&[Some(xs), past].into_iter().flatten().collect::<Vec<_>>())
+            && past.is_none_or(|past| past.dtype() == xs.dtype())
+            && layers::takes_width(conv.width)
+        {
+            return layers::last_rows(conv, xs, past);
+        }
+    }
     let (before, channels) = (conv.width - 1, conv.channels);
     let flat = xs.reshape(((), channels))?;
     let last = |(index, rows): (usize, &Range<usize>)| -> Result<Tensor> {

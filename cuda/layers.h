@@ -1,0 +1,92 @@
+// What Rust and the kernels for the parts of a layer around its operator say to each other. `src/cuda/layers/ffi.rs` has
+// the same structs. All of these kernels are bound by memory: they read each number once and write each once.
+#pragma once
+#include "cla.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Numbers that lie one after the other; null: as each struct says.
+typedef struct {
+  const void *data;
+  int32_t dtype;  // enum cla_dtype
+} cla_numbers;
+
+// The depthwise causal convolution with W taps, of rows of C channels:
+//
+//     z_t = bias + sum_i weight_i x_{t - W + 1 + i}        y_t = z_t, or z_t sigmoid(z_t) with `silu`
+//
+// x, past, out, grad_out, dx and dpast are of one dtype; the number of heads is not looked at, nor their stride.
+typedef struct {
+  cla_tensor x, out;         // [B, T, C]
+  cla_tensor past;           // [N, W - 1, C]: what was before each sequence; null: zeros
+  cla_tensor last;           // [N, W - 1, C]: what cla_short_conv_cache leaves for the next call
+  cla_tensor grad_out, dx;   // [B, T, C]
+  cla_tensor dpast;          // [N, W - 1, C]; null: not wanted
+  cla_numbers weight, bias;  // [C, W] and [C]; no bias: zeros
+  // [B, groups of CLA_CONV_PIECES pieces, W + 1, C]: what each adds to the gradients of the weight, tap by tap, and of the
+  // bias; null: not wanted.
+  float *partial;
+  int32_t channels, width, silu;  // W up to CLA_MOST_TAPS
+  // As in cla_sweep; N is B if cu_seqlens is null.
+  const uint32_t *cu_seqlens;
+  int32_t sequences;
+  int64_t batch, tokens;
+  int64_t piece;  // tokens that a warp goes over, > 0
+} cla_short_conv;
+
+#define CLA_MOST_TAPS 8
+// Threads beside one another, each with its channels: 16 bytes of them, in the backward pass CLA_CONV_BACKWARD_CHANNELS.
+#define CLA_CONV_LANES 32
+#define CLA_CONV_BACKWARD_CHANNELS 4
+// Neighbouring pieces of the tokens that a block has, one a warp.
+#define CLA_CONV_PIECES 4
+
+int32_t cla_short_conv_forward(const cla_short_conv *call, void *stream);
+// dx and dpast, and `partial` for cla_column_sums.
+int32_t cla_short_conv_backward(const cla_short_conv *call, void *stream);
+int32_t cla_short_conv_cache(const cla_short_conv *call, void *stream);
+
+enum cla_norm_gate { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
+
+// Norms of rows of n numbers, with a weight or without, and a gate behind or none:
+//
+//     y = x / sqrt(factor sum(x^2) + eps) weight f(gate)        factor: 1 / n for RMS norm, 1 for l2norm
+//
+// All but the weight are of one dtype.
+typedef struct {
+  cla_tensor x, gate, out;         // [B, T, H, n]
+  cla_tensor grad_out, dx, dgate;  // [B, T, H, n]; dgate is written if there is a gate
+  cla_numbers weight;              // [n]; null: 1
+  float *partial;                  // [blocks, n]: what each block adds to the gradient of the weight; null: not wanted
+  float factor, eps;
+  int32_t gate_kind;  // enum cla_norm_gate
+  int32_t width;      // n, up to what CLA_NORM_HELD vectors of 16 bytes in each of CLA_NORM_THREADS threads hold
+  int32_t team_bits;  // 2^team_bits threads share a row
+  int32_t blocks;     // of the backward pass
+  int64_t rows, tokens, heads;
+} cla_norm;
+
+#define CLA_NORM_THREADS 256
+#define CLA_NORM_HELD 4
+
+int32_t cla_norm_forward(const cla_norm *call, void *stream);
+// dx, dgate, and `partial` for cla_column_sums.
+int32_t cla_norm_backward(const cla_norm *call, void *stream);
+
+// Adds up `rows` rows of f32 that are `stride` apart. The sum of column j goes to element
+// j / inner * outer_stride + j % inner * inner_stride of `out`.
+typedef struct {
+  const float *data;
+  int64_t rows, stride, columns;
+  void *out;
+  int32_t dtype;
+  int64_t inner, outer_stride, inner_stride;
+} cla_sums;
+
+int32_t cla_column_sums(const cla_sums *call, void *stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,243 @@
+// RMS norm, with a gate behind it or without, and l2norm. A row is shared by as many threads as it has vectors of 16 bytes,
+// up to a warp; longer rows by up to a block, each thread with up to CLA_NORM_HELD vectors in registers. So a row is read
+// once. In the backward pass a team goes over several rows and keeps its part of the weight's gradient in registers.
+#include "vectors.cuh"
+
+namespace cla {
+
+constexpr int NORM_THREADS = CLA_NORM_THREADS, NORM_WARPS = NORM_THREADS / 32;
+
+// x / y for 0 <= x and 0 < y, and x % y in `rest`; in 32 bits if these are enough, which take a fifth of the time.
+CLA_DEVICE int64_t divided(int64_t x, int64_t y, int64_t &rest) {
+  if ((x | y) <= INT32_MAX) {
+    const uint32_t quotient = (uint32_t)x / (uint32_t)y;
+    rest = (uint32_t)x - quotient * (uint32_t)y;
+    return quotient;
+  }
+  rest = x % y;
+  return x / y;
+}
+
+// Where a row begins in each tensor.
+struct RowPlace {
+  int64_t batch, token;
+  int head;
+
+  CLA_DEVICE RowPlace(const cla_norm &c, int64_t row) : batch(0), token(row), head(0) {
+    if (c.heads > 1) {
+      int64_t rest;
+      token = divided(row, c.heads, rest);
+      head = (int)rest;
+    }
+    if (c.tokens * c.heads < c.rows) batch = divided(token, c.tokens, token);
+  }
+  CLA_DEVICE Rows of(const cla_tensor &x) const { return Rows(x, batch, head); }
+};
+
+// Sums over the threads of a team, the same in each. All of the block come here.
+template <int COUNT> CLA_DEVICE void sums_of_team(float (&x)[COUNT], int team, float *shared) {
+  CLA_UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    for (int lanes = (team < 32 ? team : 32) / 2; lanes > 0; lanes /= 2) x[i] += shuffle_xor(x[i], lanes);
+  }
+  if (team <= 32) return;
+  const int warp = (int)thread_index() / 32, warps = team / 32, first = warp / warps * warps;
+  CLA_UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    if (thread_index() % 32 == 0) shared[i * NORM_WARPS + warp] = x[i];
+  }
+  barrier();
+  CLA_UNROLL
+  for (int i = 0; i < COUNT; i++) {
+    x[i] = 0.f;
+    for (int w = 0; w < warps; w++) x[i] += shared[i * NORM_WARPS + first + w];
+  }
+  barrier();
+}
+
+struct Gated {
+  float value, slope;
+};
+CLA_DEVICE float gate_value(int kind, float x) {
+  if (kind == CLA_UNGATED) return 1.f;
+  return kind == CLA_GATE_SILU ? x * sigmoid(x) : sigmoid(x);
+}
+CLA_DEVICE float gate_slope(int kind, float x) {
+  if (kind == CLA_GATE_SILU) return silu_slope(x);
+  const float s = sigmoid(x);
+  return s * (1.f - s);
+}
+
+template <int N, bool WHOLE> CLA_DEVICE void load_weight(float (&weight)[N], const cla_norm &c, int d) {
+  if (c.weight.data) return load_numbers<N, WHOLE>(weight, c.weight, d, c.width - d);
+  CLA_UNROLL
+  for (int i = 0; i < N; i++) weight[i] = 1.f;
+}
+
+template <int DTYPE, int HELD, bool WHOLE> CLA_KERNEL(NORM_THREADS, HELD == 1 ? 5 : 3) void norm_kernel(cla_norm c) {
+  constexpr int N = IN_16_BYTES<DTYPE>;
+  using V = Vector<DTYPE, N, WHOLE>;
+  const int thread = (int)thread_index(), team = 1 << c.team_bits, lane = thread & (team - 1);
+  const int64_t row = block_x() * (int64_t)(NORM_THREADS >> c.team_bits) + (thread >> c.team_bits);
+  const bool there = row < c.rows;
+  const RowPlace place(c, there ? row : 0);
+  const Rows rows = place.of(c.x), gates = place.of(c.gate), out = place.of(c.out);
+  V x[HELD], gate[HELD];
+  CLA_UNROLL
+  for (int k = 0; k < HELD; k++) {
+    const int d = (lane + k * team) * N;
+    x[k].clear();
+    gate[k].clear();
+    if (!there || d >= c.width) continue;
+    x[k].load(rows, place.token, d, c.width);
+    if (gates.data) gate[k].load(gates, place.token, d, c.width);
+  }
+  float sum[1] = {0.f};
+  CLA_UNROLL
+  for (int k = 0; k < HELD; k++) {
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) sum[0] += x[k][i] * x[k][i];
+  }
+  sums_of_team(sum, team, (float *)shared_memory());
+  const float inverse = 1.f / sqrtf(sum[0] * c.factor + c.eps);
+  CLA_UNROLL
+  for (int k = 0; k < HELD; k++) {
+    const int d = (lane + k * team) * N;
+    if (!there || d >= c.width) continue;
+    float y[N];
+    load_weight<N, WHOLE>(y, c, d);
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) y[i] = x[k][i] * inverse * y[i] * gate_value(c.gate_kind, gate[k][i]);
+    V v;
+    v.set(y);
+    v.store(out, place.token, d, c.width);
+  }
+}
+
+template <int DTYPE, int HELD, bool WHOLE>
+CLA_KERNEL(NORM_THREADS, HELD > 1 ? 1 : WHOLE ? 3 : 2) void norm_backward_kernel(cla_norm c) {
+  constexpr int N = IN_16_BYTES<DTYPE>;
+  using V = Vector<DTYPE, N, WHOLE>;
+  const int thread = (int)thread_index(), team = 1 << c.team_bits, lane = thread & (team - 1);
+  const int teams = NORM_THREADS >> c.team_bits;
+  float *shared = (float *)shared_memory();
+  float dweight[HELD][N];
+  CLA_UNROLL
+  for (int k = 0; k < HELD; k++) {
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) dweight[k][i] = 0.f;
+  }
+  for (int64_t first = block_x() * (int64_t)teams; first < c.rows; first += grid_x() * (int64_t)teams) {
+    const int64_t row = first + (thread >> c.team_bits);
+    const bool there = row < c.rows;
+    const RowPlace place(c, there ? row : 0);
+    const Rows rows = place.of(c.x), gates = place.of(c.gate), grads = place.of(c.grad_out);
+    const Rows dx = place.of(c.dx), dgate = place.of(c.dgate);
+    V x[HELD], gate[HELD], dy[HELD];
+    CLA_UNROLL
+    for (int k = 0; k < HELD; k++) {
+      const int d = (lane + k * team) * N;
+      x[k].clear();
+      gate[k].clear();
+      dy[k].clear();
+      if (!there || d >= c.width) continue;
+      x[k].load(rows, place.token, d, c.width);
+      dy[k].load(grads, place.token, d, c.width);
+      if (gates.data) gate[k].load(gates, place.token, d, c.width);
+    }
+    // x . x, and x . the gradient of the row before the weight
+    float sum[2] = {0.f, 0.f};
+    CLA_UNROLL
+    for (int k = 0; k < HELD; k++) {
+      const int d = (lane + k * team) * N;
+      if (!there || d >= c.width) continue;
+      float weight[N];
+      load_weight<N, WHOLE>(weight, c, d);
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        sum[0] += x[k][i] * x[k][i];
+        sum[1] += x[k][i] * (dy[k][i] * gate_value(c.gate_kind, gate[k][i]) * weight[i]);
+      }
+    }
+    sums_of_team(sum, team, shared);
+    const float inverse = 1.f / sqrtf(sum[0] * c.factor + c.eps);
+    const float slope = sum[1] * c.factor * inverse * inverse;
+    CLA_UNROLL
+    for (int k = 0; k < HELD; k++) {
+      const int d = (lane + k * team) * N;
+      if (!there || d >= c.width) continue;
+      float weight[N], of_x[N];
+      load_weight<N, WHOLE>(weight, c, d);
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        const float grad = dy[k][i] * gate_value(c.gate_kind, gate[k][i]);
+        of_x[i] = inverse * (grad * weight[i] - x[k][i] * slope);
+        dweight[k][i] += grad * (x[k][i] * inverse);
+      }
+      V v;
+      v.set(of_x);
+      v.store(dx, place.token, d, c.width);
+      if (!gates.data) continue;
+      float of_gate[N];
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        of_gate[i] = dy[k][i] * (x[k][i] * inverse * weight[i]) * gate_slope(c.gate_kind, gate[k][i]);
+      }
+      v.set(of_gate);
+      v.store(dgate, place.token, d, c.width);
+    }
+  }
+  if (!c.partial) return;
+  // Over the teams of the block, in their order.
+  const int columns = team * N;
+  CLA_UNROLL
+  for (int k = 0; k < HELD; k++) {
+    if (k * columns >= c.width) continue;
+    barrier();
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) shared[thread * N + i] = dweight[k][i];
+    barrier();
+    for (int i = thread; i < columns && k * columns + i < c.width; i += NORM_THREADS) {
+      float sum = 0.f;
+      for (int j = 0; j < teams; j++) sum += shared[j * columns + i];
+      c.partial[block_x() * (int64_t)c.width + k * columns + i] = sum;
+    }
+  }
+}
+
+// On the side of the launch.
+
+template <int DTYPE, int HELD, bool WHOLE> int32_t launch_norm(const cla_norm &c, bool backward, void *stream) {
+  constexpr int64_t sums = 2 * NORM_WARPS * sizeof(float), weights = NORM_THREADS * IN_16_BYTES<DTYPE> * sizeof(float);
+  const int64_t teams = NORM_THREADS >> c.team_bits;
+  if (c.rows == 0) return 0;
+  if (backward) {
+    return launch(norm_backward_kernel<DTYPE, HELD, WHOLE>, {c.blocks, 1}, NORM_THREADS, weights, stream, c);
+  }
+  return launch(norm_kernel<DTYPE, HELD, WHOLE>, {(c.rows + teams - 1) / teams, 1}, NORM_THREADS, sums, stream, c);
+}
+
+template <int DTYPE> int32_t dispatch_norm(const cla_norm &c, bool backward, void *stream) {
+  constexpr int N = IN_16_BYTES<DTYPE>;
+  auto fits = [&](const cla_tensor &x) { return !x.data || in_pieces(x, c.width); };
+  const bool whole = fits(c.x) && fits(c.gate) && fits(c.out) && fits(c.grad_out) && fits(c.dx) && fits(c.dgate) &&
+                     in_fours(c.weight);
+  const bool one = N << c.team_bits >= c.width;
+  if (one) return whole ? launch_norm<DTYPE, 1, true>(c, backward, stream) : launch_norm<DTYPE, 1, false>(c, backward, stream);
+  return whole ? launch_norm<DTYPE, CLA_NORM_HELD, true>(c, backward, stream)
+               : launch_norm<DTYPE, CLA_NORM_HELD, false>(c, backward, stream);
+}
+
+inline int32_t dispatch_norm(const cla_norm &c, bool backward, void *stream) {
+  switch (c.x.dtype) {
+    case CLA_F32: return dispatch_norm<CLA_F32>(c, backward, stream);
+    case CLA_F16: return dispatch_norm<CLA_F16>(c, backward, stream);
+    default: return dispatch_norm<CLA_BF16>(c, backward, stream);
+  }
+}
+
+}  // namespace cla
+
+extern "C" int32_t cla_norm_forward(const cla_norm *call, void *stream) { return cla::dispatch_norm(*call, false, stream); }
+
+extern "C" int32_t cla_norm_backward(const cla_norm *call, void *stream) { return cla::dispatch_norm(*call, true, stream); }

@@ -1,0 +1,99 @@
+//! The C interface of the kernels for parts of a layer, `cuda/layers.h`, which says what everything here means.
+
+use std::ffi::c_void;
+
+use crate::cuda::ffi::{Dtype, Tensor};
+
+/// The most taps of a convolution.
+pub(super) const MOST_TAPS: usize = 8;
+/// Threads beside one another in a convolution, and the channels that each has in the backward pass.
+pub(super) const CONV_LANES: usize = 32;
+pub(super) const CONV_BACKWARD_CHANNELS: usize = 4;
+/// Pieces that a block has.
+pub(super) const CONV_PIECES: usize = 4;
+/// Threads in a block of a norm, and the vectors of 16 bytes that each has at most.
+pub(super) const NORM_THREADS: usize = 256;
+pub(super) const NORM_HELD: usize = 4;
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Numbers {
+    pub data: *const c_void,
+    pub dtype: Dtype,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct ShortConv {
+    pub x: Tensor,
+    pub out: Tensor,
+    pub past: Tensor,
+    pub last: Tensor,
+    pub grad_out: Tensor,
+    pub dx: Tensor,
+    pub dpast: Tensor,
+    pub weight: Numbers,
+    pub bias: Numbers,
+    pub partial: *mut f32,
+    pub channels: i32,
+    pub width: i32,
+    pub silu: i32,
+    pub cu_seqlens: *const u32,
+    pub sequences: i32,
+    pub batch: i64,
+    pub tokens: i64,
+    pub piece: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub(super) enum Gate {
+    None = 0,
+    Silu = 1,
+    Sigmoid = 2,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Norm {
+    pub x: Tensor,
+    pub gate: Tensor,
+    pub out: Tensor,
+    pub grad_out: Tensor,
+    pub dx: Tensor,
+    pub dgate: Tensor,
+    pub weight: Numbers,
+    pub partial: *mut f32,
+    pub factor: f32,
+    pub eps: f32,
+    pub gate_kind: Gate,
+    pub width: i32,
+    pub team_bits: i32,
+    pub blocks: i32,
+    pub rows: i64,
+    pub tokens: i64,
+    pub heads: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Sums {
+    pub data: *const f32,
+    pub rows: i64,
+    pub stride: i64,
+    pub columns: i64,
+    pub out: *mut c_void,
+    pub dtype: Dtype,
+    pub inner: i64,
+    pub outer_stride: i64,
+    pub inner_stride: i64,
+}
+
+unsafe extern "C" {
+    pub(super) fn cla_short_conv_forward(call: *const ShortConv, stream: *mut c_void) -> i32;
+    pub(super) fn cla_short_conv_backward(call: *const ShortConv, stream: *mut c_void) -> i32;
+    pub(super) fn cla_short_conv_cache(call: *const ShortConv, stream: *mut c_void) -> i32;
+    pub(super) fn cla_norm_forward(call: *const Norm, stream: *mut c_void) -> i32;
+    pub(super) fn cla_norm_backward(call: *const Norm, stream: *mut c_void) -> i32;
+    pub(super) fn cla_column_sums(call: *const Sums, stream: *mut c_void) -> i32;
+}

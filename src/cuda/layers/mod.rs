@@ -1,0 +1,41 @@
+//! What layers do around an operator: short convolutions and norms. `cuda/layers.h` says what the kernels compute.
+
+mod ffi;
+mod norm;
+mod rows;
+mod short_conv;
+mod sums;
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use super::ffi::Dtype;
+use super::memory::{Addresses, Held};
+
+pub(crate) use norm::{Norm, norm};
+pub(crate) use short_conv::{last_rows, short_conv, takes_width};
+
+/// The most blocks of a launch.
+const MOST_BLOCKS: usize = i32::MAX as usize;
+
+/// Whether all are where, and what, the kernels can work on.
+pub(crate) fn takes(tensors: &[&Tensor]) -> bool {
+    let Some(first) = tensors.first() else { return false };
+    let fits = |x: &&Tensor| {
+        x.device().same_device(first.device()) && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
+    };
+    super::takes(first.device()) && tensors.iter().all(fits)
+}
+
+/// The elements of a contiguous tensor, or none.
+fn numbers<'a>(at: &mut Addresses<'a>, x: Option<&'a Held<'a>>) -> Result<ffi::Numbers> {
+    let dtype = x.map_or(Ok(Dtype::F32), |x| Dtype::try_from(x.dtype()))?;
+    Ok(ffi::Numbers { data: at.numbers(x)?, dtype })
+}
+
+/// The gradient that an operation with one result is given.
+fn only_gradient<'a>(name: &str, grads: &'a [Option<Tensor>]) -> Result<&'a Tensor> {
+    match grads {
+        [Some(grad)] => Ok(grad),
+        _ => bail!("{name}: a gradient is missing"),
+    }
+}

@@ -1,0 +1,217 @@
+//! Norms of rows, see `cla_norm` in `cuda/layers.h`.
+
+use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
+
+use super::rows::SharedRows;
+use super::sums::Columns;
+use super::{MOST_BLOCKS, ffi, numbers, only_gradient};
+use crate::autograd::{self, Function};
+use crate::cuda::machine::Machine;
+use crate::cuda::memory::{Addresses, Buffer, Held, NO_TENSOR};
+use crate::nn::fused::Gate;
+
+/// Blocks of the backward pass for each multiprocessor, where there are rows for so many: each leaves a row of the weight's
+/// gradient to be added up.
+const BLOCKS: usize = 6;
+
+/// Which norm, of rows of `width` elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Norm {
+    pub width: usize,
+    /// Of the sum of squares: `1 / width` for its mean.
+    pub factor: f32,
+    pub eps: f32,
+}
+
+impl Norm {
+    /// The threads that share a row: one for each vector of 16 bytes up to a warp, then as few warps as can hold it.
+    fn team(&self, dtype: DType) -> usize {
+        let vectors = self.width.div_ceil(16 / dtype.size_in_bytes());
+        if vectors <= 32 {
+            return vectors.next_power_of_two();
+        }
+        vectors.div_ceil(ffi::NORM_HELD).next_power_of_two().max(32)
+    }
+
+    /// Whether a block can hold a row.
+    pub fn fits(&self, dtype: DType) -> bool {
+        self.width > 0 && self.team(dtype) <= ffi::NORM_THREADS
+    }
+}
+
+/// `x / sqrt(factor * sum(x^2) + eps) * weight * f(gate)`, in the dtype of `xs` and the shape of the gate, or of `xs`.
+/// `xs` and the gate are of one dtype; the weight is `[width]`.
+pub(crate) fn norm(
+    norm: Norm,
+    xs: &Tensor,
+    weight: Option<&Tensor>,
+    gate: Option<(&Tensor, Gate)>,
+) -> Result<Tensor> {
+    let weight = weight.map(Tensor::contiguous).transpose()?;
+    let op = Op { norm, weight: weight.is_some(), gate: gate.map(|(_, kind)| kind) };
+    let inputs = [Some(xs), weight.as_ref(), gate.map(|(gate, _)| gate)];
+    let inputs: Vec<Tensor> = inputs.into_iter().flatten().cloned().collect();
+    match autograd::apply(op, &inputs)?.pop() {
+        Some(ys) => Ok(ys),
+        None => bail!("{NAME}: no result"),
+    }
+}
+
+const NAME: &str = "rms_norm";
+
+struct Op {
+    norm: Norm,
+    weight: bool,
+    gate: Option<Gate>,
+}
+
+/// What both passes read.
+struct Given<'a> {
+    x: &'a Tensor,
+    weight: Option<&'a Tensor>,
+    gate: Option<&'a Tensor>,
+}
+
+enum Pass<'a> {
+    Forward { out: &'a mut Buffer },
+    Backward(Gradients<'a>),
+}
+
+struct Gradients<'a> {
+    grad_out: &'a Tensor,
+    dx: &'a mut Buffer,
+    dgate: Option<&'a mut Buffer>,
+    /// `[blocks, width]`
+    partial: Option<&'a mut Buffer>,
+}
+
+impl Op {
+    fn given<'a>(&self, inputs: &'a [Tensor]) -> Given<'a> {
+        let mut rest = inputs[1..].iter();
+        let weight = if self.weight { rest.next() } else { None };
+        Given { x: &inputs[0], weight, gate: rest.next() }
+    }
+
+    /// Blocks of the backward pass over `xs`.
+    fn blocks(&self, machine: &Machine, xs: &Tensor) -> Result<usize> {
+        let teams = ffi::NORM_THREADS / self.norm.team(xs.dtype());
+        let rows = xs.elem_count() / self.norm.width;
+        Ok(rows.div_ceil(teams).min(BLOCKS * machine.card()?.multiprocessors))
+    }
+
+    fn run(&self, machine: &Machine, given: &Given, pass: Pass) -> Result<()> {
+        let (width, team) = (self.norm.width, self.norm.team(given.x.dtype()));
+        let (out, of) = match pass {
+            Pass::Forward { out } => (Some(out), None),
+            Pass::Backward(of) => (None, Some(of)),
+        };
+        let backward = of.is_some();
+        let (grad_out, dx, dgate, partial) = match of {
+            Some(Gradients { grad_out, dx, dgate, partial }) => (Some(grad_out), Some(dx), dgate, partial),
+            None => (None, None, None, None),
+        };
+        let read = [Some(given.x), given.gate, grad_out];
+        let shared = SharedRows::new(&read.into_iter().flatten().collect::<Vec<_>>(), width)?;
+        let rows = shared.rows();
+        if rows == 0 {
+            return Ok(());
+        }
+        if rows.div_ceil(ffi::NORM_THREADS / team) > MOST_BLOCKS {
+            bail!("{NAME}: {rows} rows of {width} are more blocks than a launch takes, {MOST_BLOCKS}");
+        }
+        let held: Vec<Held> = shared.tensors.iter().map(Held::new).collect();
+        let weight = given.weight.map(Held::new);
+        let mut at = Addresses::new(machine);
+        let mut found = Vec::with_capacity(held.len());
+        for (i, x) in held.iter().enumerate() {
+            found.push(at.strided(Some(x), shared.strides(i))?);
+        }
+        let mut found = found.into_iter();
+        let mut input = |x: Option<&Tensor>| x.and_then(|_| found.next()).unwrap_or(NO_TENSOR);
+        let [_, tokens, heads] = shared.sizes;
+        let call = ffi::Norm {
+            x: input(read[0]),
+            gate: input(read[1]),
+            grad_out: input(read[2]),
+            out: at.out_strided(out, shared.contiguous())?,
+            dx: at.out_strided(dx, shared.contiguous())?,
+            dgate: at.out_strided(dgate, shared.contiguous())?,
+            weight: numbers(&mut at, weight.as_ref())?,
+            partial: at.out_numbers(partial)?,
+            factor: self.norm.factor,
+            eps: self.norm.eps,
+            gate_kind: match self.gate {
+                None => ffi::Gate::None,
+                Some(Gate::Silu) => ffi::Gate::Silu,
+                Some(Gate::Sigmoid) => ffi::Gate::Sigmoid,
+            },
+            width: width as i32,
+            team_bits: team.ilog2() as i32,
+            blocks: self.blocks(machine, given.x)? as i32,
+            rows: rows as i64,
+            tokens: tokens as i64,
+            heads: heads as i64,
+        };
+        // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `norm`'s caller checks and
+        // `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes after.
+        let code = unsafe {
+            match backward {
+                true => ffi::cla_norm_backward(&call, machine.stream()),
+                false => ffi::cla_norm_forward(&call, machine.stream()),
+            }
+        };
+        if code != 0 {
+            bail!("{NAME}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
+        }
+        Ok(())
+    }
+}
+
+impl Function for Op {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
+        let given = self.given(inputs);
+        let machine = Machine::of(given.x.device())?;
+        let mut out = Buffer::new(&machine, given.x.dtype(), given.gate.unwrap_or(given.x).shape())?;
+        self.run(&machine, &given, Pass::Forward { out: &mut out })?;
+        Ok(vec![out.into_result()])
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        grads: &[Option<Tensor>],
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let grad_out = only_gradient(NAME, grads)?;
+        let given = self.given(inputs);
+        let machine = Machine::of(given.x.device())?;
+        let like = |x: &Tensor| Buffer::new(&machine, x.dtype(), x.shape());
+        let mut dx = like(given.x)?;
+        let mut dgate = given.gate.map(like).transpose()?;
+        let mut partial = match given.weight {
+            Some(_) if wanted[1] => {
+                let blocks = self.blocks(&machine, given.x)?;
+                Some(Buffer::new(&machine, DType::F32, (blocks, self.norm.width))?)
+            }
+            _ => None,
+        };
+        let of = Gradients { grad_out, dx: &mut dx, dgate: dgate.as_mut(), partial: partial.as_mut() };
+        self.run(&machine, &given, Pass::Backward(of))?;
+        let dweight = match (given.weight, partial.map(Buffer::into_tensor)) {
+            (Some(weight), Some(partial)) => {
+                let columns = Columns { of: &partial, from: 0, columns: self.norm.width };
+                Some(columns.sums(NAME, &machine, weight.dtype(), weight.dims())?)
+            }
+            _ => None,
+        };
+        let mut found = vec![Some(dx)];
+        found.extend(given.weight.map(|_| dweight));
+        found.extend(given.gate.map(|_| dgate));
+        let found = found.into_iter().zip(wanted);
+        Ok(found.map(|(grad, wanted)| grad.filter(|_| *wanted).map(Buffer::into_tensor)).collect())
+    }
+}

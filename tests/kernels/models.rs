@@ -1,0 +1,79 @@
+//! Small models whose operators, convolutions and norms are the kernels, against the same models on the CPU.
+
+use crate::on_kernels;
+use crate::support::*;
+use candle_core::{DType, Device, Result};
+use candle_linear_attn::models::Model;
+use candle_nn::{VarBuilder, VarMap};
+
+const TYPES: [&str; 14] = [
+    "linear_attn",
+    "gla",
+    "retnet",
+    "hgrn2",
+    "mamba2",
+    "delta_net",
+    "gated_deltanet",
+    "kda",
+    "rwkv7",
+    "qwen3_5",
+    "qwen3_next",
+    "minimax",
+    "olmo_hybrid",
+    "kimi_linear",
+];
+
+/// The same parameters on another device.
+fn moved(fields: &str, from: &VarMap, device: &Device) -> Result<(Model, VarMap)> {
+    let config = small_config(fields)?;
+    let varmap = VarMap::new();
+    let build = || Model::new(&config, VarBuilder::from_varmap(&varmap, DType::F32, device));
+    build()?;
+    for ((name, to), (_, var)) in sorted(&varmap).into_iter().zip(sorted(from)) {
+        assert_eq!(to.dims(), var.dims(), "{name}");
+        to.set(&var.to_device(device)?)?;
+    }
+    // Once more, as some parameters are worked on when a model is made.
+    Ok((build()?, varmap))
+}
+
+fn check(model_type: &str, more: &str) -> Result<()> {
+    let fields = format!(r#"{}, "use_short_conv": true{more}"#, small_heads(model_type));
+    let (model, varmap) = small_model(&fields)?;
+    let ids = pseudo_tokens(2, 19, 11)?;
+    let expected = model.forward(&ids, None)?;
+    let cotangent = pseudo_random(expected.dims(), 3)?;
+    let expected_grads = (&expected * &cotangent)?.sum_all()?.backward()?;
+    on_kernels(|device| {
+        let (model, moved_vars) = moved(&fields, &varmap, device)?;
+        let ids = ids.to_device(device)?;
+        let logits = model.forward(&ids, None)?;
+        assert_close(model_type, &logits.to_device(&CPU)?, &expected, 1e-4)?;
+        let grads = (logits * cotangent.to_device(device)?)?.sum_all()?.backward()?;
+        for ((name, var), (_, moved)) in sorted(&varmap).into_iter().zip(sorted(&moved_vars)) {
+            let (Some(want), Some(found)) = (expected_grads.get(&var), grads.get(&moved)) else {
+                assert!(only_chooses(&name), "{model_type}: {name} has no gradient");
+                continue;
+            };
+            if want.sqr()?.sum_all()?.to_scalar::<f32>()? > 1e-8 {
+                assert_close(&format!("{model_type}: {name}"), &found.to_device(&CPU)?, want, 1e-3)?;
+            }
+        }
+        let mut cache = model.new_cache();
+        for (from, len) in [(0, 5), (5, 1), (6, 1), (7, 12)] {
+            let logits = model.forward(&ids.narrow(1, from, len)?, Some(&mut cache))?.to_device(&CPU)?;
+            let want = expected.narrow(1, from, len)?;
+            assert_close(&format!("{model_type}, from token {from}"), &logits, &want, 1e-4)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn models_agree_with_the_cpu() {
+    for model_type in TYPES {
+        check(model_type, "").unwrap_or_else(|e| panic!("{model_type}: {e}"));
+    }
+    // Heads of one width are split another way.
+    check("qwen3_5", r#", "linear_value_head_dim": 4"#).unwrap();
+}
