@@ -5,6 +5,22 @@
 
 namespace cla {
 
+// The rows of a tensor: in a crowd made anew for each use, out of what is in constant memory, since registers are for the state.
+template <bool CROWDED> struct RowsAtHand {
+  Rows rows;
+
+  CLA_DEVICE RowsAtHand(const cla_tensor &x, int64_t batch, int head) : rows(x, batch, head) {}
+  CLA_DEVICE const Rows &operator()() const { return rows; }
+};
+template <> struct RowsAtHand<true> {
+  const cla_tensor &x;
+  int64_t batch;
+  int head;
+
+  CLA_DEVICE RowsAtHand(const cla_tensor &x, int64_t batch, int head) : x(x), batch(batch), head(head) {}
+  CLA_DEVICE Rows operator()() const { return Rows(x, batch, opaque(head)); }
+};
+
 template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
   using State = DeltaState<EACH>;
   static constexpr int ROWS = State::ROWS, COLUMNS = State::COLUMNS, THREADS = State::THREADS, WARPS = State::WARPS;
@@ -20,15 +36,16 @@ template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
   int tid, head, first_column;
   int64_t sequence;
   Steps steps;
+  RowsAtHand<CROWDED> q, k, value, gate, a, b, beta, inner, out;
   State state;
 
   CLA_DEVICE DeltaRecurrent(const cla_delta_sweep &s, int tiles, const Place &place)
       : s(s), reverse(s.reverse), shared((float *)shared_memory()), tid(thread_index()),
         head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse) {}
-
-  // In a crowd made anew for each use, out of what is in constant memory: registers are for the state.
-  CLA_DEVICE Rows rows(const cla_tensor &x) const { return Rows(x, steps.batch, CROWDED ? opaque(head) : head); }
+        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse), q(s.of.q, steps.batch, head), k(s.of.k, steps.batch, head),
+        value(s.value, steps.batch, head), gate(s.of.gate, steps.batch, head), a(s.of.a, steps.batch, head),
+        b(s.of.b, steps.batch, head), beta(s.of.beta, steps.batch, head), inner(s.inner, steps.batch, head),
+        out(s.out, steps.batch, head) {}
 
   CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
 
@@ -42,14 +59,14 @@ template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
     for (int i = 0; i < PER_THREAD; i++) {
       const int r = tid + i * THREADS;
       const bool valid = r < s.of.k_dim;
-      f.q[i] = valid ? rows(s.of.q).load(t, r) : 0.f;
-      f.k[i] = valid ? rows(s.of.k).load(t, r) : 0.f;
-      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? rows(s.of.gate).load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
-      f.a[i] = valid && LOW_RANK ? rows(s.of.a).load(t, r) : 0.f;
-      f.b[i] = valid && LOW_RANK ? rows(s.of.b).load(t, r) : 0.f;
+      f.q[i] = valid ? q().load(t, r) : 0.f;
+      f.k[i] = valid ? k().load(t, r) : 0.f;
+      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? gate().load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
+      f.a[i] = valid && LOW_RANK ? a().load(t, r) : 0.f;
+      f.b[i] = valid && LOW_RANK ? b().load(t, r) : 0.f;
     }
-    f.value = tid < columns() ? rows(s.value).load(t, first_column + tid) : 0.f;
-    f.beta = tid == 0 && !LOW_RANK ? rows(s.of.beta).load(t, 0) : 1.f;
+    f.value = tid < columns() ? value().load(t, first_column + tid) : 0.f;
+    f.beta = tid == 0 && !LOW_RANK ? beta().load(t, 0) : 1.f;
   }
   CLA_DEVICE void place(const Fetched &f, float *to) const {
     float qk = 0.f, qb = 0.f;
@@ -133,8 +150,8 @@ template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
     const int lane = tid & 31, part = lane / State::COLUMN_GROUPS, column = state.column + part;
     if (tid < 64 && column < columns()) {
       const int64_t t = steps.token(step);
-      if (tid < 32 && s.out.data) rows(s.out).store(t, first_column + column, pick(y, part));
-      if (tid >= 32 && s.inner.data) rows(s.inner).store(t, first_column + column, pick(m, part));
+      if (tid < 32 && s.out.data) out().store(t, first_column + column, pick(y, part));
+      if (tid >= 32 && s.inner.data) inner().store(t, first_column + column, pick(m, part));
     }
     if (s.of.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
     if (writes_value) state.add(of + X1, v);

@@ -1,5 +1,7 @@
 //! Which kernels a delta sweep takes: a plain function of its sizes and the GPU's numbers.
 
+use candle_core::DType;
+
 use super::ffi;
 use crate::cuda::route::Card;
 use crate::options::Mode;
@@ -45,13 +47,13 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
     }
 }
 
-/// Whether a sweep token by token has so many blocks, or waits so much for memory, that it is better off with room for twice
-/// as many on a multiprocessor: these make addresses anew all the time.
-pub(super) fn is_crowded(size: &Size, card: &Card) -> bool {
+/// Whether a sweep token by token waits so much for memory, or has so many blocks, that it is better off with room for twice
+/// as many on a multiprocessor: these make addresses anew all the time, by which inputs in f32 would lose more than they gain.
+pub(super) fn is_crowded(size: &Size, dtype: DType, card: &Card) -> bool {
     /// Blocks that a multiprocessor has room for otherwise.
     const BLOCKS: usize = 4;
     let blocks = size.states * size.cols.div_ceil(ffi::COLUMNS);
-    size.longest <= SHORT || blocks > BLOCKS * card.multiprocessors
+    size.longest <= SHORT || (dtype != DType::F32 && blocks > BLOCKS * card.multiprocessors)
 }
 
 #[cfg(test)]
@@ -104,9 +106,11 @@ mod tests {
 
     #[test]
     fn decoding_and_many_blocks_make_a_crowd() {
-        assert!(is_crowded(&Size { longest: 1, ..LONG }, &H200));
-        assert!(!is_crowded(&LONG, &H200));
+        assert!(is_crowded(&Size { longest: 1, ..LONG }, DType::F32, &H200));
+        assert!(!is_crowded(&LONG, DType::BF16, &H200));
         let (fits, too_many) = (Size { states: 132, ..LONG }, Size { states: 133, ..LONG });
-        assert!(!is_crowded(&fits, &H200) && is_crowded(&too_many, &H200));
+        assert!(!is_crowded(&fits, DType::BF16, &H200));
+        assert!(is_crowded(&too_many, DType::BF16, &H200));
+        assert!(!is_crowded(&too_many, DType::F32, &H200));
     }
 }

@@ -128,7 +128,7 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
         reverse: sweep.reverse.into(),
         columns: 0,
         prepared: std::ptr::null_mut(),
-        crowded: is_crowded(&size, &pass.card).into(),
+        crowded: is_crowded(&size, p.dtype, &pass.card).into(),
     };
     let needs = |columns: usize| {
         let call = ffi::Sweep { columns: columns as i32, ..call };
