@@ -129,9 +129,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
           x[i] = at < seen ? p[j][2 * h + i] : 0.f;
           if (SCALAR && at < t) x[i] *= exp_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
         }
-        uint32_t high = pack_bf16(x[0], x[1]);
-        *(uint32_t *)scores(set, 0).element(t, first) = high;
-        *(uint32_t *)scores(set, 1).element(t, first) = pack_rest(high, x[0], x[1]);
+        store_parts(scores(set, 0), scores(set, 1), t, first, x);
       }
     }
   }

@@ -16,7 +16,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   using Base::s, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::tid, Base::lane, Base::warp;
   using Base::end, Base::columns, Base::gates, Base::read_tile;
   using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_gates, Base::raw_gate_row, Base::gates_in_tile;
-  using Base::factors, Base::decays, Base::totals, Base::split, Base::store8, Base::writing;
+  using Base::factors, Base::decays, Base::totals, Base::writing;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
 
@@ -223,7 +223,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
                        x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
                      }
                    }
-                   store8(high, low, true, row, c, x);
+                   store_parts(high, low, row, c, x);
                  });
   }
   // What is copied is there already, all of it: it multiplies zeros outside of from..to.

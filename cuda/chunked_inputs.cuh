@@ -65,22 +65,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
 
   // ---- loading ----
 
-  // 2 N elements in bf16 to `high`, and what that leaves out to `low`.
-  template <int N> CLA_DEVICE static void split(uint32_t (&high)[N], uint32_t (&low)[N], const float (&x)[2 * N]) {
-    CLA_UNROLL
-    for (int i = 0; i < N; i++) {
-      high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-      low[i] = pack_rest(high[i], x[2 * i], x[2 * i + 1]);
-    }
-  }
-  // One or two parts.
-  CLA_DEVICE static void store8(Tile high, Tile low, bool both, int row, int c, const float (&x)[8]) {
-    uint32_t h[4], l[4];
-    split(h, l, x);
-    store16(high.piece(row, c / 8), {h[0], h[1], h[2], h[3]});
-    if (both) store16(low.piece(row, c / 8), {l[0], l[1], l[2], l[3]});
-  }
-
   // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
   // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).
   template <int WIDTH> struct Pieces {

@@ -63,16 +63,6 @@ template <int R> struct DeltaChunkGradients {
 
   // ---- loading ----
 
-  CLA_DEVICE static void split(Tile high, Tile low, int row, int column, const float (&x)[8]) {
-    uint32_t h[4], l[4];
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      h[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
-      l[i] = pack_rest(h[i], x[2 * i], x[2 * i + 1]);
-    }
-    store16(high.piece(row, column / 8), {h[0], h[1], h[2], h[3]});
-    store16(low.piece(row, column / 8), {l[0], l[1], l[2], l[3]});
-  }
   // Up to eight numbers from `from` on, zeros behind them. What sweeps leave is contiguous: rows of whole pieces are aligned.
   CLA_DEVICE void load8(float (&x)[8], const float *from, int count) const {
     float first[4] = {0.f, 0.f, 0.f, 0.f}, second[4] = {0.f, 0.f, 0.f, 0.f};
@@ -106,7 +96,7 @@ template <int R> struct DeltaChunkGradients {
     }
     CLA_UNROLL
     for (int i = 0; i < CHUNK / EVERY; i++) {
-      split(tile(to), tile(to, 1, VALUE), own_row() + i * EVERY, own_column(), x[i]);
+      store_parts(tile(to), tile(to, 1, VALUE), own_row() + i * EVERY, own_column(), x[i]);
     }
   }
   // A state of K x V, as the operand of products over values. Returns the thread's part of its product with what is there.
@@ -137,7 +127,7 @@ template <int R> struct DeltaChunkGradients {
             sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[i][2 * j + 1];
           }
         }
-        split(high, low, row % 64, own_column(), x[i]);
+        store_parts(high, low, row % 64, own_column(), x[i]);
       }
     }
     return sum;
@@ -170,9 +160,10 @@ template <int R> struct DeltaChunkGradients {
 
   // ---- products ----
 
-  // acc += a b^T for two operands that are sums of two parts, if `two_a` the first is: (16 rows) x (8 N columns of the result,
-  // rows of b from `first` on in tiles of 64).
-  template <int N, class B> CLA_DEVICE void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t *rest, B load) const {
+  // acc += a b^T for one step of 16 of the sum and 8 N rows of b, which `load` loads, in two parts: load(high, low, row). The
+  // other part of a is `rest`, if it has one.
+  template <int N, class Load>
+  CLA_DEVICE static void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t *rest, Load load) {
     CLA_UNROLL
     for (int j = 0; j < N; j += 2) {
       uint32_t high[4], low[4];
@@ -201,25 +192,31 @@ template <int R> struct DeltaChunkGradients {
     }
   }
 
+  // dO b^T and U b^T over all values, for the rows of the warp and those of b that load(step) gives `multiply`.
+  template <int N, class Load> CLA_DEVICE void multiply_reads(float (&of_out)[N][4], float (&of_u)[N][4], Load load) const {
+    zero(of_out);
+    zero(of_u);
+    CLA_NO_UNROLL
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t out[4], u[4], u_rest[4];
+      load_a(out, tile(GRAD_OUT), rows, 16 * step);
+      load_a(u, tile(U), rows, 16 * step);
+      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
+      multiply(of_out, out, nullptr, load(step));
+      multiply(of_u, u, u_rest, load(step));
+    }
+  }
+
   CLA_DEVICE void find_scores() const {
     constexpr int COLUMNS = CHUNK / 2;
     const int first = half * COLUMNS;
     float a[COLUMNS / 8][4], b[COLUMNS / 8][4];
-    zero(a);
-    zero(b);
-    CLA_UNROLL_TWICE
-    for (int step = 0; step < v_steps; step++) {
-      uint32_t of_out[4], u[4], u_rest[4];
-      load_a(of_out, tile(GRAD_OUT), rows, 16 * step);
-      load_a(u, tile(U), rows, 16 * step);
-      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
-      auto load = [&](uint32_t(&high)[4], uint32_t(&low)[4], int j) {
-        load_b(high, tile(M), first + j, 16 * step);
-        load_b(low, tile(M, 1, VALUE), first + j, 16 * step);
+    multiply_reads(a, b, [&](int step) {
+      return [this, first, step](uint32_t(&high)[4], uint32_t(&low)[4], int row) {
+        load_b(high, tile(M), first + row, 16 * step);
+        load_b(low, tile(M, 1, VALUE), first + row, 16 * step);
       };
-      multiply(a, of_out, nullptr, load);
-      multiply(b, u, u_rest, load);
-    }
+    });
     const float *beta = numbers(BETA);
     auto store = [&](int to, float(&x)[COLUMNS / 8][4]) {
       CLA_UNROLL
@@ -227,9 +224,8 @@ template <int R> struct DeltaChunkGradients {
         CLA_UNROLL
         for (int h = 0; h < 2; h++) {
           const int t = rows + row0 + 8 * h, s = first + 8 * j + pair;
-          const uint32_t high = pack_bf16(x[j][2 * h], x[j][2 * h + 1]);
-          *(uint32_t *)tile(to).element(t, s) = high;
-          *(uint32_t *)tile(to, 1, SUBTILE).element(t, s) = pack_rest(high, x[j][2 * h], x[j][2 * h + 1]);
+          const float two[2] = {x[j][2 * h], x[j][2 * h + 1]};
+          store_parts(tile(to), tile(to, 1, SUBTILE), t, s, two);
         }
       }
     };
@@ -247,7 +243,7 @@ template <int R> struct DeltaChunkGradients {
     store(B, b);
   }
 
-  // acc += x y, or x^T y, of a square of scores and the rows of a key; `low` says on which side of the diagonal x is.
+  // acc += x y, or x^T y, of a triangle of scores and the rows of a key.
   template <bool TRANSPOSED> CLA_DEVICE void add_scored(float (&acc)[TILES][4], int x, int y) const {
     const int of_rows = rows / 16, from = TRANSPOSED ? of_rows : 0, to = TRANSPOSED ? CHUNK / 16 : of_rows + 1;
     CLA_NO_UNROLL
@@ -279,17 +275,7 @@ template <int R> struct DeltaChunkGradients {
     };
   }
   CLA_DEVICE void read(float (&of_q)[TILES][4], float (&of_k)[TILES][4]) const {
-    zero(of_q);
-    zero(of_k);
-    CLA_NO_UNROLL
-    for (int step = 0; step < v_steps; step++) {
-      uint32_t of_out[4], u[4], u_rest[4];
-      load_a(of_out, tile(GRAD_OUT), rows, 16 * step);
-      load_a(u, tile(U), rows, 16 * step);
-      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
-      multiply(of_q, of_out, nullptr, state_at(step));
-      multiply(of_k, u, u_rest, state_at(step));
-    }
+    multiply_reads(of_q, of_k, [&](int step) { return state_at(step); });
     const float *from = numbers(FROM), *beta = numbers(BETA);
     each(of_q, [&](float &x, int t, int) { x *= c.of.scale * from[t]; });
     each(of_k, [&](float &x, int t, int) { x *= -beta[t] * from[t]; });
@@ -453,7 +439,8 @@ template <int R> CLA_KERNEL(256, 1) void delta_chunk_gradients_kernel(const CLA_
 template <int R> int32_t launch_chunk_gradients(const cla_delta_gradient &c, void *stream) {
   using Kernel = DeltaChunkGradients<R>;
   if (Kernel::SHARED > c.shared_limit) return NOT_IN_CHUNKS;
-  return launch(delta_chunk_gradients_kernel<R>, Dims{c.starts.all * c.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, c);
+  const Dims grid = {c.starts.all * c.of.heads, 1};
+  return launch(delta_chunk_gradients_kernel<R>, grid, Kernel::THREADS, Kernel::SHARED, stream, c);
 }
 
 int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {

@@ -1,6 +1,6 @@
-// The gradients of keys, gates and beta in the delta families (see delta.h), token by token, from what the two sweeps left. What every token
-// wrote is known by then, and so is the gradient of everything that was read: states and their gradients are sums that fade.
-// A block has 32 channels of one segment of a head: the state's columns here, its rows are the values.
+// The gradients of keys, gates and beta in the delta families (see delta.h), token by token, from what the two sweeps left.
+// What every token wrote is known by then, and so is the gradient of everything that was read: states and their gradients are
+// sums that fade. A block has 32 channels of one segment of a head: the state's columns here, its rows are the values.
 //
 // With P = do, Q the gradient of what a token read (of the token after it in the low-rank family, which reads before it
 // fades), A and B what a token writes, each without its factor, and r the key that goes with Q,

@@ -99,9 +99,7 @@ template <int R> struct DeltaPrepare {
           x[i] = at <= t ? left * p[j][e / 4][e % 4 + i] : 0.f;
           y[i] = at < t ? left * l[j][e / 4][e % 4 + i] * factors()[Prepared::BETA + at] : 0.f;
         }
-        const uint32_t high = pack_bf16(x[0], x[1]);
-        *(uint32_t *)prepared(2).element(t, first) = high;
-        *(uint32_t *)prepared(3).element(t, first) = pack_rest(high, x[0], x[1]);
+        store_parts(prepared(2), prepared(3), t, first, x);
         system(t)[first] = y[0];
         system(t)[first + 1] = y[1];
       }

@@ -252,6 +252,28 @@ template <int N> CLA_DEVICE void to_a_rest(uint32_t (&rest)[4], const uint32_t (
   rest[3] = pack_rest(a[3], acc[j + 1][2], acc[j + 1][3]);
 }
 
+// 2 N numbers in bf16 to `high`, and what that leaves out to `low`.
+template <int N> CLA_DEVICE void split(uint32_t (&high)[N], uint32_t (&low)[N], const float (&x)[2 * N]) {
+  CLA_UNROLL
+  for (int i = 0; i < N; i++) {
+    high[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+    low[i] = pack_rest(high[i], x[2 * i], x[2 * i + 1]);
+  }
+}
+// The same into tiles: eight numbers, of a piece, and two.
+CLA_DEVICE void store_parts(Tile high, Tile low, int row, int column, const float (&x)[8]) {
+  uint32_t h[4], l[4];
+  split(h, l, x);
+  store16(high.piece(row, column / 8), {h[0], h[1], h[2], h[3]});
+  store16(low.piece(row, column / 8), {l[0], l[1], l[2], l[3]});
+}
+CLA_DEVICE void store_parts(Tile high, Tile low, int row, int column, const float (&x)[2]) {
+  uint32_t h[1], l[1];
+  split(h, l, x);
+  *(uint32_t *)high.element(row, column) = h[0];
+  *(uint32_t *)low.element(row, column) = l[0];
+}
+
 // Two 8x8 matrices of packed bf16, each with the 8 rows below it, into the tile transposed: x[0] has lane / 4 -> column
 // `column` + that, 2 (lane % 4) and the one after -> tile rows from `row`; x[1] is 8 columns on, x[2] and x[3] 8 rows on.
 CLA_DEVICE void store_transposed(Tile to, int row, int column, const uint32_t (&x)[4]) {

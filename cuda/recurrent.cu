@@ -8,7 +8,8 @@ namespace cla {
 constexpr int BLOCK_COLUMNS = 32, COLUMN_GROUPS = 8, ROW_GROUPS = 16, RECURRENT_THREADS = COLUMN_GROUPS * ROW_GROUPS;
 
 // Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH. ENDS: `ends` is wanted.
-template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS ? 4 : 8) void recurrent_kernel(const CLA_CONSTANT cla_sweep s) {
+template <int EACH, bool ENDS>
+CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS ? 4 : 8) void recurrent_kernel(const CLA_CONSTANT cla_sweep s) {
   const int tid = thread_index(), x = tid % COLUMN_GROUPS, y = tid / COLUMN_GROUPS;
   // Neighbouring blocks have neighbouring columns: their rows lie side by side in memory.
   const int tiles = (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
@@ -124,7 +125,10 @@ template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS
 
   if (!s.last.data) return;
   const float scale = steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale;
-  if (s.gate_kind != CLA_NO_GATE && s.reverse && steps.count > 0) fade([&](int d) { return steps.decay_after(Rows(s.gate, steps.batch, place.head), d); });
+  if (s.gate_kind != CLA_NO_GATE && s.reverse && steps.count > 0) {
+    const Rows gate(s.gate, steps.batch, place.head);
+    fade([&](int d) { return steps.decay_after(gate, d); });
+  }
   float *last = s.last.data + place.sequence * s.last.sequence + place.head * s.last.head;
   const bool last_in_pieces = s.last.col == 1 && s.last.row % 4 == 0 && ((uintptr_t)last & 15) == 0;
   CLA_UNROLL
@@ -147,7 +151,8 @@ template <int EACH, bool ENDS> CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS
 template <int EACH> int32_t launch_recurrent(const cla_sweep &s, void *stream) {
   const Dims grid = {(int64_t)s.sequences * s.heads * ((s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), 1};
   const int floats = 3 * ROW_GROUPS * EACH + 2 * BLOCK_COLUMNS + RECURRENT_THREADS / 32 * BLOCK_COLUMNS;
-  return launch(s.ends ? recurrent_kernel<EACH, true> : recurrent_kernel<EACH, false>, grid, RECURRENT_THREADS, 4 * floats, stream, s);
+  const auto kernel = s.ends ? recurrent_kernel<EACH, true> : recurrent_kernel<EACH, false>;
+  return launch(kernel, grid, RECURRENT_THREADS, 4 * floats, stream, s);
 }
 
 }  // namespace cla

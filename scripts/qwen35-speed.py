@@ -2,7 +2,7 @@
 """How fast a model of Qwen3.5-0.8B's configuration runs here and in transformers, on the same CPU in the same minutes.
 
     pip install torch transformers             # anywhere; a folder for PYTHONPATH will do
-    scripts/qwen35-speed.py --folder /tmp/qwen35 [--rounds 3] [--prompt 512] [--new 16]
+    scripts/qwen35-speed.py --folder DIR [--rounds 3] [--prompt 512] [--new 16]
 
 Writes random weights (752M parameters, bf16, tied) in the Hub's naming into the folder unless they are there, and then
 runs `cargo run --release --example speed` and transformers in turn, so that a busy machine is busy for both: medians over

@@ -7,7 +7,7 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::forward::states;
 use super::memory::Buffer;
-use super::sweep::{GateGradients, Pass, Sweep};
+use super::sweep::{After, GateGradients, Pass, Sweep};
 use crate::problem::{Decay, Inputs, Problem, Role};
 
 /// The gradients of the results, where there are any.
@@ -60,19 +60,16 @@ pub(super) fn backward(
     if let (Some(gate), Some(of_q), Some(of_k)) = (gate, &mut dq, &mut dk) {
         let after = match (before_last, &grads.kv, read_ends, write_ends) {
             (Some(states), Some(grad), ..) if pass.states() > 0 => {
-                Some(sum_states(p, (states.into_tensor() * grad)?, D::Minus1)?)
+                After::Sequences(sum_states(p, (states.into_tensor() * grad)?, D::Minus1)?)
             }
             (_, _, Some(read), Some(write)) => {
-                Some(sum_states(p, (read.into_tensor() * write.into_tensor())?, D::Minus2)?)
+                After::Chunks(sum_states(p, (read.into_tensor() * write.into_tensor())?, D::Minus2)?)
             }
-            _ => None,
+            _ => After::Nothing,
         };
         let narrow = groups == 1 && dtype != DType::F32;
         let mut out = [buffer(narrow, dtype, p.k_dim)?, buffer(narrow, dtype, p.k_dim)?];
-        found.push((
-            Role::G,
-            gate_gradient(pass, x, grads, gate, [of_q, of_k], &mut out, (after.as_ref(), anchored))?,
-        ));
+        found.push((Role::G, gate_gradient(pass, x, grads, gate, [of_q, of_k], &mut out, &after)?));
         if let [Some(q), Some(k)] = out {
             (dq, dk) = (Some(q), Some(k));
         }
@@ -189,7 +186,7 @@ fn gate_gradient(
     gate: &Tensor,
     [dq, dk]: [&mut Buffer; 2],
     keys_out: &mut [Option<Buffer>; 2],
-    (after, anchored): (Option<&Tensor>, bool),
+    after: &After,
 ) -> Result<Tensor> {
     let p = pass.problem;
     let channels = if p.decay == Decay::Channel { p.k_dim } else { 1 };
@@ -208,7 +205,6 @@ fn gate_gradient(
         dk,
         keys_out: keys_out.each_mut().map(Option::as_mut),
         after,
-        anchored,
         terms: &mut terms,
         dg: dg.as_mut(),
     })?;

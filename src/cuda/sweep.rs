@@ -161,15 +161,19 @@ impl<'a> Pass<'a> {
         }
         let problem = self.problem;
         let heads = problem.v_heads;
-        let held = [Some(call.q), Some(call.k), Some(call.v), call.grad_out, Some(call.gate), call.after];
+        let (after, anchored) = match call.after {
+            After::Nothing => (None, false),
+            After::Sequences(after) => (Some(after), false),
+            After::Chunks(after) => (Some(after), true),
+        };
+        let held = [Some(call.q), Some(call.k), Some(call.v), call.grad_out, Some(call.gate), after];
         let held = held.map(|x| x.map(Held::new));
         let [q, k, v, grad_out, gate, after] = held.each_ref().map(Option::as_ref);
         let cu_seqlens = self.cu_seqlens.as_ref().map(Held::new);
         let segments = self.chunks();
         let summed = problem.decay != Decay::Channel;
         let shape = (2 * problem.sequences.len(), segments, heads, if summed { 1 } else { problem.k_dim });
-        let mut partial =
-            (!call.anchored).then(|| Buffer::new(&self.machine, DType::F32, shape)).transpose()?;
+        let mut partial = (!anchored).then(|| Buffer::new(&self.machine, DType::F32, shape)).transpose()?;
         let mut at = Addresses::new(&self.machine);
         let [dq_out, dk_out] = call.keys_out;
         let call = ffi::GateGradient {
@@ -183,7 +187,7 @@ impl<'a> Pass<'a> {
             dq_out: at.out(dq_out)?,
             dk_out: at.out(dk_out)?,
             after: at.numbers(after)?,
-            anchored: call.anchored.into(),
+            anchored: anchored.into(),
             partial: at.out_numbers(partial.as_mut())?,
             terms: at.out_numbers(Some(call.terms))?,
             dg: at.out(call.dg)?,
@@ -246,6 +250,16 @@ pub(super) struct Sweep<'a> {
     pub ends: Option<&'a mut Buffer>,
 }
 
+/// What a gate's gradient begins with behind a last token: `[.., HV, K]`, or `[.., HV]` for a decay that the channels share;
+/// f32, contiguous.
+pub(super) enum After {
+    Nothing,
+    /// Of each sequence, `[N, ..]`.
+    Sequences(Tensor),
+    /// Of each chunk, `[N, chunks, ..]`.
+    Chunks(Tensor),
+}
+
 /// See `cla_gate_gradients` in `cuda/cla.h`.
 pub(super) struct GateGradients<'a> {
     pub q: &'a Tensor,
@@ -257,9 +271,7 @@ pub(super) struct GateGradients<'a> {
     pub dk: &'a mut Buffer,
     /// Where dq and dk go, if not where they are.
     pub keys_out: [Option<&'a mut Buffer>; 2],
-    /// `[N, HV, K]`, or `[N, HV]` for a decay that the channels share; f32, contiguous. With `anchored`, of each chunk.
-    pub after: Option<&'a Tensor>,
-    pub anchored: bool,
+    pub after: &'a After,
     /// `[B, T, HV, K]`, or `[B, T, HV, 1]`, in f32.
     pub terms: &'a mut Buffer,
     /// Of the same shape, if it is not to take the place of the terms.
