@@ -2,7 +2,7 @@
 
 use crate::case::{Case, Op};
 use crate::convolutions::{Convolution, DTYPES, Lies};
-use crate::kernels::{check, limits};
+use crate::kernels::{DELTA, check, limits};
 use crate::norms::{KINDS, Norm};
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Result, Tensor};
@@ -125,6 +125,22 @@ fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {
             let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
             let label = format!("{multiprocessors}, {case:?}");
             case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &label)?;
+        }
+    }
+    Ok(())
+}
+
+/// Token by token, more blocks of the delta kernels than there is room for take a form of theirs that makes more room.
+#[test]
+fn a_crowd_of_blocks_of_the_delta_kernels() -> Result<()> {
+    for (op, dtype) in DELTA.into_iter().zip([DType::BF16, DType::F16, DType::BF16, DType::F16]) {
+        for (k, v) in [(17, 40), (100, 33)] {
+            let case = Case { op, dtype, k, v, t: 70, h: 3, scale: Some(-0.37), ..Case::default() };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            let run = || case.run(Mode::Recurrent, &inputs, Graph::ALL);
+            let got = cuda_host::run_on(1, 227 << 10, run)?;
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
         }
     }
     Ok(())
