@@ -55,13 +55,12 @@ CLA_DEVICE void add_product(float (&c)[8], const Parts &a, const Parts &b) {
 }
 
 template <int R> struct DeltaPrepare {
-  static constexpr int THREADS = 128, SIDE = 16, PITCH = 20;
-  // The tiles of k and q make room for those of T and P.
-  static constexpr int TILES = 4 * SUBTILE, KEY = R * 128;
-  static_assert(2 * KEY <= TILES, "both fit");
-  // Blocks below the diagonal, and on it but for the first, in parts; a block for each warp in f32; sums of gates.
-  static constexpr int BLOCK = 3 * 512, BLOCKS = TILES, OWN = BLOCKS + 9 * BLOCK, SUMS = OWN + 4 * (4 * SIDE * PITCH);
-  static constexpr int FACTORS = SUMS + 2 * 4 * CHUNK, SHARED = FACTORS + 1024;
+  static constexpr int THREADS = 128, SIDE = 16, PITCH = 20, LEVELS = 6;
+  // The tiles of k and q make room: first those of q for P, then those of k for blocks of A, and these for T.
+  static constexpr int TILES = 4 * SUBTILE, KEY = R * 128, BLOCK = 3 * 512;
+  static_assert(2 * KEY <= TILES && 10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
+  static constexpr int SUMS = TILES, FACTORS = SUMS + LEVELS * 2 * 4 * CHUNK, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
+  static constexpr int SHARED = FACTORS + FACTORS_BYTES;
 
   const cla_delta_sweep &s;
   unsigned char *shared;
@@ -73,7 +72,7 @@ template <int R> struct DeltaPrepare {
       : s(s), shared(shared_memory()), head(head), at(s.of, of.sequence, of.segment, s.reverse) {
     tid = thread_index();
     lane = tid & 31;
-    warp = tid >> 5;
+    warp = shuffle(tid >> 5, 0);
     row0 = lane >> 2;
     pair = (lane & 3) * 2;
     to = s.prepared + (index * s.of.heads + head) * Prepared::BYTES;
@@ -81,132 +80,144 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE Tile tile(int which) const { return {shared + which * KEY}; }
   CLA_DEVICE Tile prepared(int which) const { return {shared + which * SUBTILE}; }
-  // Row i, column j <= i; i > 0. This lane's part.
-  CLA_DEVICE unsigned char *block(int i, int j) const {
-    return shared + BLOCKS + (i * (i + 1) / 2 + j - 1) * BLOCK + 16 * lane;
+  // Of T on the diagonal, or of -A as far below it as `below` says, in block column j: this lane's part.
+  CLA_DEVICE unsigned char *block(int below, int j) const {
+    return shared + (below * (9 - below) / 2 + j) * BLOCK + 16 * lane;
   }
-  CLA_DEVICE float *own(int warp) const { return (float *)(shared + OWN) + warp * (SIDE * PITCH); }
-  // The gates of a block of 16 tokens up to and with one of them, and after it.
-  CLA_DEVICE float *before() const { return (float *)(shared + SUMS); }
-  CLA_DEVICE float *after() const { return before() + CHUNK; }
+  // On the diagonal, in f32, before it is in parts.
+  CLA_DEVICE float *own() const { return (float *)(shared + warp * BLOCK); }
+  // Tokens are halves of halves, down to one. The sums of the gates from the start of a token's part of 2^level tokens up to
+  // and with its own, and from there to the part's end.
+  CLA_DEVICE float *until(int level) const { return (float *)(shared + SUMS) + 2 * level * CHUNK; }
+  CLA_DEVICE float *since(int level) const { return until(level) + CHUNK; }
   CLA_DEVICE float *factors() const { return (float *)(shared + FACTORS); }
   // The place in a block of the e-th of a lane's numbers.
   CLA_DEVICE int row(int e) const { return row0 + 8 * (e / 2 % 2); }
   CLA_DEVICE int column(int e) const { return 8 * (e / 4) + pair + e % 2; }
 
-  // The sum of the gates of the blocks behind `from` and before `to`.
-  CLA_DEVICE float between(int from, int to) const {
-    float sum = 0.f;
-    CLA_UNROLL
-    for (int i = 0; i < CHUNK / SIDE; i++) {
-      if (i > from && i < to) sum += before()[SIDE * i + SIDE - 1];
-    }
-    return sum;
-  }
-
   CLA_DEVICE void load() {
-    const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
-    fetch_tile<R, THREADS>(tile(0), k, at, s.of.k_dim, tid);
-    fetch_tile<R, THREADS>(tile(1), q, at, s.of.k_dim, tid);
+    {
+      const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
+      fetch_tile<R, THREADS>(tile(0), k, at, s.of.k_dim, tid);
+      fetch_tile<R, THREADS>(tile(1), q, at, s.of.k_dim, tid);
+    }
     copies_commit();
+    const Rows gate(s.of.gate, at.steps.batch, head);
+    const bool gated = s.of.gate_kind != CLA_NO_GATE;
+    const int token = tid % CHUNK;
     float last = 1.f;
     if (tid < CHUNK) {
-      const Rows gate(s.of.gate, at.steps.batch, head), beta(s.of.beta, at.steps.batch, head);
-      const bool gated = s.of.gate_kind != CLA_NO_GATE;
       // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
       const int row = s.reverse ? tid - 1 : tid;
-      const float due = gated && row >= 0 && tid < at.count ? gate.load(at.token(row), 0) : 0.f;
+      sum_gates(gated && row >= 0 && tid < at.count ? gate.load(at.token(row), 0) : 0.f);
+    } else {
+      const Rows beta(s.of.beta, at.steps.batch, head);
+      factors()[Prepared::BETA + token] = token < at.count ? beta.load(at.token(token), 0) : 0.f;
       if (gated && s.reverse) last = exp_fast(gate.load(at.token(at.count - 1), 0));
-      factors()[Prepared::BETA + tid] = tid < at.count ? beta.load(at.token(tid), 0) : 0.f;
-      sum_gates(due);
     }
     copies_wait<0>();
     barrier();
+    constexpr int HALF = CHUNK / 2;
+    const float *sums = until(LEVELS - 1), first = sums[HALF - 1], second = sums[CHUNK - 1];
     if (tid < CHUNK) {
-      const int block = tid / SIDE;
-      factors()[Prepared::FROM_START + tid] = exp_fast(between(-1, block) + before()[tid]);
-      factors()[Prepared::TO_END + tid] = last * exp_fast(after()[tid] + between(block, CHUNK / SIDE));
-      if (tid == 0) factors()[Prepared::WHOLE] = last * exp_fast(between(-1, CHUNK / SIDE));
+      factors()[Prepared::FROM_START + token] = exp2_fast(token < HALF ? sums[token] : first + sums[token]);
+    } else {
+      const float left = since(LEVELS - 1)[token];
+      factors()[Prepared::TO_END + token] = last * exp2_fast(token < HALF ? left + second : left);
+      if (token == 0) factors()[Prepared::WHOLE] = last * exp2_fast(first + second);
     }
   }
 
-  // A lane has the gate of one token. Logarithms are summed up from one token to another: a difference of two sums would be
-  // one of large numbers, or of infinities. From block to block there are three sums, added up where they are needed.
-  CLA_DEVICE void sum_gates(float due) {
-    const int from = tid % SIDE;
-    float until = 0.f, since = 0.f;
+  // A lane has the gate of one token. Sums are exponents of 2.
+  CLA_DEVICE void sum_gates(float gate) {
+    float left = 0.f;
+    gate *= 1.4426950408889634f;
     CLA_UNROLL
-    for (int t = 0; t < SIDE; t++) {
-      const float gate = shuffle(due, (lane & SIDE) + t);
-      if (t <= from) until += gate;
-      else since += gate;
-      own(tid / SIDE)[t * PITCH + from] = exp_fast(since);
+    for (int level = 0; level < LEVELS; level++) {
+      until(level)[tid] = gate;
+      since(level)[tid] = left;
+      if (level == LEVELS - 1) break;
+      const int half = 1 << level;
+      const float other = shuffle(gate, (lane | (half - 1)) ^ half);
+      if (lane & half) gate += other;
+      else left += other;
     }
-    before()[tid] = until;
-    after()[tid] = since;
   }
 
-  // The blocks of K K^T and P up to the diagonal in the rows of this warp.
-  CLA_DEVICE void multiply(float (&l)[4][8], float (&p)[4][8]) {
-    float c[4][4][4];
+  // What is left in block i of what block j writes. Logarithms are summed up from one token to another, in two parts that meet
+  // where their halves do: a difference of two sums would be one of large numbers, or of infinities.
+  template <bool TRANSPOSED, bool DIAGONAL> CLA_DEVICE void fades(float (&left)[8], int i, int j) const {
+    const int apart = row0 ^ pair, near = apart < 2 ? 0 : apart < 4 ? 1 : 2, blocks = (i ^ j) < 2 ? 4 : 5;
     CLA_UNROLL
-    for (int j = 0; j < 4; j++) {
+    for (int e = 0; e < 8; e++) {
+      const int earlier = TRANSPOSED ? row(e) : column(e), later = TRANSPOSED ? column(e) : row(e);
+      const int level = !DIAGONAL ? blocks : e / 4 == e / 2 % 2 ? near : 3;
+      const float sum = since(level)[SIDE * j + earlier] + until(level)[SIDE * i + later];
+      left[e] = DIAGONAL && earlier == later ? 1.f : exp2_fast(sum);
+    }
+  }
+
+  // l[n] = block warp - n of this warp's of K K^T, p[n] = block i - n of block row i of the scores, transposed. Where there is
+  // none, another is computed: that is less than to ask.
+  CLA_DEVICE void multiply(float (&l)[4][2][4], float (&p)[4][2][4], int i) {
+    CLA_UNROLL
+    for (int n = 0; n < 4; n++) {
       CLA_UNROLL
-      for (int e = 0; e < 16; e++) c[j][e / 4][e % 4] = 0.f;
+      for (int e = 0; e < 8; e++) l[n][e / 4][e % 4] = p[n][e / 4][e % 4] = 0.f;
     }
-    const Tile k = tile(0), rows = tile(s.reverse ? 0 : 1), columns = tile(s.reverse ? 1 : 0);
+    // Where operands begin, each as load_a and load_b have it; 16 channels on, a piece's place differs in two bits.
+    const int a = (int)(tile(0).piece(lane & 15, lane >> 4) - shared);
+    const int b = (int)(tile(0).piece((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1) - shared);
+    const int rows = s.reverse ? 0 : KEY, columns = KEY - rows;
     CLA_UNROLL_TWICE
-    for (int d = 0; d < R; d += 16) {
-      uint32_t a[4], b[4], x[4], y[4];
-      load_a(a, k, 16 * warp, d);
-      load_a(x, rows, 16 * warp, d);
+    for (int d = 0; d < R / 16; d++) {
+      const unsigned char *x = shared + (a ^ d % 4 * 32) + d / 4 * SUBTILE, *y = shared + (b ^ d % 4 * 32) + d / 4 * SUBTILE;
+      uint32_t k[4], row[4], other[4];
+      load_matrices(k, x + warp * SIDE * 128);
+      load_matrices(row, y + rows + i * SIDE * 128);
       CLA_UNROLL
-      for (int j = 0; j < 4; j++) {
-        if (j > warp) continue;
-        load_b(b, k, 16 * j, d);
-        load_b(y, columns, 16 * j, d);
-        mma16(c[j][0], c[j][1], a, b);
-        mma16(c[j][2], c[j][3], x, y);
+      for (int n = 0; n < 4; n++) {
+        load_matrices(other, y + ((warp - n) & 3) * SIDE * 128);
+        mma16(l[n][0], l[n][1], k, other);
+        load_matrices(other, x + columns + ((i - n) & 3) * SIDE * 128);
+        mma16(p[n][0], p[n][1], other, row);
       }
-    }
-    CLA_UNROLL
-    for (int j = 0; j < 4; j++) {
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) l[j][e] = c[j][e / 4][e % 4], p[j][e] = c[j][2 + e / 4][e % 4];
     }
     barrier();  // the tiles have been read
   }
 
-  // Lets L and P fade. -A goes to blocks, but that on the diagonal becomes l[0].
-  CLA_DEVICE void fade(float (&l)[4][8], float (&p)[4][8]) {
-    const float *beta = factors() + Prepared::BETA;
-    float own_block[8];
+  // Block i - N of block row i of P, from its transpose.
+  template <int N> CLA_DEVICE void store_scores(const float (&c)[4][2][4], int i) {
+    if (N > i) return;
+    float x[8];
+    fades<true, N == 0>(x, i, i - N);
     CLA_UNROLL
-    for (int j = 0; j < 4; j++) {
-      if (j > warp) continue;
-      const float sum = between(j, warp);
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) {
-        const int from = 16 * j + column(e);
-        const float left = j == warp ? own(warp)[row(e) * PITCH + column(e)]
-                                     : exp_fast(after()[from] + sum + before()[16 * warp + row(e)]);
-        l[j][e] *= -left * beta[from];
-        p[j][e] = j < warp || column(e) <= row(e) ? left * p[j][e] : 0.f;
-        own_block[e] = l[j][e];  // the last of them
-      }
-      if (j == warp) continue;
-      Parts parts;
-      parts.split(l[j]);
-      parts.store(block(warp, j));
-    }
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) l[0][e] = own_block[e];
+    for (int e = 0; e < 8; e++) x[e] = N > 0 || row(e) <= column(e) ? x[e] * c[N][e / 4][e % 4] : 0.f;
+    uint32_t high[4], low[4];
+    split(high, low, x);
+    store_transposed(prepared(2), SIDE * i, SIDE * (i - N), high);
+    store_transposed(prepared(3), SIDE * i, SIDE * (i - N), low);
   }
 
-  // The block on the diagonal from -A, which has it: a lane has a column, as a row of the transpose, which stays in memory.
-  CLA_DEVICE void invert(const float (&minus)[8]) {
-    float *own = this->own(warp);
-    warp_barrier();  // what fades has been read
+  // Block warp - N of this warp's of -A.
+  template <int N> CLA_DEVICE void fade(float (&x)[8], const float (&c)[4][2][4]) {
+    const float *beta = factors() + Prepared::BETA + SIDE * (warp - N);
+    fades<false, N == 0>(x, warp, warp - N);
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) x[e] *= -beta[column(e)] * c[N][e / 4][e % 4];
+  }
+  template <int N> CLA_DEVICE void store_block(const float (&c)[4][2][4]) {
+    if (N > warp) return;
+    float x[8];
+    fade<N>(x, c);
+    Parts parts;
+    parts.split(x);
+    parts.store(block(N, warp - N));
+  }
+
+  // The block on the diagonal of T from that of -A, transposed into `result`. A lane has a column.
+  CLA_DEVICE void invert(Parts &result, const float (&minus)[8]) {
+    float *own = this->own();
     CLA_UNROLL
     for (int e = 0; e < 8; e++) own[column(e) * PITCH + row(e)] = minus[e];
     warp_barrier();
@@ -228,94 +239,103 @@ template <int R> struct DeltaPrepare {
     warp_barrier();
     if (lane < SIDE) {
       CLA_UNROLL
-      for (int t = 0; t < SIDE; t++) own[lane * PITCH + t] = x[t];
+      for (int t = 0; t < SIDE; t += 4) store4(own + lane * PITCH + t, {x[t], x[t + 1], x[t + 2], x[t + 3]});
     }
     warp_barrier();
-    if (warp == 0) return;
-    float inverse[8];
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) inverse[e] = own[column(e) * PITCH + row(e)];
-    Parts parts;
-    parts.split(inverse);
-    parts.store(block(warp, warp));
-  }
-
-  CLA_DEVICE void store_scores(const float (&p)[4][8]) {
-    CLA_UNROLL
-    for (int j = 0; j < 4; j++) {
-      if (j > warp) continue;
-      CLA_UNROLL
-      for (int e = 0; e < 8; e += 2) {
-        const float x[2] = {p[j][e], p[j][e + 1]};
-        store_parts(prepared(2), prepared(3), 16 * warp + row(e), 16 * j + column(e), x);
-      }
-    }
-  }
-
-  // Columns of T, as rows of its transpose.
-  CLA_DEVICE void solve() {
-    float t[8], sums[3][8];
+    float inverse[8], transposed[8];
     CLA_UNROLL
     for (int e = 0; e < 8; e++) {
-      t[e] = own(warp)[row(e) * PITCH + column(e)];
-      sums[0][e] = sums[1][e] = sums[2][e] = 0.f;
+      inverse[e] = own[column(e) * PITCH + row(e)];
+      transposed[e] = own[row(e) * PITCH + column(e)];
     }
-    Parts parts, other;
-    parts.split(t);
-    store(warp, parts);
-    CLA_UNROLL
-    for (int j = 0; j < 3; j++) {
-      if (j < warp) continue;
-      CLA_UNROLL
-      for (int i = j + 1; i < 4; i++) {
-        other.load(block(i, j));
-        add_product(sums[i - 1], parts, other);
-      }
-      parts.split(sums[j]);
-      other.load(block(j + 1, j + 1));
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) t[e] = 0.f;
-      add_product(t, parts, other);
-      parts.split(t);
-      store(j + 1, parts);
-    }
-  }
-  CLA_DEVICE void store(int i, const Parts &parts) {
-    store_transposed(prepared(0), 16 * i, 16 * warp, parts.x[0]);
-    store_transposed(prepared(1), 16 * i, 16 * warp, parts.x[1]);
+    warp_barrier();
+    result.split(inverse);
+    result.store(block(0, warp));
+    result.split(transposed);
   }
 
-  // Above the diagonal blocks nothing was stored.
-  CLA_DEVICE void write() {
-    constexpr int ROWS = THREADS / 8;
-    static_assert(ROWS == SIDE, "a block's rows at once");
-    const int piece = tid % 8 ^ tid / 8 % 8;
+  // This warp's block column of T, transposed, from the diagonal down. `found` has the two larger parts.
+  CLA_DEVICE void solve(uint32_t (&found)[4][2][4], Parts &parts) {
+    float sums[4][8];
     CLA_UNROLL
-    for (int i = 0; i < 4 * CHUNK / ROWS; i++) {
-      const int at = 16 * (i * THREADS + tid);
-      store16(to + at, piece / 2 <= i % 4 ? load16(shared + at) : Vec4{0, 0, 0, 0});
+    for (int n = 0; n < 4; n++) {
+      CLA_UNROLL
+      for (int e = 0; e < 8; e++) sums[n][e] = 0.f;
     }
-    const int at = 16 * tid;
-    if (at < 4 * (3 * CHUNK + 4)) store16(to + Prepared::FACTORS + at, load16(shared + FACTORS + at));
+    CLA_UNROLL
+    for (int n = 0; n < 4; n++) {
+      if (n + warp > 3) continue;
+      Parts other;
+      if (n > 0) {
+        parts.split(sums[n]);
+        other.load(block(0, warp + n));
+        float t[8] = {};
+        add_product(t, parts, other);
+        parts.split(t);
+      }
+      CLA_UNROLL
+      for (int e = 0; e < 8; e++) found[n][e / 4][e % 4] = parts.x[e / 4][e % 4];
+      CLA_UNROLL
+      for (int i = n + 1; i < 4; i++) {
+        if (i + warp > 3) continue;
+        other.load(block(i - n, warp + n));
+        add_product(sums[i], parts, other);
+      }
+    }
+  }
+
+  // Two tiles from one on, by BY threads. Above the diagonal blocks nothing was stored.
+  template <int BY> CLA_DEVICE void write(int first, int thread) {
+    constexpr int ROWS = BY / 8;
+    const int piece = thread % 8 ^ thread / 8 % 8;
+    const unsigned char *from = shared + first * SUBTILE + 16 * thread;
+    unsigned char *to = this->to + first * SUBTILE + 16 * thread;
+    CLA_UNROLL
+    for (int i = 0; i < 2 * CHUNK / ROWS; i++) {
+      const bool stored = piece / 2 <= i * ROWS % CHUNK / SIDE;
+      store16(to + i * BY * 16, stored ? load16(from + i * BY * 16) : Vec4{0, 0, 0, 0});
+    }
   }
 
   CLA_DEVICE void run() {
-    float l[4][8], p[4][8];
+    float l[4][2][4], p[4][2][4];
     load();
-    multiply(l, p);
-    fade(l, p);
-    invert(l[0]);
+    // Who has most of P has least of A.
+    const int i = 3 - warp;
+    multiply(l, p, i);
+    store_scores<3>(p, i);
+    store_scores<2>(p, i);
+    store_scores<1>(p, i);
+    store_scores<0>(p, i);
+    store_block<3>(l);
+    store_block<2>(l);
+    store_block<1>(l);
+    float minus[8];
+    fade<0>(minus, l);
+    Parts parts;
+    invert(parts, minus);
     barrier();
-    store_scores(p);
-    solve();
+    uint32_t found[4][2][4];
+    solve(found, parts);
+    // These had less to solve.
+    if (warp >= 2) write<64>(2, tid - 64);
     barrier();
-    write();
+    CLA_UNROLL
+    for (int n = 0; n < 4; n++) {
+      if (n + warp > 3) continue;
+      store_transposed(prepared(0), SIDE * (warp + n), SIDE * warp, found[n][0]);
+      store_transposed(prepared(1), SIDE * (warp + n), SIDE * warp, found[n][1]);
+    }
+    barrier();
+    write<THREADS>(0, tid);
+    const int at = 16 * tid;
+    if (at < FACTORS_BYTES) store16(to + Prepared::FACTORS + at, load16(shared + FACTORS + at));
   }
 };
 
-template <int R> CLA_KERNEL(128, 4) void delta_prepare_kernel(cla_delta_sweep s) {
-  const int64_t index = block_x() / s.of.heads;
-  DeltaPrepare<R>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
+template <int R> CLA_KERNEL(128, 5) void delta_prepare_kernel(cla_delta_sweep s) {
+  const unsigned index = block_x() / s.of.heads;
+  DeltaPrepare<R>(s, SegmentOf(s.anchors, s.of.sequences, index), index, (int)(block_x() - index * s.of.heads)).run();
 }
 
 template <int R> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {

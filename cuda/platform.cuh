@@ -90,6 +90,12 @@ CLA_DEVICE float from_bf16(uint16_t x) { return __uint_as_float((uint32_t)x << 1
 CLA_DEVICE uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 CLA_DEVICE float from_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 
+// 0 for what is below 2^-126.
+CLA_DEVICE float exp2_fast(float x) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 CLA_DEVICE float exp_fast(float x) { return exp2f(x * 1.4426950408889634f); }
 // To the last bit or two; 0 from 2^126 on.
 CLA_DEVICE float reciprocal_fast(float x) { return __fdividef(1.f, x); }

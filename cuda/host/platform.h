@@ -155,6 +155,7 @@ inline uint16_t to_f16(float x) {
   return (uint16_t)(sign | (host::same_bits<uint32_t>(shifted) - 0x3f000000));
 }
 
+inline float exp2_fast(float x) { return exp2f(x); }
 inline float exp_fast(float x) { return expf(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
