@@ -11,8 +11,8 @@
 //     in reverse   m = T (s P dO + exp(...) K X)              dV = -c                        c = -beta m
 //     X = exp(all) X + sum_s exp(g_{s+1} + ...) (k_s c_s^T [+ s q_s do_s^T])
 //
-// T, P and the decays depend on no state. They are found for all segments at once, T by substitution in f32: with beta up to
-// 2 and keys of any length it is only as large as what tokens do to each other.
+// T, P and the decays depend on no state. They are found for all segments at once, T by substitution, with all bits of f32: with
+// beta up to 2 and keys of any length it is only as large as what tokens do to each other.
 #pragma once
 #include "delta_state.cuh"
 #include "products.cuh"

@@ -42,21 +42,28 @@ struct Parts {
   }
 };
 
-// c += a b of 16 x 16, small terms first; what is left out is 2^-26 of it.
+// c += a b of 16 x 16; what is left out is 2^-26 of it. Two sums, so that fewer products wait for one another.
 CLA_DEVICE void add_product(float (&c)[8], const Parts &a, const Parts &b) {
-  float left[4] = {c[0], c[1], c[2], c[3]}, right[4] = {c[4], c[5], c[6], c[7]};
+  float large[2][4] = {{c[0], c[1], c[2], c[3]}, {c[4], c[5], c[6], c[7]}}, small[2][4] = {};
   CLA_UNROLL
-  for (int both = 2; both >= 0; both--) {
-    CLA_UNROLL
-    for (int i = 0; i <= both; i++) mma16(left, right, a.x[i], b.x[both - i]);
+  for (int i = 0; i < 3; i++) {
+    mma16(small[0], small[1], a.x[i], b.x[2 - i]);
+    if (i < 2) mma16(large[0], large[1], a.x[i], b.x[1 - i]);
+    else mma16(large[0], large[1], a.x[0], b.x[0]);
   }
   CLA_UNROLL
-  for (int i = 0; i < 4; i++) c[i] = left[i], c[4 + i] = right[i];
+  for (int e = 0; e < 8; e++) c[e] = large[e / 4][e % 4] + small[e / 4][e % 4];
+}
+
+// c += a b^T, b as an A operand.
+CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  mma(c[0], a, b[0], b[2]);
+  mma(c[1], a, b[1], b[3]);
 }
 
 template <int R> struct DeltaPrepare {
   static constexpr int THREADS = 128, SIDE = 16, PITCH = 20, LEVELS = 6;
-  // The tiles of k and q make room: first those of q for P, then those of k for blocks of A, and these for T.
+  // Tiles of k and q make room for blocks of A and of the diagonal of T, and for P; the blocks for T.
   static constexpr int TILES = 4 * SUBTILE, KEY = R * 128, BLOCK = 3 * 512;
   static_assert(2 * KEY <= TILES && 10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
   static constexpr int SUMS = TILES, FACTORS = SUMS + LEVELS * 2 * 4 * CHUNK, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
@@ -157,30 +164,31 @@ template <int R> struct DeltaPrepare {
     }
   }
 
-  // l[n] = block warp - n of this warp's of K K^T, p[n] = block i - n of block row i of the scores, transposed. Where there is
-  // none, another is computed: that is less than to ask.
-  CLA_DEVICE void multiply(float (&l)[4][2][4], float (&p)[4][2][4], int i) {
+  // l[n] = block warp - n of this warp's of K K^T, p[n] = block i - n of block row i of the scores, transposed, where i is two
+  // on from the warp. Where there is none, another is computed: that is less than to ask.
+  template <bool REVERSE> CLA_DEVICE void multiply(float (&l)[4][2][4], float (&p)[4][2][4]) {
     CLA_UNROLL
     for (int n = 0; n < 4; n++) {
       CLA_UNROLL
       for (int e = 0; e < 8; e++) l[n][e / 4][e % 4] = p[n][e / 4][e % 4] = 0.f;
     }
-    // Where operands begin, each as load_a and load_b have it; 16 channels on, a piece's place differs in two bits.
-    const int a = (int)(tile(0).piece(lane & 15, lane >> 4) - shared);
-    const int b = (int)(tile(0).piece((lane >> 4) * 8 + (lane & 7), lane >> 3 & 1) - shared);
-    const int rows = s.reverse ? 0 : KEY, columns = KEY - rows;
+    // Where operands begin; 16 channels on, a piece's place differs in two bits.
+    const int first = (int)(tile(0).piece(lane & 15, lane >> 4) - shared);
     CLA_UNROLL_TWICE
     for (int d = 0; d < R / 16; d++) {
-      const unsigned char *x = shared + (a ^ d % 4 * 32) + d / 4 * SUBTILE, *y = shared + (b ^ d % 4 * 32) + d / 4 * SUBTILE;
-      uint32_t k[4], row[4], other[4];
-      load_matrices(k, x + warp * SIDE * 128);
-      load_matrices(row, y + rows + i * SIDE * 128);
+      const unsigned char *from = shared + (first ^ (d % 4 * 32)) + d / 4 * SUBTILE;
+      auto load = [&](uint32_t (&x)[4], int which, int n) {
+        load_matrices(x, from + which * KEY + ((warp - n) & 3) * SIDE * 128);
+      };
+      uint32_t k[4][4], q[4];
+      CLA_UNROLL
+      for (int n = 0; n < 4; n++) load(k[n], 0, n);
+      if (!REVERSE) load(q, 1, 2);
       CLA_UNROLL
       for (int n = 0; n < 4; n++) {
-        load_matrices(other, y + ((warp - n) & 3) * SIDE * 128);
-        mma16(l[n][0], l[n][1], k, other);
-        load_matrices(other, x + columns + ((i - n) & 3) * SIDE * 128);
-        mma16(p[n][0], p[n][1], other, row);
+        mma_transposed(l[n], k[0], k[n]);
+        if (REVERSE) load(q, 1, n + 2);
+        mma_transposed(p[n], REVERSE ? q : k[(n + 2) & 3], REVERSE ? k[2] : q);
       }
     }
     barrier();  // the tiles have been read
@@ -287,7 +295,7 @@ template <int R> struct DeltaPrepare {
   // Two tiles from one on, by BY threads. Above the diagonal blocks nothing was stored.
   template <int BY> CLA_DEVICE void write(int first, int thread) {
     constexpr int ROWS = BY / 8;
-    const int piece = thread % 8 ^ thread / 8 % 8;
+    const int piece = (thread % 8) ^ (thread / 8 % 8);
     const unsigned char *from = shared + first * SUBTILE + 16 * thread;
     unsigned char *to = this->to + first * SUBTILE + 16 * thread;
     CLA_UNROLL
@@ -300,9 +308,10 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE void run() {
     float l[4][2][4], p[4][2][4];
     load();
-    // Who has most of P has least of A.
-    const int i = 3 - warp;
-    multiply(l, p, i);
+    // Who has much of P has little of A.
+    const int i = (warp + 2) & 3;
+    if (s.reverse) multiply<true>(l, p);
+    else multiply<false>(l, p);
     store_scores<3>(p, i);
     store_scores<2>(p, i);
     store_scores<1>(p, i);

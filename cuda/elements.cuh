@@ -95,7 +95,7 @@ struct Rows {
 
   CLA_DEVICE Rows(const cla_tensor &x, int64_t batch, int head)
       : data((unsigned char *)x.data), token(x.token), element(x.element), dtype(x.dtype) {
-    if (data) data += (batch * x.batch + (head / x.group) * x.head) * size();
+    if (data) data += (batch * x.batch + (x.group == 1 ? head : head / x.group) * x.head) * size();
   }
   CLA_DEVICE int size() const { return dtype == CLA_F32 ? 4 : 2; }
   CLA_DEVICE float load(int64_t t, int d) const {

@@ -118,6 +118,28 @@ static void exchange(Exchange e) {
   e.up[64 + t] = sum;
 }
 
+// Lanes hand numbers to each other in shared memory.
+static void exchange_in_memory(int32_t *out) {
+  int32_t *row = (int32_t *)shared_memory();
+  const int t = (int)thread_index();
+  int32_t x = t;
+  for (int i = 0; i < 5; i++) {
+    row[t] = x;
+    warp_barrier();
+    x = row[t ^ 1 << i] + 1;
+    warp_barrier();
+  }
+  out[t] = x;
+}
+
+static void check_warp_barriers() {
+  std::vector<int32_t> out(64);
+  check(launch(exchange_in_memory, {1, 1}, 64, 256, nullptr, out.data()) == 0, "warps wait for their lanes");
+  bool holds = true;
+  for (int t = 0; t < 64; t++) holds &= out[t] == (t ^ 31) + 5;
+  check(holds, "what lanes of a warp wrote before a barrier of theirs is seen after it");
+}
+
 static void check_shuffles() {
   std::vector<float> xored(64), five(64);
   std::vector<int32_t> up(128);
@@ -353,6 +375,7 @@ int main(int argc, char **argv) {
     check(is_product(product_of_tiles<true, true>), "A by columns, B by columns");
     check(is_product(product_of_tiles<true, false>), "A by columns, B by rows");
     check_shuffles();
+    check_warp_barriers();
     check_grids();
     check_copies();
   }
