@@ -18,6 +18,7 @@
 #define CLA_UNROLL _Pragma("unroll")
 #define CLA_NO_UNROLL _Pragma("unroll 1")
 #define CLA_UNROLL_TWICE _Pragma("unroll 2")
+#define CLA_UNROLL_EIGHT _Pragma("unroll 8")
 
 namespace cla {
 
@@ -31,6 +32,8 @@ extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
 CLA_DEVICE unsigned char *shared_memory() { return dynamic_shared_memory; }
 
 CLA_DEVICE void barrier() { __syncthreads(); }
+// What lanes of a warp wrote to memory before it, they all see after it.
+CLA_DEVICE void warp_barrier() { __syncwarp(); }
 template <class T> CLA_DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <class T> CLA_DEVICE T shuffle_up(T x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 template <class T> CLA_DEVICE T shuffle(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
@@ -41,6 +44,11 @@ CLA_DEVICE float atomic_add(float *p, float x) { return atomicAdd(p, x); }
 // going into registers before the loop around it.
 CLA_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+
+CLA_DEVICE float opaque(float x) {
+  asm volatile("" : "+f"(x));
   return x;
 }
 
