@@ -183,9 +183,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       CLA_UNROLL
       for (int k = 0; k < HELD; k++) {
         const int at = 16 * (first + k);
-        add_registers_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 0), at);
-        add_registers_by_rows<WGMMA>(acc, a.rest[k], read_tile(stage, 0), at);
-        if (L::KEY_PARTS == 2) add_registers_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 1), at);
+        add_parts_by_rows<WGMMA>(acc, a.high[k], a.rest[k], read_tile(stage, 0), at);
+        if (L::KEY_PARTS == 2) add_part_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 1), at);
       }
     }
   }
@@ -221,9 +220,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       products_fence<WGMMA>();
       CLA_UNROLL
       for (int k = 0; k < 4; k++) {
-        add_registers_by_columns<WGMMA, R>(state, a[k], w, 16 * k);
-        add_registers_by_columns<WGMMA, R>(state, rest[k], w, 16 * k);
-        if (L::KEY_PARTS == 2) add_registers_by_columns<WGMMA, R>(state, a[k], write_tile(stage, 1), 16 * k);
+        add_parts_by_columns<WGMMA, R>(state, a[k], rest[k], w, 16 * k);
+        if (L::KEY_PARTS == 2) add_part_by_columns<WGMMA, R>(state, a[k], write_tile(stage, 1), 16 * k);
       }
     } else {
       products_fence<WGMMA>();

@@ -61,8 +61,8 @@ typedef struct {
   // the decay of the token that follows, or, after a last token, is given.
   cla_delta_states anchors;
   int32_t reverse;
-  // Chunked sweeps only: CLA_DELTA_PREPARED bytes for each segment and head, which are all that `anchors` counts, whether it
-  // has data or not. Blocks have 16 or 32 columns of the state.
+  // Chunked sweeps only: cla_delta_prepared_bytes for each segment and head, which are all that `anchors` counts, whether it
+  // has data or not. Blocks have 64 or 128 columns of the state.
   int32_t columns;
   unsigned char *prepared;
   // Token by token only: whether twice as many blocks are to have room, which makes each slower.
@@ -72,9 +72,9 @@ typedef struct {
 // Token by token, K up to 256 and any V.
 int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
 
-// A segment at a time, in matrix form, on tensor cores: delta without a gate or with one by token, bf16, K up to 128. What
-// does not depend on the state is prepared for all segments first, by cla_delta_prepare.
-#define CLA_DELTA_PREPARED (33 * 1024)
+// A segment at a time, in matrix form, on tensor cores: delta with any gate, bf16, K up to 128. What does not depend on the
+// state is prepared for all segments first, by cla_delta_prepare.
+int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep);
 int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
 int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
 // The shared memory that these need for a block of so many columns; -1 if they do not take the sweep.

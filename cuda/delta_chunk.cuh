@@ -26,8 +26,15 @@ static_assert(CHUNK == CLA_DELTA_SEGMENT, "a segment is solved as one chunk");
 struct Prepared {
   static constexpr int T = 0, P = 2 * SUBTILE, FACTORS = 4 * SUBTILE;
   static constexpr int FROM_START = 0, TO_END = CHUNK, BETA = 2 * CHUNK, WHOLE = 3 * CHUNK;  // floats
+  // With a decay by channel keys have all but this multiplied in.
+  static constexpr int WHOLE_BY_CHANNEL = 0;
   static constexpr int BYTES = FACTORS + 1024;
-  static_assert(BYTES == CLA_DELTA_PREPARED, "as the interface says");
+  static_assert(WHOLE_BY_CHANNEL + 128 <= BETA && WHOLE < 256, "numbers have room");
+};
+// With a decay by channel these follow, tiles in two parts each: keys with the decay since the start of the segment, which
+// meet the state before, keys with the decay to its end, which are written, and q, which in reverse is written too.
+template <int R> struct PreparedKeys {
+  static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
 
 // The steps of one segment, in the order of the sweep. A sequence is cut from its first token on, either way.

@@ -1,146 +1,104 @@
-// The chunked delta sweep: a block goes over the segments of one sequence and head with 16 or 32 columns of the state, in f32
-// registers from the first segment to the last. See delta_chunk.cuh for the equations.
+// The chunked delta sweep: a block goes over the segments of one sequence and head with 64 columns of the state a warpgroup,
+// in f32 registers from the first segment to the last. See delta_chunk.cuh for the equations.
 //
-// Everything is transposed: columns of the state are the rows of all products, so that what four warps accumulate is, packed
-// as the sum of two bf16, the A operand of the next product, and goes from warp to warp through shared memory as it lies in
-// registers. What follows from segment to segment is three products that wait for one another:
-//
-//     solving warps     X^T K^T          -> barrier -> m^T = (...) T^T -> barrier -> X^T = ... + c^T K -> barrier
-//     reading warps     X^T Q^T, P dO    -> barrier -> copies          -> barrier -> O^T = ... + c^T P^T
-//
-// so four warps do these and four others all that does not have to wait, at the same time.
+// As in the chunked sweep of the additive families, warpgroups hold X^T, and all that they compute has columns of the state as
+// rows: what one product accumulates is, as the sum of two bf16, the A operand of the next in the same registers. So the three
+// products of a segment that wait for one another, X^T K^T, the right side times T^T and the state's update, need no shared
+// memory between them and no barrier; outputs are computed beside them.
 #include "delta_chunk.cuh"
 
 namespace cla {
 
-template <int R, int M> struct DeltaChunkLayout {
-  static constexpr int COLUMNS = 16 * M, VALUE_PITCH = COLUMNS + 8;  // in elements: rows begin at different banks
-  // A stage has what is read of one segment.
-  static constexpr int KEY = R * 128, K = 0, Q = KEY, PREPARED = 2 * KEY, VALUE = PREPARED + Prepared::BYTES;
-  static constexpr int STAGE = (VALUE + 2 * CHUNK * VALUE_PITCH + 1023) / 1024 * 1024;
-  // A operands, [steps of 16, M, 2 parts], 512 bytes each: of the state, of the system's right side, of c, of what is
-  // written (c, and dO in reverse, faded to the end of the segment).
-  static constexpr int OPERAND = 512, OF_STATE = 2 * STAGE, OF_RIGHT = OF_STATE + R / 16 * M * 2 * OPERAND;
-  static constexpr int OF_C = OF_RIGHT + 4 * M * 2 * OPERAND, OF_WRITE = OF_C + 4 * M * 2 * OPERAND;
-  static constexpr int OF_GRAD = OF_WRITE + 4 * M * 2 * OPERAND;
-  // P dO, as it is accumulated: in reverse, where no one asks for c alone.
-  static constexpr int SEEN = OF_C, SHARED = OF_GRAD + 4 * M * 2 * OPERAND;
+template <int R, int W, bool BY_CHANNEL> struct DeltaChunkLayout {
+  static constexpr int THREADS = 128 * W, COLUMNS = 64 * W;
+  static constexpr int KEY = R * 128, VALUES = W * SUBTILE;
+  // Keys that a decay by channel has been multiplied into are too many for a second stage: what is read of the state and what
+  // is written to it are each loaded when those of the segment before have been used.
+  static constexpr int DECAYED = BY_CHANNEL ? PreparedKeys<R>::BYTES : 0;
+  // A stage has all else that is read of one segment.
+  static constexpr int K = 0, Q = KEY, VALUE = BY_CHANNEL ? 0 : 2 * KEY, PREPARED = VALUE + VALUES;
+  static constexpr int STAGES = DECAYED, STAGE = PREPARED + Prepared::BYTES;
+  // Results wait for the next segment in one of two tiles, so that whole rows go out and nobody waits for them.
+  static constexpr int OUT = STAGES + 2 * STAGE, SHARED = OUT + 2 * VALUES;
 };
 
-template <int R, int M, bool REVERSE> struct DeltaChunked {
-  using L = DeltaChunkLayout<R, M>;
-  static constexpr int THREADS = 256, COLUMNS = L::COLUMNS, OWN = R / 4, N = OWN / 8;  // of the state, channels of a warp
+// What a sweep leaves beside its final state: the output, or m, or, in reverse, both. That it is known to the compiler keeps
+// branches out from between products that are under way.
+enum class Leaves { OUTPUT, WRITTEN, BOTH_IN_REVERSE };
+
+template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
+  using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
+  using Keys = PreparedKeys<R>;
+  static constexpr bool REVERSE = LEAVES == Leaves::BOTH_IN_REVERSE, OUTPUT = LEAVES == Leaves::OUTPUT;
+  static constexpr int THREADS = L::THREADS, COLUMNS = L::COLUMNS, STEPS = CHUNK / 16;
+  static constexpr bool WGMMA = HAS_WGMMA;
 
   const cla_delta_sweep &s;
   unsigned char *shared;
-  int tid, lane, warp, row0, pair, head, first_column;
-  bool solves;
-  int64_t sequence, segments;
-  Rows q, k, value, inner, out;
-  float state[M][N][4];
+  int tid, warp, group, row0, pair, head, first_column;
+  int64_t sequence, segments, first_segment;
+  Steps steps;
+  float state[R / 8][4];
 
-  CLA_DEVICE DeltaChunked(const cla_delta_sweep &s, int tiles, const Place &place)
-      : s(s), shared(shared_memory()), head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        q(s.of.q, batch(s, sequence), head), k(s.of.k, batch(s, sequence), head), value(s.value, batch(s, sequence), head),
-        inner(s.inner, batch(s, sequence), head), out(s.out, batch(s, sequence), head) {
+  CLA_DEVICE DeltaChunked(const cla_delta_sweep &s)
+      : s(s), shared(shared_memory()), steps(s.of.cu_seqlens, s.of.tokens, block_x() / tiles(s) / s.of.heads, REVERSE) {
     tid = thread_index();
-    lane = tid & 31;
     warp = (tid >> 5) & 3;
-    solves = tid < 128;
-    row0 = lane >> 2;
-    pair = (lane & 3) * 2;
-    segments = (Steps(s.of.cu_seqlens, s.of.tokens, sequence, REVERSE).count + CHUNK - 1) / CHUNK;
-    if (value.data) value.data += first_column * value.element * value.size();
+    group = tid >> 7;
+    row0 = (tid & 31) >> 2;
+    pair = (tid & 3) * 2;
+    head = block_x() / tiles(s) % s.of.heads;
+    sequence = block_x() / tiles(s) / s.of.heads;
+    first_column = block_x() % tiles(s) * COLUMNS;
+    segments = (steps.count + CHUNK - 1) / CHUNK;
+    first_segment = segment_index(s.anchors, sequence, 0);
   }
 
-  CLA_DEVICE static int64_t batch(const cla_delta_sweep &s, int64_t sequence) { return s.of.cu_seqlens ? 0 : sequence; }
+  // Blocks that share a state.
+  CLA_DEVICE static unsigned tiles(const cla_delta_sweep &s) { return (s.of.v_dim + COLUMNS - 1) / COLUMNS; }
   CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
   CLA_DEVICE int64_t segment(int64_t i) const { return REVERSE ? segments - 1 - i : i; }
-  CLA_DEVICE unsigned char *stage(int64_t i) const { return shared + (i & 1) * L::STAGE; }
-  CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
-  CLA_DEVICE static uint16_t *value_row(unsigned char *stage, int row) {
-    return (uint16_t *)(stage + L::VALUE) + row * L::VALUE_PITCH;
+  // A sequence is cut from its first token on, either way.
+  CLA_DEVICE int count_at(int64_t i) const {
+    const int64_t left = steps.count - segment(i) * CHUNK;
+    return left < CHUNK ? (int)left : CHUNK;
   }
+  // The rows of a tensor whose columns are those of the state, from the block's first on.
+  CLA_DEVICE Rows of_columns(const cla_tensor &x) const {
+    Rows rows(x, steps.batch, head);
+    if (rows.data) rows.data += first_column * rows.element * rows.size();
+    return rows;
+  }
+  // The thread's columns of the state within the block, h = 0 or 1.
+  CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
+
+  CLA_DEVICE unsigned char *stage(int64_t i) const { return shared + L::STAGES + (i & 1) * L::STAGE; }
+  CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
+  CLA_DEVICE static Tile prepared(unsigned char *stage, int which) { return {stage + L::PREPARED + which}; }
+  // What is read of the state, written to it, and which of these q is.
+  CLA_DEVICE Tile reads(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::READS : stage + L::K}; }
+  CLA_DEVICE Tile writes(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::WRITES : stage + L::K}; }
+  CLA_DEVICE Tile queries(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::QUERIES : stage + L::Q}; }
+  CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(64 * group); }
+  CLA_DEVICE Tile out_tile(int64_t i) const { return {shared + L::OUT + (i & 1) * L::VALUES}; }
   CLA_DEVICE static const float *factors(unsigned char *stage, int which) {
     return (const float *)(stage + L::PREPARED + Prepared::FACTORS) + which;
-  }
-
-  // ---- operands on their way from warp to warp ----
-
-  CLA_DEVICE unsigned char *operand(int of, int step, int m, int part) const {
-    return shared + of + ((step * M + m) * 2 + part) * L::OPERAND + lane * 16;
-  }
-  // Numbers accumulated for 16 columns of an operand.
-  CLA_DEVICE void give(int of, int step, int m, const float (&acc)[2][4]) const {
-    uint32_t high[4], rest[4];
-    to_a<16>(high, acc, 0);
-    to_a_rest<16>(rest, high, acc, 0);
-    store16(operand(of, step, m, 0), {high[0], high[1], high[2], high[3]});
-    store16(operand(of, step, m, 1), {rest[0], rest[1], rest[2], rest[3]});
-  }
-  CLA_DEVICE void take(uint32_t (&a)[4], int of, int step, int m, int part) const {
-    const Vec4 x = load16(operand(of, step, m, part));
-    a[0] = x.x, a[1] = x.y, a[2] = x.z, a[3] = x.w;
-  }
-  // acc += A b^T for rows 16 warp and on of tiles, b in one part or two, over `steps` steps.
-  CLA_DEVICE void add_by_rows(float (&acc)[M][2][4], int of, int steps, Tile b, bool two) const {
-    CLA_UNROLL_TWICE
-    for (int step = 0; step < steps; step++) {
-      uint32_t x[4], y[4], y_rest[4];
-      load_b(y, b, 16 * warp, 16 * step);
-      if (two) load_b(y_rest, {b.base + SUBTILE}, 16 * warp, 16 * step);
-      CLA_UNROLL
-      for (int m = 0; m < M; m++) {
-        take(x, of, step, m, 0);
-        mma16(acc[m][0], acc[m][1], x, y);
-        if (two) mma16(acc[m][0], acc[m][1], x, y_rest);
-        take(x, of, step, m, 1);
-        mma16(acc[m][0], acc[m][1], x, y);
-      }
-    }
-  }
-  CLA_DEVICE static void zero(float (&acc)[M][2][4]) {
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) acc[m][e / 4][e % 4] = 0.f;
-    }
-  }
-  // f(number, step of the segment, column of the block) for what a warp accumulates for its 16 steps.
-  template <class F> CLA_DEVICE void each(float (&acc)[M][2][4], F f) const {
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) {
-        f(acc[m][e / 4][e % 4], 16 * warp + 8 * (e / 4) + pair + (e & 1), 16 * m + row0 + 8 * (e / 2 % 2));
-      }
-    }
   }
 
   // ---- the state ----
 
   template <class F> CLA_DEVICE void each_of_state(F f) {
     CLA_UNROLL
-    for (int m = 0; m < M; m++) {
+    for (int j = 0; j < R / 8; j++) {
       CLA_UNROLL
-      for (int n = 0; n < N; n++) {
-        CLA_UNROLL
-        for (int e = 0; e < 4; e++) {
-          const int r = OWN * warp + 8 * n + pair + (e & 1), c = 16 * m + row0 + 8 * (e >> 1);
-          if (r < s.of.k_dim && c < columns()) f(state[m][n][e], r, c);
-        }
+      for (int e = 0; e < 4; e++) {
+        const int r = 8 * j + pair + (e & 1), c = column(e >> 1);
+        if (r < s.of.k_dim && c < columns()) f(state[j][e], r, c);
       }
     }
   }
   CLA_DEVICE void load_state() {
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
-      CLA_UNROLL
-      for (int n = 0; n < N; n++) {
-        CLA_UNROLL
-        for (int e = 0; e < 4; e++) state[m][n][e] = 0.f;
-      }
-    }
+    zero(state);
     if (!s.first.data) return;
     const float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
     each_of_state([&](float &x, int r, int c) { x = from[r * s.first.row + c * s.first.col]; });
@@ -148,250 +106,405 @@ template <int R, int M, bool REVERSE> struct DeltaChunked {
   CLA_DEVICE void store_state(float *to, int64_t row, int64_t column) {
     each_of_state([&](float &x, int r, int c) { to[r * row + c * column] = x; });
   }
-  CLA_DEVICE void give_state() const {
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
-      CLA_UNROLL
-      for (int n = 0; n < N; n += 2) {
-        float two[2][4];
-        CLA_UNROLL
-        for (int e = 0; e < 8; e++) two[e / 4][e % 4] = state[m][n + e / 4][e % 4];
-        give(L::OF_STATE, (OWN * warp + 8 * n) / 16, m, two);
-      }
-    }
+  CLA_DEVICE void keep(int64_t i) {
+    if (!s.anchors.data) return;
+    const int64_t size = (int64_t)s.of.k_dim * s.of.v_dim;
+    store_state(s.anchors.data + ((first_segment + segment(i)) * s.of.heads + head) * size + first_column, s.of.v_dim, 1);
   }
-  // state += A b for the operand A over the segment's steps and the warp's channels of b.
-  CLA_DEVICE void add_to_state(int of, Tile b) {
-    CLA_UNROLL_TWICE
-    for (int step = 0; step < 4; step++) {
-      uint32_t x[M][2][4], y[4];
+
+  // ---- loading ----
+
+  // A thread's 16-byte pieces of the rows of a segment: the same piece of every EVERY-th row, so that one address and one
+  // stride lead to all of them, in memory and in a tile.
+  template <int WIDTH> struct Pieces {
+    static constexpr int PER_ROW = WIDTH / 8, EVERY = THREADS / PER_ROW, EACH = CHUNK / EVERY;
+    static_assert(EVERY % 8 == 0 && EVERY * EACH == CHUNK, "pieces cover the rows, a multiple of the swizzle's period apart");
+    unsigned char *data;  // of the segment at hand
+    int64_t row_bytes;    // to the next step
+    int row, piece, width;
+
+    CLA_DEVICE Pieces(const DeltaChunked &sweep, const Rows &rows, int width)
+        : row(sweep.tid / PER_ROW), piece(sweep.tid % PER_ROW), width(width) {
+      row_bytes = (REVERSE ? -2 : 2) * rows.token;
+      data = rows.data + 16 * piece + sweep.steps.token(0) * rows.token * 2 + row * row_bytes;
+    }
+    CLA_DEVICE bool inside() const { return 8 * piece < width; }
+    CLA_DEVICE void next(int count) { data += count * row_bytes; }
+    // Zeros for rows from `count` on.
+    CLA_DEVICE void fetch(Tile to, int count) {
+      unsigned char *into = to.piece(row, piece);
       CLA_UNROLL
-      for (int m = 0; m < M; m++) {
-        take(x[m][0], of, step, m, 0);
-        take(x[m][1], of, step, m, 1);
+      for (int n = 0; n < EACH; n++) {
+        copy16_async(into + n * EVERY * 128, data + n * EVERY * row_bytes, inside() && row + n * EVERY < count);
       }
+      next(count);
+    }
+    CLA_DEVICE void store(Tile from, int count) {
+      const unsigned char *x = from.piece(row, piece);
       CLA_UNROLL
-      for (int n = 0; n < N; n += 2) {
-        load_b_transposed(y, b, 16 * step, OWN * warp + 8 * n);
-        CLA_UNROLL
-        for (int m = 0; m < M; m++) {
-          mma16(state[m][n], state[m][n + 1], x[m][0], y);
-          mma16(state[m][n], state[m][n + 1], x[m][1], y);
+      for (int n = 0; n < EACH; n++) {
+        if (inside() && row + n * EVERY < count) {
+          store16_streaming(data + n * EVERY * row_bytes, load16(x + n * EVERY * 128));
         }
       }
+      next(count);
+    }
+  };
+  struct Moved {
+    Pieces<R> k, q;
+    Pieces<COLUMNS> value, out;
+    const unsigned char *prepared;
+    bool in_pieces;
+
+    CLA_DEVICE Moved(const DeltaChunked &sweep)
+        : Moved(sweep, Rows(sweep.s.of.k, sweep.steps.batch, sweep.head), Rows(sweep.s.of.q, sweep.steps.batch, sweep.head),
+                sweep.of_columns(sweep.s.value), sweep.of_columns(sweep.s.out)) {}
+    CLA_DEVICE Moved(const DeltaChunked &sweep, const Rows &k, const Rows &q, const Rows &value, const Rows &out)
+        : k(sweep, k, sweep.s.of.k_dim), q(sweep, q, sweep.s.of.k_dim), value(sweep, value, value.data ? sweep.columns() : 0),
+          out(sweep, out, sweep.columns()) {
+      const int width = sweep.s.of.k_dim, columns = sweep.columns();
+      auto whole = [](const Rows &x, int width) { return !x.data || x.in_pieces(width); };
+      in_pieces = whole(value, columns) && whole(out, columns);
+      if (!BY_CHANNEL) in_pieces = in_pieces && k.in_pieces(width) && q.in_pieces(width);
+      prepared = sweep.s.prepared + sweep.prepared_index(0) * PREPARED_BYTES;
+    }
+  };
+
+  static constexpr int64_t PREPARED_BYTES = Prepared::BYTES + L::DECAYED;
+  CLA_DEVICE int64_t prepared_index(int64_t i) const { return (first_segment + segment(i)) * s.of.heads + head; }
+  template <int BYTES> CLA_DEVICE void copy(unsigned char *to, const unsigned char *from) const {
+    CLA_UNROLL
+    for (int at = 0; at < BYTES; at += 16 * THREADS) {
+      if (BYTES % (16 * THREADS) == 0 || at + 16 * tid < BYTES) copy16_async(to + at + 16 * tid, from + at + 16 * tid, true);
     }
   }
 
-  // ---- loading, by the reading warps ----
-
-  CLA_DEVICE void fetch(int64_t i) const {
+  // A stage.
+  CLA_DEVICE void fetch(Moved &of, int64_t i) const {
     if (i < segments) {
-      const int tid = this->tid - 128;
-      const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
       unsigned char *to = stage(i);
-      fetch_tile<R, 128>(tile(to, L::K), k, at, s.of.k_dim, tid);
-      if (REVERSE || out.data) fetch_tile<R, 128>(tile(to, L::Q), q, at, s.of.k_dim, tid);
-      fetch_rows<COLUMNS, 128, 2 * L::VALUE_PITCH>([=](int row, int c) { return (unsigned char *)(value_row(to, row) + c); },
-                                                   value, at, columns(), tid);
-      const unsigned char *from =
-          s.prepared + (segment_index(s.anchors, sequence, segment(i)) * s.of.heads + head) * Prepared::BYTES;
-      CLA_UNROLL
-      for (int at = 0; at < Prepared::BYTES; at += 16 * 128) {
-        if (at + 16 * tid < Prepared::BYTES) copy16_async(to + L::PREPARED + at + 16 * tid, from + at + 16 * tid, true);
+      const int count = count_at(i);
+      if (of.in_pieces) {
+        if (!BY_CHANNEL) of.k.fetch(tile(to, L::K), count);
+        if (!BY_CHANNEL && LEAVES != Leaves::WRITTEN) of.q.fetch(tile(to, L::Q), count);
+        of.value.fetch(tile(to, L::VALUE), count);
+      } else {
+        fetch_apart(s, i);
       }
+      copy<Prepared::BYTES>(to + L::PREPARED, of.prepared);
+      of.prepared += (REVERSE ? -1 : 1) * s.of.heads * PREPARED_BYTES;
     }
     copies_commit();
+  }
+  // Decayed keys that are read, q among them but in reverse, and those that are written.
+  CLA_DEVICE void fetch_reads(int64_t i) const {
+    if (i < segments) {
+      const unsigned char *from = s.prepared + prepared_index(i) * PREPARED_BYTES + Prepared::BYTES;
+      copy<Keys::EACH>(shared + Keys::READS, from + Keys::READS);
+      if (OUTPUT) copy<Keys::EACH>(shared + Keys::QUERIES, from + Keys::QUERIES);
+    }
+    copies_commit();
+  }
+  CLA_DEVICE void fetch_writes(int64_t i) const {
+    const unsigned char *from = s.prepared + prepared_index(i) * PREPARED_BYTES + Prepared::BYTES;
+    copy<Keys::EACH>(shared + Keys::WRITES, from + Keys::WRITES);
+    if (REVERSE) copy<Keys::EACH>(shared + Keys::QUERIES, from + Keys::QUERIES);
+    copies_commit();
+  }
+  // Rows that lie otherwise, out of the way of the loop over segments.
+  CLA_COLD static void fetch_apart(const cla_delta_sweep &s, int64_t i) {
+    const DeltaChunked sweep(s);
+    const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
+    unsigned char *to = sweep.stage(i);
+    const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
+    if (!BY_CHANNEL) {
+      fetch_tile<R, THREADS>(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
+      fetch_tile<R, THREADS>(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
+    }
+    fetch_tile<COLUMNS, THREADS>(tile(to, L::VALUE), sweep.of_columns(s.value), at, sweep.columns(), sweep.tid);
   }
 
   // ---- one segment ----
 
-  // To the step that the state is read at.
-  CLA_DEVICE void fade(float (&acc)[M][2][4], unsigned char *of) const {
-    if (REVERSE && !solves) return;
-    const float *left = factors(of, Prepared::FROM_START);
-    each(acc, [&](float &x, int t, int) { x *= left[t]; });
-  }
-
-  // The right side of the system, from what the state has for its steps.
-  CLA_DEVICE void give_right(float (&acc)[M][2][4], unsigned char *of) const {
-    if (!REVERSE) each(acc, [&](float &x, int t, int c) { x = from_bf16(value_row(of, t)[c]) - x; });
+  // As numbers that the compiler has to write down here, not while products are under way.
+  template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
     CLA_UNROLL
-    for (int m = 0; m < M; m++) {
+    for (int j = 0; j < N; j++) {
       CLA_UNROLL
-      for (int n = 0; n < 2; n++) {
-        if (!REVERSE) continue;
-        float seen[4];
-        load4(seen, (const float *)operand(L::SEEN, warp, m, n));
-        CLA_UNROLL
-        for (int e = 0; e < 4; e++) acc[m][n][e] += s.of.scale * seen[e];
+      for (int e = 0; e < 4; e++) x[j][e] = opaque(0.f);
+    }
+  }
+  // f(two numbers, of neighbouring steps and one column of the state; factors of these steps) for all that is accumulated.
+  template <class F> CLA_DEVICE void each_pair(float (&acc)[8][4], const float *factors, F f) const {
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      const float x = factors[8 * j + pair], y = factors[8 * j + pair + 1];
+      f(acc[j][0], acc[j][1], x, y);
+      f(acc[j][2], acc[j][3], x, y);
+    }
+  }
+  CLA_DEVICE void scale(float (&acc)[8][4], const float *factors) const {
+    each_pair(acc, factors, [](float &a, float &b, float x, float y) { a *= x, b *= y; });
+  }
+  // f(a number, what is in its place in the values) for all that is accumulated.
+  template <class F> CLA_DEVICE void with_values(float (&acc)[8][4], unsigned char *of, F f) const {
+    CLA_UNROLL
+    for (int step = 0; step < STEPS; step++) {
+      uint32_t v[4];
+      load_a_transposed(v, own_values(of), 16 * step, 16 * warp);
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) {
+        float(&at)[4] = acc[2 * step + (i >> 1)];
+        f(at[2 * (i & 1)], low_bf16(v[i])), f(at[2 * (i & 1) + 1], high_bf16(v[i]));
       }
-      give(L::OF_RIGHT, warp, m, acc[m]);
     }
   }
 
-  // Solves it, for the warp's steps; what is written goes to the other warps.
-  CLA_DEVICE void solve(unsigned char *of, const SegmentSteps &at) {
-    float acc[M][2][4];
+  // Accumulated numbers as A operands, in two parts.
+  template <int COUNT> struct Operand {
+    uint32_t high[COUNT][4], rest[COUNT][4];
+
+    CLA_DEVICE void pack(const float (&acc)[2 * COUNT][4]) {
+      CLA_UNROLL
+      for (int k = 0; k < COUNT; k++) {
+        to_a<16 * COUNT>(high[k], acc, 16 * k);
+        to_a_rest<16 * COUNT>(rest[k], high[k], acc, 16 * k);
+      }
+    }
+  };
+  // acc += A b^T for keys.
+  template <int COUNT> CLA_DEVICE static void add_by_rows(float (&acc)[8][4], const Operand<COUNT> &a, Tile b) {
+    CLA_UNROLL
+    for (int k = 0; k < COUNT; k++) {
+      add_parts_by_rows<WGMMA>(acc, a.high[k], a.rest[k], b, 16 * k);
+      if (BY_CHANNEL) add_part_by_rows<WGMMA>(acc, a.high[k], {b.base + L::KEY}, 16 * k);
+    }
+  }
+  // acc += A b^T, b in two parts and zero above its diagonal.
+  CLA_DEVICE static void add_by_triangle(float (&acc)[8][4], const Operand<STEPS> &a, Tile b) {
+    CLA_UNROLL
+    for (int k = 0; k < STEPS; k++) add_parts_by_triangle<WGMMA>(acc, a.high[k], a.rest[k], b, {b.base + SUBTILE}, 16 * k);
+  }
+  // X += A b
+  CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) {
+    CLA_UNROLL
+    for (int k = 0; k < STEPS; k++) {
+      add_parts_by_columns<WGMMA, R>(state, a.high[k], a.rest[k], b, 16 * k);
+      if (BY_CHANNEL) add_part_by_columns<WGMMA, R>(state, a.high[k], {b.base + L::KEY}, 16 * k);
+    }
+  }
+  CLA_DEVICE void fade_state(unsigned char *of) {
+    const float *whole = factors(of, BY_CHANNEL ? Prepared::WHOLE_BY_CHANNEL : Prepared::WHOLE);
+    CLA_UNROLL
+    for (int j = 0; j < R / 8; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) state[j][e] *= whole[BY_CHANNEL ? 8 * j + pair + (e & 1) : 0];
+    }
+  }
+
+  // Where keys are decayed, `used` runs when those that are read have been read and before others are written.
+  template <class F> CLA_DEVICE void solve(int64_t i, F used) {
+    unsigned char *of = stage(i);
+    const Tile p = prepared(of, Prepared::P);
+    const float *from_start = factors(of, Prepared::FROM_START), *to_end = factors(of, Prepared::TO_END);
+    // The right side of the system, then m, then what is written; and what P says.
+    float acc[8][4], result[8][4];
     zero(acc);
-    add_by_rows(acc, L::OF_RIGHT, warp + 1, tile(of, L::PREPARED + Prepared::T), true);
-    const float *beta = factors(of, Prepared::BETA), *left = factors(of, Prepared::TO_END);
-    if (inner.data) store(inner, at, acc, 1.f);
-    each(acc, [&](float &x, int t, int) { x *= REVERSE ? -beta[t] : beta[t]; });
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
-      if (!REVERSE) give(L::OF_C, warp, m, acc[m]);
-    }
-    if (REVERSE && out.data) store(out, at, acc, -1.f);
-    each(acc, [&](float &x, int t, int) { x *= left[t]; });
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) give(L::OF_WRITE, warp, m, acc[m]);
-  }
-
-  // A result, whose rows are contiguous.
-  CLA_DEVICE void store(const Rows &to, const SegmentSteps &at, const float (&acc)[M][2][4], float factor) const {
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      const int t = 16 * warp + 8 * (i >> 1) + pair + (i & 1);
-      if (t >= at.count) continue;
-      unsigned char *row = to.row(at.token(t));
-      CLA_UNROLL
-      for (int j = 0; j < 2 * M; j++) {
-        const int c = 8 * j + row0;
-        if (c < columns()) {
-          store_element(row, to.dtype, first_column + c, factor * acc[j >> 1][i >> 1][2 * (j & 1) + (i & 1)]);
-        }
+    zero(result);
+    {
+      Operand<R / 16> x;
+      x.pack(state);
+      products_fence<WGMMA>();
+      if (REVERSE) {
+        add_columns_by_rows<WGMMA>(result, own_values(of), p);
+        add_columns_by_rows<WGMMA>(result, own_values(of), {p.base + SUBTILE});
       }
+      add_by_rows(acc, x, reads(of));
+      products_commit<WGMMA>();
+      if (OUTPUT) add_by_rows(result, x, queries(of));
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 1>();
+      if (!BY_CHANNEL) scale(acc, from_start);
+      if (!REVERSE) with_values(acc, of, [](float &x, float v) { x = v - x; });
+      products_wait<WGMMA, 0>();
     }
-  }
-
-  CLA_DEVICE void update_state(unsigned char *of) {
-    const float whole = *factors(of, Prepared::WHOLE);
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) {
+    if (OUTPUT && !BY_CHANNEL) scale(result, from_start);
+    if (REVERSE) {
       CLA_UNROLL
-      for (int n = 0; n < N; n++) {
+      for (int j = 0; j < 8; j++) {
         CLA_UNROLL
-        for (int e = 0; e < 4; e++) state[m][n][e] *= whole;
+        for (int e = 0; e < 4; e++) acc[j][e] += s.of.scale * result[j][e];
       }
     }
-    add_to_state(L::OF_WRITE, tile(of, L::K));
-    if (REVERSE) add_to_state(L::OF_GRAD, tile(of, L::Q));
-    give_state();
+    Operand<STEPS> a;
+    a.pack(acc);
+    zero(acc);
+    products_fence<WGMMA>();
+    add_by_triangle(acc, a, prepared(of, Prepared::T));
+    products_commit<WGMMA>();
+    fade_state(of);
+    products_wait<WGMMA, 0>();
+    used();
+
+    if (!OUTPUT && s.inner.data) store_inner(i, acc);
+    scale(acc, factors(of, Prepared::BETA));
+    if (REVERSE) {
+      if (s.out.data) wait_with(i, acc, 1.f);
+      each_pair(acc, to_end, [](float &a, float &b, float x, float y) {
+        a *= BY_CHANNEL ? -1.f : -x, b *= BY_CHANNEL ? -1.f : -y;
+      });
+      a.pack(acc);
+      products_fence<WGMMA>();
+      add_to_state(a, writes(of));
+      products_commit<WGMMA>();
+      // The gradients of outputs, with q: one of them has been faded to the end of the segment, and scaled.
+      if (BY_CHANNEL) {
+        add_columns_by_columns<WGMMA, R>(state, own_values(of), queries(of));
+        add_columns_by_columns<WGMMA, R>(state, own_values(of), {queries(of).base + L::KEY});
+      } else {
+        with_values(result, of, [&](float &x, float v) { x = s.of.scale * v; });
+        scale(result, to_end);
+        Operand<STEPS> g;
+        g.pack(result);
+        products_fence<WGMMA>();
+        add_to_state(g, queries(of));
+      }
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 0>();
+    } else {
+      Operand<STEPS> c;
+      if (OUTPUT || BY_CHANNEL) c.pack(acc);
+      if (!BY_CHANNEL) {
+        scale(acc, to_end);
+        a.pack(acc);
+      }
+      products_fence<WGMMA>();
+      add_to_state(BY_CHANNEL ? c : a, writes(of));
+      products_commit<WGMMA>();
+      if (OUTPUT) add_by_triangle(result, c, p);
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 0>();
+      if (OUTPUT) wait_with(i, result, s.of.scale);
+    }
   }
 
-  // In reverse: P dO for the system, with dO as A operands.
-  CLA_DEVICE void see_grad(float (&acc)[M][2][4], unsigned char *of) const {
-    const Tile p = tile(of, L::PREPARED + Prepared::P);
-    for (int step = 0; step <= warp; step++) {
-      uint32_t x[4], y[4], y_rest[4];
-      load_b(y, p, 16 * warp, 16 * step);
-      load_b(y_rest, {p.base + SUBTILE}, 16 * warp, 16 * step);
+  // ---- results ----
+
+  CLA_DEVICE void store_inner(int64_t i, const float (&acc)[8][4]) const {
+    const Rows inner = of_columns(s.inner);
+    const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
       CLA_UNROLL
-      for (int m = 0; m < M; m++) {
-        const int row = 16 * step + ((lane >> 4) << 3) + (lane & 7);
-        load_matrices_transposed(x, value_row(of, row) + 16 * m + ((lane >> 3) & 1) * 8);
-        mma16(acc[m][0], acc[m][1], x, y);
-        mma16(acc[m][0], acc[m][1], x, y_rest);
+      for (int e = 0; e < 4; e++) {
+        const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
+        if (t < at.count && c < columns()) ((float *)inner.row(at.token(t)))[c] = acc[j][e];
       }
     }
+  }
+  // The transpose of a result into the tile that it waits in.
+  CLA_DEVICE void wait_with(int64_t i, const float (&acc)[8][4], float factor) const {
+    const Tile to = out_tile(i).from_column(64 * group);
     CLA_UNROLL
-    for (int m = 0; m < M; m++) {
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t x[4];
       CLA_UNROLL
-      for (int n = 0; n < 2; n++) store4((float *)operand(L::SEEN, warp, m, n), acc[m][n]);
+      for (int n = 0; n < 4; n++) {
+        const float(&from)[4] = acc[j + (n >> 1)];
+        x[n] = pack_bf16(factor * from[2 * (n & 1)], factor * from[2 * (n & 1) + 1]);
+      }
+      store_transposed(to, 8 * j, 16 * warp, x);
     }
   }
-  // And dO, faded to the end of the segment.
-  CLA_DEVICE void give_grad(unsigned char *of) const {
-    const float *left = factors(of, Prepared::TO_END);
-    float x[M][2][4];
-    each(x, [&](float &y, int t, int c) { y = s.of.scale * left[t] * from_bf16(value_row(of, t)[c]); });
-    CLA_UNROLL
-    for (int m = 0; m < M; m++) give(L::OF_GRAD, warp, m, x[m]);
+  CLA_DEVICE void flush(Moved &of, int64_t i) const {
+    if (of.in_pieces) of.out.store(out_tile(i), count_at(i));
+    else flush_apart(s, i);
+  }
+  CLA_COLD static void flush_apart(const cla_delta_sweep &s, int64_t i) {
+    const DeltaChunked sweep(s);
+    const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
+    const Rows out = sweep.of_columns(s.out);
+    for (int n = sweep.tid; n < at.count * COLUMNS; n += THREADS) {
+      const int row = n / COLUMNS, c = n % COLUMNS;
+      if (c < sweep.columns()) out.store(at.token(row), c, from_bf16(*sweep.out_tile(i).element(row, c)));
+    }
   }
 
   // ---- the sweep ----
 
-  CLA_DEVICE void keep(int64_t i) {
-    if (!s.anchors.data) return;
-    float *to = anchor_of(s.anchors, sequence, segment(i), head, s.of.heads, (int64_t)s.of.k_dim * s.of.v_dim);
-    store_state(to + first_column, s.of.v_dim, 1);
-  }
-
   CLA_DEVICE void run() {
-    if (solves) {
-      load_state();
-      give_state();
-    } else {
-      fetch(0);
-    }
+    Moved of(*this);
+    load_state();
+    fetch(of, 0);
+    if (BY_CHANNEL) fetch_reads(0);
     CLA_NO_UNROLL
     for (int64_t i = 0; i < segments; i++) {
-      unsigned char *of = stage(i);
-      const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
-      float acc[M][2][4];
-      zero(acc);
-      if (!solves) copies_wait<0>();
+      copies_wait<0>();
+      shared_fence();
       barrier();
-      if (solves) {
-        keep(i);
-        add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::K), false);
-      } else if (REVERSE) {
-        see_grad(acc, of);
-      } else if (out.data) {
-        add_by_rows(acc, L::OF_STATE, R / 16, tile(of, L::Q), false);
-      }
-      fade(acc, of);
-      if (REVERSE) barrier();
-      if (solves) give_right(acc, of);
-      else if (REVERSE) give_grad(of);
-      barrier();
-      // The reading warps have nothing else to do meanwhile.
-      if (solves) solve(of, at);
-      else fetch(i + 1);
-      barrier();
-      if (solves) {
-        update_state(of);
-      } else if (!REVERSE && out.data) {
-        add_by_rows(acc, L::OF_C, warp + 1, tile(of, L::PREPARED + Prepared::P), true);
-        store(out, at, acc, s.of.scale);
-      }
+      if (BY_CHANNEL) fetch_writes(i);
+      fetch(of, i + 1);
+      if (!OUTPUT) keep(i);
+      if (s.out.data && i > 0) flush(of, i - 1);
+      solve(i, [&] {
+        if (!BY_CHANNEL) return;
+        copies_wait<1>();
+        shared_fence();
+        barrier();
+        fetch_reads(i + 1);
+      });
     }
-    if (!solves || !s.last.data) return;
+    if (s.out.data && segments > 0) {
+      barrier();
+      flush(of, segments - 1);
+    }
+    if (!s.last.data) return;
     store_state(s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
                 s.last.col);
   }
 };
 
-template <int R, int M, bool REVERSE> CLA_KERNEL(256, 1) void delta_chunked_kernel(cla_delta_sweep s) {
-  const int tiles = (s.of.v_dim + 16 * M - 1) / (16 * M);
-  DeltaChunked<R, M, REVERSE>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
+template <int R, int W, bool BY_CHANNEL, Leaves LEAVES>
+CLA_KERNEL(128 * W, 1) void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+  DeltaChunked<R, W, BY_CHANNEL, LEAVES>(s).run();
 }
 
-template <int R, int M, bool REVERSE> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
-  const int64_t tiles = (s.of.v_dim + 16 * M - 1) / (16 * M);
+template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
+  using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
+  const int64_t tiles = (s.of.v_dim + L::COLUMNS - 1) / L::COLUMNS;
   const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(delta_chunked_kernel<R, M, REVERSE>, grid, 256, DeltaChunkLayout<R, M>::SHARED, stream, s);
+  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, grid, L::THREADS, L::SHARED, stream, s);
+}
+template <int R, int W, bool BY_CHANNEL>
+int32_t launch_delta_chunked(DeltaChunkLayout<R, W, BY_CHANNEL>, const cla_delta_sweep &s, void *stream) {
+  if (s.reverse) return launch_delta_chunked<R, W, BY_CHANNEL, Leaves::BOTH_IN_REVERSE>(s, stream);
+  return s.out.data ? launch_delta_chunked<R, W, BY_CHANNEL, Leaves::OUTPUT>(s, stream)
+                    : launch_delta_chunked<R, W, BY_CHANNEL, Leaves::WRITTEN>(s, stream);
 }
 
-template <int R, int M> int32_t either_way(const cla_delta_sweep &s, void *stream) {
-  return s.reverse ? launch_delta_chunked<R, M, true>(s, stream) : launch_delta_chunked<R, M, false>(s, stream);
+// Calls `f` with the layout that a sweep takes.
+template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
+  auto by_gate = [&](auto rows, auto groups) {
+    constexpr int R = decltype(rows)::value, W = decltype(groups)::value;
+    return s.of.gate_kind == CLA_GATE_ROWS ? f(DeltaChunkLayout<R, W, true>()) : f(DeltaChunkLayout<R, W, false>());
+  };
+  auto by_columns = [&](auto rows) {
+    return s.columns <= 64 ? by_gate(rows, std::integral_constant<int, 1>()) : by_gate(rows, std::integral_constant<int, 2>());
+  };
+  return s.of.k_dim <= 64 ? by_columns(std::integral_constant<int, 64>()) : by_columns(std::integral_constant<int, 128>());
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream) {
-  using namespace cla;
-  const cla_delta_sweep &s = *sweep;
-  if (s.of.k_dim <= 64) return s.columns <= 16 ? either_way<64, 1>(s, stream) : either_way<64, 2>(s, stream);
-  return s.columns <= 16 ? either_way<128, 1>(s, stream) : either_way<128, 2>(s, stream);
+  return cla::with_layout(*sweep, [&](auto layout) { return cla::launch_delta_chunked(layout, *sweep, stream); });
 }
 
 extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
   auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
-  if (s.of.low_rank || s.of.gate_kind > CLA_GATE_SCALAR || s.of.k_dim > 128) return -1;
-  if (!bf16(s.of.q) || !bf16(s.of.k) || !bf16(s.value)) return -1;
-  if (s.of.k_dim <= 64) return s.columns <= 16 ? DeltaChunkLayout<64, 1>::SHARED : DeltaChunkLayout<64, 2>::SHARED;
-  return s.columns <= 16 ? DeltaChunkLayout<128, 1>::SHARED : DeltaChunkLayout<128, 2>::SHARED;
+  if (s.of.low_rank || s.of.k_dim > 128) return -1;
+  if (!bf16(s.of.q) || !bf16(s.of.k) || !bf16(s.value) || !bf16(s.out)) return -1;
+  return with_layout(s, [](auto layout) -> int64_t { return decltype(layout)::SHARED; });
 }

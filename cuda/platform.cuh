@@ -18,6 +18,7 @@
 #define CLA_UNROLL _Pragma("unroll")
 #define CLA_NO_UNROLL _Pragma("unroll 1")
 #define CLA_UNROLL_TWICE _Pragma("unroll 2")
+#define CLA_UNROLL_EIGHT _Pragma("unroll 8")
 
 namespace cla {
 
@@ -43,6 +44,11 @@ CLA_DEVICE float atomic_add(float *p, float x) { return atomicAdd(p, x); }
 // going into registers before the loop around it.
 CLA_DEVICE int opaque(int x) {
   asm volatile("" : "+r"(x));
+  return x;
+}
+
+CLA_DEVICE float opaque(float x) {
+  asm volatile("" : "+f"(x));
   return x;
 }
 

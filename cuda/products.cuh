@@ -200,9 +200,28 @@ template <bool WGMMA, int N> CLA_DEVICE void add_columns_by_columns(float (&acc)
   }
 }
 
-// The same with A in registers, one step of 16 of the sum: acc[v, r] += sum_i x[v, i] b[row + i, r].
+// The same with A in registers in two parts, one step of 16 of the sum: acc[v, r] += sum_i x[v, i] b[row + i, r].
 template <bool WGMMA, int N>
-CLA_DEVICE void add_registers_by_columns(float (&acc)[N / 8][4], const uint32_t (&x)[4], Tile b, int row) {
+CLA_DEVICE void add_parts_by_columns(float (&acc)[N / 8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b,
+                                     int row) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (WGMMA) {
+    wgmma<1>(acc, high, along_rows(b, row));
+    wgmma<1>(acc, rest, along_rows(b, row));
+    return;
+  }
+#endif
+  CLA_UNROLL
+  for (int j = 0; j < N / 16; j++) {
+    uint32_t y[4];
+    load_b_transposed(y, b, row, 16 * j);
+    mma16(acc[2 * j], acc[2 * j + 1], high, y);
+    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
+  }
+}
+// With b's second part: the smallest product, of both second parts, is left out.
+template <bool WGMMA, int N>
+CLA_DEVICE void add_part_by_columns(float (&acc)[N / 8][4], const uint32_t (&x)[4], Tile b, int row) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (WGMMA) {
     wgmma<1>(acc, x, along_rows(b, row));
@@ -217,8 +236,25 @@ CLA_DEVICE void add_registers_by_columns(float (&acc)[N / 8][4], const uint32_t 
   }
 }
 
-// acc[v, t] += sum_i x[v, i] b[t, column + i].
-template <bool WGMMA> CLA_DEVICE void add_registers_by_rows(float (&acc)[8][4], const uint32_t (&x)[4], Tile b, int column) {
+// acc[v, t] += sum_i x[v, i] b[t, column + i], x in two parts.
+template <bool WGMMA>
+CLA_DEVICE void add_parts_by_rows(float (&acc)[8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b, int column) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (WGMMA) {
+    wgmma<0>(acc, high, along_columns(b, 0, column));
+    wgmma<0>(acc, rest, along_columns(b, 0, column));
+    return;
+  }
+#endif
+  CLA_UNROLL
+  for (int j = 0; j < 4; j++) {
+    uint32_t y[4];
+    load_b(y, b, 16 * j, column);
+    mma16(acc[2 * j], acc[2 * j + 1], high, y);
+    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
+  }
+}
+template <bool WGMMA> CLA_DEVICE void add_part_by_rows(float (&acc)[8][4], const uint32_t (&x)[4], Tile b, int column) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (WGMMA) {
     wgmma<0>(acc, x, along_columns(b, 0, column));
@@ -230,6 +266,27 @@ template <bool WGMMA> CLA_DEVICE void add_registers_by_rows(float (&acc)[8][4], 
     uint32_t y[4];
     load_b(y, b, 16 * j, column);
     mma16(acc[2 * j], acc[2 * j + 1], x, y);
+  }
+}
+// The same for both in two parts, where b has zeros in the rows before `column`.
+template <bool WGMMA>
+CLA_DEVICE void add_parts_by_triangle(float (&acc)[8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b,
+                                      Tile b_rest, int column) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  if constexpr (WGMMA) {
+    add_parts_by_rows<WGMMA>(acc, high, rest, b, column);
+    add_part_by_rows<WGMMA>(acc, high, b_rest, column);
+    return;
+  }
+#endif
+  CLA_UNROLL
+  for (int j = column / 16; j < 4; j++) {
+    uint32_t y[4];
+    load_b(y, b, 16 * j, column);
+    mma16(acc[2 * j], acc[2 * j + 1], high, y);
+    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
+    load_b(y, b_rest, 16 * j, column);
+    mma16(acc[2 * j], acc[2 * j + 1], high, y);
   }
 }
 

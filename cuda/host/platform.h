@@ -22,6 +22,7 @@
 #define CLA_KERNEL(threads, blocks_per_sm)
 #define CLA_UNROLL
 #define CLA_UNROLL_TWICE
+#define CLA_UNROLL_EIGHT
 #define CLA_NO_UNROLL
 
 // The order in which threads and blocks of later launches from this OS thread run: 0 upwards (as at the start, unless the
@@ -87,6 +88,7 @@ inline void check_alignment(const void *p, const Site &site) {
 }  // namespace host
 
 inline int opaque(int x) { return x; }
+inline float opaque(float x) { return x; }
 inline unsigned thread_index() { return host::here.thread; }
 inline unsigned block_x() { return host::here.block_x; }
 inline unsigned block_y() { return host::here.block_y; }

@@ -6,8 +6,6 @@ use crate::cuda::ffi::{Gate, States, Tensor};
 
 /// Tokens in a segment.
 pub(super) const SEGMENT: usize = 64;
-/// Bytes of what is prepared for a segment and head.
-pub(super) const PREPARED: usize = 33 * 1024;
 /// Columns of a state that a block of threads has, token by token.
 pub(super) const COLUMNS: usize = 32;
 
@@ -79,6 +77,7 @@ unsafe extern "C" {
     pub(super) fn cla_delta_recurrent(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_delta_prepare(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_delta_chunked(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_prepared_bytes(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_shared_memory(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_gradients(call: *const Gradient, stream: *mut c_void) -> i32;
 }

@@ -8,8 +8,9 @@ use crate::options::Mode;
 
 /// Steps up to which a chunk of 64 would be mostly padding.
 const SHORT: usize = 16;
-/// Columns of the state that a block of the chunked kernel can have. More share what they read, fewer make more blocks.
-const COLUMNS: [usize; 2] = [32, 16];
+/// Columns of the state that a block of the chunked kernel can have, and about how long it takes with them. More share what
+/// they read, fewer make more blocks.
+const COLUMNS: [(usize, usize); 2] = [(128, 3), (64, 2)];
 
 /// What a sweep is, as far as the choice goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,15 +37,13 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
     if mode == Mode::Recurrent || short {
         return Route::Recurrent;
     }
-    let fits = |columns: usize| needs(columns).is_some_and(|bytes| bytes <= card.shared_memory);
-    let fills = |columns: usize| size.states * size.cols.div_ceil(columns) >= card.multiprocessors;
-    let [wide, narrow] = COLUMNS;
-    match (fits(wide), fits(narrow)) {
-        (true, _) if fills(wide) => Route::Chunked { columns: wide },
-        (_, true) => Route::Chunked { columns: narrow },
-        (true, false) => Route::Chunked { columns: wide },
-        (false, false) => Route::Recurrent,
-    }
+    // A block has a multiprocessor to itself.
+    let rounds = |columns: usize| (size.states * size.cols.div_ceil(columns)).div_ceil(card.multiprocessors);
+    COLUMNS
+        .into_iter()
+        .filter(|(columns, _)| needs(*columns).is_some_and(|bytes| bytes <= card.shared_memory))
+        .min_by_key(|(columns, time)| time * rounds(*columns))
+        .map_or(Route::Recurrent, |(columns, _)| Route::Chunked { columns })
 }
 
 /// Whether a sweep token by token waits so much for memory, or has so many blocks, that it is better off with room for twice
@@ -64,7 +63,7 @@ mod tests {
     const LONG: Size = Size { states: 16, longest: 32768, cols: 128 };
 
     fn needs(columns: usize) -> Option<usize> {
-        Some(4096 * columns)
+        Some(1024 * columns)
     }
 
     #[test]
@@ -73,7 +72,7 @@ mod tests {
             (0, Route::Recurrent),
             (1, Route::Recurrent),
             (16, Route::Recurrent),
-            (17, Route::Chunked { columns: 16 }),
+            (17, Route::Chunked { columns: 64 }),
         ] {
             assert_eq!(route(Mode::Auto, &Size { longest, ..LONG }, &H200, needs), wanted, "{longest}");
         }
@@ -84,17 +83,21 @@ mod tests {
         assert_eq!(route(Mode::Recurrent, &LONG, &H200, needs), Route::Recurrent);
         let short = Size { longest: 1, ..LONG };
         for mode in [Mode::Chunk, Mode::FusedChunk] {
-            assert_eq!(route(mode, &short, &H200, needs), Route::Chunked { columns: 16 });
+            assert_eq!(route(mode, &short, &H200, needs), Route::Chunked { columns: 64 });
         }
     }
 
     #[test]
-    fn blocks_are_wide_where_there_are_enough() {
-        assert_eq!(route(Mode::Auto, &LONG, &H200, needs), Route::Chunked { columns: 16 });
-        let many = Size { states: 33, ..LONG };
-        assert_eq!(route(Mode::Auto, &many, &H200, needs), Route::Chunked { columns: 32 });
+    fn blocks_have_all_columns_where_halves_would_take_turns() {
+        for (states, columns) in [(16, 64), (66, 64), (67, 128), (132, 128), (256, 128)] {
+            let size = Size { states, ..LONG };
+            assert_eq!(route(Mode::Auto, &size, &H200, needs), Route::Chunked { columns }, "{states}");
+        }
+        let few = Size { cols: 64, states: 256, ..LONG };
+        assert_eq!(route(Mode::Auto, &few, &H200, needs), Route::Chunked { columns: 64 });
         let small = Card { shared_memory: 99 * 1024, ..H200 };
-        assert_eq!(route(Mode::Auto, &many, &small, needs), Route::Chunked { columns: 16 });
+        let many = Size { states: 256, ..LONG };
+        assert_eq!(route(Mode::Auto, &many, &small, needs), Route::Chunked { columns: 64 });
     }
 
     #[test]

@@ -144,7 +144,9 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
     let mut prepared = None;
     if let (Route::Chunked { columns }, Some(segments)) = (chosen, segments) {
-        let each = ffi::PREPARED / DType::F32.size_in_bytes();
+        // SAFETY: as above.
+        let bytes = unsafe { ffi::cla_delta_prepared_bytes(&call) } as usize;
+        let each = bytes / DType::F32.size_in_bytes();
         prepared = Some(Buffer::new(&pass.machine, DType::F32, (segments.all, heads, each))?);
         call.columns = columns as i32;
     }
