@@ -10,7 +10,7 @@
 namespace cla {
 
 template <int R, int W, bool BY_CHANNEL> struct DeltaChunkLayout {
-  static constexpr int THREADS = 128 * W, COLUMNS = 64 * W;
+  static constexpr int COLUMNS = 64 * W;
   static constexpr int KEY = R * 128, VALUES = W * SUBTILE;
   // Keys that a decay by channel has been multiplied into are too many for a second stage: what is read of the state and what
   // is written to it are each loaded when those of the segment before have been used.
@@ -30,21 +30,25 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
   using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
   using Keys = PreparedKeys<R>;
   static constexpr bool REVERSE = LEAVES == Leaves::BOTH_IN_REVERSE, OUTPUT = LEAVES == Leaves::OUTPUT;
-  static constexpr int THREADS = L::THREADS, COLUMNS = L::COLUMNS, STEPS = CHUNK / 16;
+  static constexpr int COLUMNS = L::COLUMNS, STEPS = CHUNK / 16;
+  // One warpgroup that solves has another beside it that moves rows in and out: there are registers for two. Sweeps that
+  // leave states have more to store than to compute, and gain nothing.
+  static constexpr bool APART = W == 1 && OUTPUT;
+  static constexpr int MOVING = APART ? 128 : 128 * W, THREADS = 128 * W + (APART ? MOVING : 0);
   static constexpr bool WGMMA = HAS_WGMMA;
 
   const cla_delta_sweep &s;
   unsigned char *shared;
-  int tid, warp, group, row0, pair, head, first_column;
+  int tid, warp, group, row0, pair, head, first_column;  // tid: among those that move rows
   int64_t sequence, segments, first_segment;
   Steps steps;
   float state[R / 8][4];
 
   CLA_DEVICE DeltaChunked(const cla_delta_sweep &s)
       : s(s), shared(shared_memory()), steps(s.of.cu_seqlens, s.of.tokens, block_x() / tiles(s) / s.of.heads, REVERSE) {
-    tid = thread_index();
+    tid = thread_index() % MOVING;
     warp = (tid >> 5) & 3;
-    group = tid >> 7;
+    group = thread_index() >> 7;
     row0 = (tid & 31) >> 2;
     pair = (tid & 3) * 2;
     head = block_x() / tiles(s) % s.of.heads;
@@ -87,24 +91,28 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
 
   // ---- the state ----
 
-  template <class F> CLA_DEVICE void each_of_state(F f) {
+  // f(element, where it lies in memory from `first` on) for those that the state has. Addresses are found whether they are
+  // used or not: that is less than to branch.
+  template <class F> CLA_DEVICE void each_of_state(float *first, int64_t row, int64_t col, F f) {
+    float *at = first + pair * row + column(0) * col;
+    const bool inside[2] = {column(0) < columns(), column(1) < columns()};
     CLA_UNROLL
-    for (int j = 0; j < R / 8; j++) {
+    for (int j = 0; j < R / 8; j++, at += 8 * row) {
       CLA_UNROLL
       for (int e = 0; e < 4; e++) {
-        const int r = 8 * j + pair + (e & 1), c = column(e >> 1);
-        if (r < s.of.k_dim && c < columns()) f(state[j][e], r, c);
+        float *x = at + (e & 1 ? row : 0) + (e >> 1 ? 8 * col : 0);
+        if (inside[e >> 1] && 8 * j + pair + (e & 1) < s.of.k_dim) f(state[j][e], x);
       }
     }
   }
   CLA_DEVICE void load_state() {
     zero(state);
     if (!s.first.data) return;
-    const float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
-    each_of_state([&](float &x, int r, int c) { x = from[r * s.first.row + c * s.first.col]; });
+    float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
+    each_of_state(from, s.first.row, s.first.col, [](float &x, const float *at) { x = *at; });
   }
-  CLA_DEVICE void store_state(float *to, int64_t row, int64_t column) {
-    each_of_state([&](float &x, int r, int c) { to[r * row + c * column] = x; });
+  CLA_DEVICE void store_state(float *to, int64_t row, int64_t col) {
+    each_of_state(to, row, col, [](float x, float *at) { *at = x; });
   }
   CLA_DEVICE void keep(int64_t i) {
     if (!s.anchors.data) return;
@@ -117,33 +125,34 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
   // A thread's 16-byte pieces of the rows of a segment: the same piece of every EVERY-th row, so that one address and one
   // stride lead to all of them, in memory and in a tile.
   template <int WIDTH> struct Pieces {
-    static constexpr int PER_ROW = WIDTH / 8, EVERY = THREADS / PER_ROW, EACH = CHUNK / EVERY;
+    static constexpr int PER_ROW = WIDTH / 8, EVERY = MOVING / PER_ROW, EACH = CHUNK / EVERY;
     static_assert(EVERY % 8 == 0 && EVERY * EACH == CHUNK, "pieces cover the rows, a multiple of the swizzle's period apart");
     unsigned char *data;  // of the segment at hand
     int64_t row_bytes;    // to the next step
-    int row, piece, width;
+    int tid, width;
 
-    CLA_DEVICE Pieces(const DeltaChunked &sweep, const Rows &rows, int width)
-        : row(sweep.tid / PER_ROW), piece(sweep.tid % PER_ROW), width(width) {
+    CLA_DEVICE Pieces(const DeltaChunked &sweep, const Rows &rows, int width) : tid(sweep.tid), width(width) {
       row_bytes = (REVERSE ? -2 : 2) * rows.token;
-      data = rows.data + 16 * piece + sweep.steps.token(0) * rows.token * 2 + row * row_bytes;
+      data = rows.data + 16 * piece() + sweep.steps.token(0) * rows.token * 2 + row() * row_bytes;
     }
-    CLA_DEVICE bool inside() const { return 8 * piece < width; }
+    CLA_DEVICE int row() const { return tid / PER_ROW; }
+    CLA_DEVICE int piece() const { return tid % PER_ROW; }
+    CLA_DEVICE bool inside() const { return 8 * piece() < width; }
     CLA_DEVICE void next(int count) { data += count * row_bytes; }
     // Zeros for rows from `count` on.
     CLA_DEVICE void fetch(Tile to, int count) {
-      unsigned char *into = to.piece(row, piece);
+      unsigned char *into = to.piece(row(), piece());
       CLA_UNROLL
       for (int n = 0; n < EACH; n++) {
-        copy16_async(into + n * EVERY * 128, data + n * EVERY * row_bytes, inside() && row + n * EVERY < count);
+        copy16_async(into + n * EVERY * 128, data + n * EVERY * row_bytes, inside() && row() + n * EVERY < count);
       }
       next(count);
     }
     CLA_DEVICE void store(Tile from, int count) {
-      const unsigned char *x = from.piece(row, piece);
+      const unsigned char *x = from.piece(row(), piece());
       CLA_UNROLL
       for (int n = 0; n < EACH; n++) {
-        if (inside() && row + n * EVERY < count) {
+        if (inside() && row() + n * EVERY < count) {
           store16_streaming(data + n * EVERY * row_bytes, load16(x + n * EVERY * 128));
         }
       }
@@ -153,7 +162,6 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
   struct Moved {
     Pieces<R> k, q;
     Pieces<COLUMNS> value, out;
-    const unsigned char *prepared;
     bool in_pieces;
 
     CLA_DEVICE Moved(const DeltaChunked &sweep)
@@ -166,17 +174,40 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
       auto whole = [](const Rows &x, int width) { return !x.data || x.in_pieces(width); };
       in_pieces = whole(value, columns) && whole(out, columns);
       if (!BY_CHANNEL) in_pieces = in_pieces && k.in_pieces(width) && q.in_pieces(width);
-      prepared = sweep.s.prepared + sweep.prepared_index(0) * PREPARED_BYTES;
     }
   };
 
   static constexpr int64_t PREPARED_BYTES = Prepared::BYTES + L::DECAYED;
   CLA_DEVICE int64_t prepared_index(int64_t i) const { return (first_segment + segment(i)) * s.of.heads + head; }
   template <int BYTES> CLA_DEVICE void copy(unsigned char *to, const unsigned char *from) const {
+    constexpr int WHOLE = BYTES / (16 * MOVING) * (16 * MOVING);
+    to += 16 * tid, from += 16 * tid;
     CLA_UNROLL
-    for (int at = 0; at < BYTES; at += 16 * THREADS) {
-      if (BYTES % (16 * THREADS) == 0 || at + 16 * tid < BYTES) copy16_async(to + at + 16 * tid, from + at + 16 * tid, true);
+    for (int at = 0; at < WHOLE; at += 16 * MOVING) copy16_async(to + at, from + at, true);
+    if (16 * tid < BYTES - WHOLE) copy16_async(to + WHOLE, from + WHOLE, true);
+  }
+  // f(offset, whether it is in a block on the diagonal or below) for this thread's pieces of T and P. Others are zero from the
+  // beginning on.
+  template <class F> CLA_DEVICE void each_prepared_piece(F f) const {
+    const int piece = (tid % 8) ^ (tid / 8 % 8), row = tid / 8;
+    CLA_UNROLL
+    for (int at = 0; at < Prepared::FACTORS; at += 16 * MOVING) {
+      f(at + 16 * tid, piece / 2 <= (at % SUBTILE / 128 + row) / 16);
     }
+  }
+  CLA_DEVICE void clear_prepared() const {
+    each_prepared_piece([&](int at, bool used) {
+      if (used) return;
+      store16(stage(0) + L::PREPARED + at, {0, 0, 0, 0});
+      store16(stage(1) + L::PREPARED + at, {0, 0, 0, 0});
+    });
+  }
+  CLA_DEVICE void copy_prepared(unsigned char *to, const unsigned char *from) const {
+    each_prepared_piece([&](int at, bool used) {
+      if (used) copy16_async(to + at, from + at, true);
+    });
+    constexpr int AT = Prepared::FACTORS;
+    if (16 * tid < Prepared::BYTES - AT) copy16_async(to + AT + 16 * tid, from + AT + 16 * tid, true);
   }
 
   // A stage.
@@ -191,8 +222,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
       } else {
         fetch_apart(s, i);
       }
-      copy<Prepared::BYTES>(to + L::PREPARED, of.prepared);
-      of.prepared += (REVERSE ? -1 : 1) * s.of.heads * PREPARED_BYTES;
+      copy_prepared(to + L::PREPARED, s.prepared + prepared_index(i) * PREPARED_BYTES);
     }
     copies_commit();
   }
@@ -218,13 +248,22 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
     unsigned char *to = sweep.stage(i);
     const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
     if (!BY_CHANNEL) {
-      fetch_tile<R, THREADS>(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
-      fetch_tile<R, THREADS>(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
+      fetch_tile<R, MOVING>(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
+      fetch_tile<R, MOVING>(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
     }
-    fetch_tile<COLUMNS, THREADS>(tile(to, L::VALUE), sweep.of_columns(s.value), at, sweep.columns(), sweep.tid);
+    fetch_tile<COLUMNS, MOVING>(tile(to, L::VALUE), sweep.of_columns(s.value), at, sweep.columns(), sweep.tid);
   }
 
   // ---- one segment ----
+
+  // All threads meet before a segment, when what is read of it has come and the one before is done; where keys are decayed,
+  // once more, when what is read of the state has been read and what is written to it has come; and at the end.
+  enum Meeting { FIRST, SECOND, LAST };
+  struct Nothing {
+    CLA_DEVICE Nothing(const DeltaChunked &) {}
+  };
+  // What solving threads have of what is moved.
+  using Company = std::conditional_t<APART, Nothing, Moved>;
 
   // As numbers that the compiler has to write down here, not while products are under way.
   template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
@@ -302,8 +341,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
     }
   }
 
-  // Where keys are decayed, `used` runs when those that are read have been read and before others are written.
-  template <class F> CLA_DEVICE void solve(int64_t i, F used) {
+  CLA_DEVICE void solve(int64_t i, Company &company) {
     unsigned char *of = stage(i);
     const Tile p = prepared(of, Prepared::P);
     const float *from_start = factors(of, Prepared::FROM_START), *to_end = factors(of, Prepared::TO_END);
@@ -344,7 +382,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
     products_commit<WGMMA>();
     fade_state(of);
     products_wait<WGMMA, 0>();
-    used();
+    if (BY_CHANNEL) arrive<SECOND>(company, i);
 
     if (!OUTPUT && s.inner.data) store_inner(i, acc);
     scale(acc, factors(of, Prepared::BETA));
@@ -393,12 +431,15 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
   CLA_DEVICE void store_inner(int64_t i, const float (&acc)[8][4]) const {
     const Rows inner = of_columns(s.inner);
     const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
+    const int64_t row = REVERSE ? -inner.token : inner.token;
+    float *to = (float *)inner.row(at.first) + pair * row + column(0);
+    const bool inside[2] = {column(0) < columns(), column(1) < columns()};
     CLA_UNROLL
-    for (int j = 0; j < 8; j++) {
+    for (int j = 0; j < 8; j++, to += 8 * row) {
       CLA_UNROLL
       for (int e = 0; e < 4; e++) {
-        const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
-        if (t < at.count && c < columns()) ((float *)inner.row(at.token(t)))[c] = acc[j][e];
+        float *x = to + (e & 1 ? row : 0) + 8 * (e >> 1);
+        if (inside[e >> 1] && 8 * j + pair + (e & 1) < at.count) *x = acc[j][e];
       }
     }
   }
@@ -424,7 +465,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
     const DeltaChunked sweep(s);
     const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
     const Rows out = sweep.of_columns(s.out);
-    for (int n = sweep.tid; n < at.count * COLUMNS; n += THREADS) {
+    for (int n = sweep.tid; n < at.count * COLUMNS; n += MOVING) {
       const int row = n / COLUMNS, c = n % COLUMNS;
       if (c < sweep.columns()) out.store(at.token(row), c, from_bf16(*sweep.out_tile(i).element(row, c)));
     }
@@ -432,48 +473,71 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked {
 
   // ---- the sweep ----
 
-  CLA_DEVICE void run() {
-    Moved of(*this);
-    load_state();
+  CLA_DEVICE void start(Moved &of) {
+    clear_prepared();
     fetch(of, 0);
     if (BY_CHANNEL) fetch_reads(0);
-    CLA_NO_UNROLL
-    for (int64_t i = 0; i < segments; i++) {
-      copies_wait<0>();
-      shared_fence();
-      barrier();
+  }
+  template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int64_t i) {
+    copies_wait<WHICH == SECOND ? 1 : 0>();
+    shared_fence();
+    meet(WHICH);
+    if (WHICH == SECOND) return fetch_reads(i + 1);
+    if (WHICH == FIRST) {
       if (BY_CHANNEL) fetch_writes(i);
       fetch(of, i + 1);
+    }
+    if (s.out.data && i > 0) flush(of, i - 1);
+  }
+  // As one that solves.
+  template <Meeting WHICH> CLA_DEVICE void arrive(Company &of, int64_t i) {
+    if constexpr (APART) meet(WHICH);
+    else meet_moving<WHICH>(of, i);
+  }
+
+  CLA_DEVICE void move() {
+    Moved of(*this);
+    start(of);
+    CLA_NO_UNROLL
+    for (int64_t i = 0; i < segments; i++) {
+      meet_moving<FIRST>(of, i);
+      if (BY_CHANNEL) meet_moving<SECOND>(of, i);
+    }
+    meet_moving<LAST>(of, segments);
+  }
+  CLA_DEVICE void solve() {
+    Company of(*this);
+    if constexpr (!APART) start(of);
+    load_state();
+    CLA_NO_UNROLL
+    for (int64_t i = 0; i < segments; i++) {
+      arrive<FIRST>(of, i);
       if (!OUTPUT) keep(i);
-      if (s.out.data && i > 0) flush(of, i - 1);
-      solve(i, [&] {
-        if (!BY_CHANNEL) return;
-        copies_wait<1>();
-        shared_fence();
-        barrier();
-        fetch_reads(i + 1);
-      });
+      solve(i, of);
     }
-    if (s.out.data && segments > 0) {
-      barrier();
-      flush(of, segments - 1);
-    }
+    arrive<LAST>(of, segments);
     if (!s.last.data) return;
     store_state(s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
                 s.last.col);
   }
+
+  CLA_DEVICE void run() {
+    if (APART && group == W) move();
+    else solve();
+  }
 };
 
 template <int R, int W, bool BY_CHANNEL, Leaves LEAVES>
-CLA_KERNEL(128 * W, 1) void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+CLA_KERNEL((DeltaChunked<R, W, BY_CHANNEL, LEAVES>::THREADS), 1)
+void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   DeltaChunked<R, W, BY_CHANNEL, LEAVES>(s).run();
 }
 
 template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
-  using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
-  const int64_t tiles = (s.of.v_dim + L::COLUMNS - 1) / L::COLUMNS;
+  using Kernel = DeltaChunked<R, W, BY_CHANNEL, LEAVES>;
+  const int64_t tiles = (s.of.v_dim + Kernel::COLUMNS - 1) / Kernel::COLUMNS;
   const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, grid, L::THREADS, L::SHARED, stream, s);
+  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, grid, Kernel::THREADS, Kernel::L::SHARED, stream, s);
 }
 template <int R, int W, bool BY_CHANNEL>
 int32_t launch_delta_chunked(DeltaChunkLayout<R, W, BY_CHANNEL>, const cla_delta_sweep &s, void *stream) {

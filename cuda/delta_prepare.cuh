@@ -293,7 +293,7 @@ template <int R> struct DeltaPrepare {
     }
   }
 
-  // Two tiles from one on, by BY threads. Above the diagonal blocks nothing was stored.
+  // Two tiles from one on, by BY threads. What is above the blocks on the diagonal is zero, and no one reads it.
   template <int BY> CLA_DEVICE void write(int first, int thread) {
     constexpr int ROWS = BY / 8;
     const int piece = (thread % 8) ^ (thread / 8 % 8);
@@ -301,8 +301,7 @@ template <int R> struct DeltaPrepare {
     unsigned char *to = this->to + first * SUBTILE + 16 * thread;
     CLA_UNROLL
     for (int i = 0; i < 2 * CHUNK / ROWS; i++) {
-      const bool stored = piece / 2 <= i * ROWS % CHUNK / SIDE;
-      store16(to + i * BY * 16, stored ? load16(from + i * BY * 16) : Vec4{0, 0, 0, 0});
+      if (piece / 2 <= i * ROWS % CHUNK / SIDE) store16(to + i * BY * 16, load16(from + i * BY * 16));
     }
   }
 

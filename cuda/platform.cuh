@@ -34,6 +34,8 @@ CLA_DEVICE unsigned char *shared_memory() { return dynamic_shared_memory; }
 CLA_DEVICE void barrier() { __syncthreads(); }
 // What lanes of a warp wrote to memory before it, they all see after it.
 CLA_DEVICE void warp_barrier() { __syncwarp(); }
+// A barrier for threads that come to it from different places; `which` is what they have in common.
+CLA_DEVICE void meet(int which) { asm volatile("bar.sync 0;" ::: "memory"); }
 template <class T> CLA_DEVICE T shuffle_xor(T x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 template <class T> CLA_DEVICE T shuffle_up(T x, int delta) { return __shfl_up_sync(0xffffffffu, x, delta); }
 template <class T> CLA_DEVICE T shuffle(T x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }

@@ -97,6 +97,7 @@ inline unsigned grid_y() { return host::here.grid_y; }
 inline unsigned char *shared_memory() { return host::here.shared; }
 
 void barrier(CLA_HOST_SITE);
+void meet(int which);
 inline void warp_barrier(CLA_HOST_SITE) { host::shuffle(0, host::lane(), {"warp_barrier", file, line}); }
 
 // Lanes that do not exist give the caller's own value, as on a GPU.

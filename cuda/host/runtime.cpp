@@ -110,6 +110,7 @@ namespace cla {
 using namespace host;
 
 void barrier(const char *file, int line) { runner->barrier({"barrier", file, line}); }
+void meet(int which) { runner->barrier({"meet", "meeting", which}); }
 
 void copy16_async(void *shared, const void *global, bool valid, const char *file, int line) {
   const Site site = {"copy16_async", file, line};
