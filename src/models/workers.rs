@@ -4,29 +4,43 @@
 //! thread outside the pool, each would be waited for by one that sleeps, and begun by others that have to wake up first.
 
 use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a thread looks for work before it goes to sleep: longer than anything between two products of a token.
 const AWAKE: Duration = Duration::from_micros(300);
 
+/// Whether a pass is on one of the threads. One at a time: where one waits for a part of a product its thread takes up
+/// what there is, which could be another pass, and another within that, until there is no stack left.
+static TAKEN: AtomicBool = AtomicBool::new(false);
+
 thread_local! {
-    static RUNS_A_PASS: Cell<bool> = const { Cell::new(false) };
+    /// Whether this thread runs a pass or stays awake for one.
+    static BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs one way through a model.
+/// Undoes on drop, in a panic too, what made it.
+struct Undo<F: Fn()>(F);
+
+impl<F: Fn()> Drop for Undo<F> {
+    fn drop(&mut self) {
+        self.0();
+    }
+}
+
+/// Marks this thread as busy, unless it is.
+fn busy() -> Option<Undo<impl Fn()>> {
+    (!BUSY.replace(true)).then(|| Undo(|| BUSY.set(false)))
+}
+
+/// Runs one way through a model: where it is called if another is being run.
 pub(super) fn on_a_worker<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
-    if rayon::current_num_threads() == 1 || RUNS_A_PASS.get() {
+    if rayon::current_num_threads() == 1 || TAKEN.swap(true, Ordering::AcqRel) {
         return pass();
     }
+    let _taken = Undo(|| TAKEN.store(false, Ordering::Release));
     rayon::scope(|_| {
-        // Back to what it was in a panic, too.
-        struct Within(bool);
-        impl Drop for Within {
-            fn drop(&mut self) {
-                RUNS_A_PASS.set(self.0);
-            }
-        }
-        let _within = Within(RUNS_A_PASS.replace(true));
+        let _busy = busy();
         rayon::spawn_broadcast(|_| stay_awake());
         pass()
     })
@@ -34,10 +48,7 @@ pub(super) fn on_a_worker<R: Send>(pass: impl FnOnce() -> R + Send) -> R {
 
 /// Takes what there is to do until there has been nothing for a while. Nobody waits for this.
 fn stay_awake() {
-    // A pass goes on below, on this thread: its own, or one that waits for a part of a product.
-    if RUNS_A_PASS.get() {
-        return;
-    }
+    let Some(_busy) = busy() else { return };
     let mut idle_since = Instant::now();
     while idle_since.elapsed() < AWAKE {
         match rayon::yield_now() {
@@ -62,6 +73,13 @@ mod tests {
             let running: Vec<_> = (0..8).map(|_| scope.spawn(pass)).collect();
             assert!(running.into_iter().all(|pass| pass.join().unwrap() == (1, 2)));
         });
+    }
+
+    /// Each calls for others to stay awake, who must not do so within one another.
+    #[test]
+    fn many_short_passes_need_no_more_stack_than_one() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).stack_size(1 << 16).build().unwrap();
+        pool.install(|| (0..20_000).for_each(|i| assert_eq!(on_a_worker(|| i), i)));
     }
 
     #[test]
