@@ -70,11 +70,15 @@ pub(super) fn gate<'a>(problem: &Problem, x: &Inputs<View<'a>>, task: &Task, row
 /// `rows` rows of a state at the columns of `task`, or zeros.
 pub(super) fn load_state(states: Option<&View>, task: &Task, rows: usize) -> Vec<f32> {
     let mut state = vec![0.; rows * task.cols.len()];
-    if let Some(states) = states {
-        let from = states.rows(task.n, task.head, task.cols.start);
-        for (r, row) in state.chunks_exact_mut(task.cols.len()).enumerate() {
-            from.load(r, row);
-        }
-    }
+    load_state_into(states, task, &mut state);
     state
+}
+
+/// The same into a state of zeros.
+pub(super) fn load_state_into(states: Option<&View>, task: &Task, state: &mut [f32]) {
+    let Some(states) = states else { return };
+    let from = states.rows(task.n, task.head, task.cols.start);
+    for (r, row) in state.chunks_exact_mut(task.cols.len()).enumerate() {
+        from.load(r, row);
+    }
 }

@@ -172,7 +172,7 @@ fn in_large_pages<T>(data: Vec<T>) -> Vec<T> {
     #[cfg(target_os = "linux")]
     {
         const LARGE: usize = 2 << 20;
-        let range = data.as_ptr_range();
+        let range = data.as_ptr()..data.as_ptr().wrapping_add(data.capacity());
         let (start, end) = (range.start.addr().next_multiple_of(LARGE), range.end.addr() / LARGE * LARGE);
         if start < end {
             // SAFETY: the range lies within the buffer, and the advice changes nothing that a program can see.
@@ -246,6 +246,30 @@ impl Buffer {
     }
 }
 
+/// Room for f32 that hold nothing yet: to set them to 0 takes a thread as long as all threads take to compute them.
+pub(super) struct Room(Vec<f32>);
+
+impl Room {
+    pub fn new(len: usize) -> Self {
+        Self(in_large_pages(Vec::with_capacity(len)))
+    }
+
+    /// Lets tasks write distinct parts at the same time: by [`Writer::fresh_row`], before which nothing can be read.
+    pub fn writer(&mut self) -> Writer<'_> {
+        let room = self.0.spare_capacity_mut();
+        Writer { data: Pointer::F32(room.as_mut_ptr().cast()), len: room.len(), borrow: PhantomData }
+    }
+
+    /// # Safety
+    ///
+    /// The first `len` elements have been written.
+    pub unsafe fn filled(mut self, len: usize) -> Buffer {
+        // SAFETY: what the caller promises.
+        unsafe { self.0.set_len(len) };
+        Buffer::F32(self.0)
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Pointer {
     F32(*mut f32),
@@ -316,5 +340,20 @@ impl<'a> Writer<'a> {
         assert!(at + len <= self.len, "a row ends beyond its buffer");
         // SAFETY: the range was checked to lie within the buffer and the caller promises that it is ours.
         unsafe { std::slice::from_raw_parts_mut(p.add(at), len) }
+    }
+
+    /// The same of elements that may hold nothing yet, set to 0.
+    ///
+    /// # Safety
+    ///
+    /// As for [`row`](Self::row).
+    pub unsafe fn fresh_row(&self, at: usize, len: usize) -> &'a mut [f32] {
+        let Pointer::F32(p) = self.data else { unreachable!("rows are taken of f32 buffers only") };
+        assert!(at + len <= self.len, "a row ends beyond its buffer");
+        // SAFETY: the range was checked to lie within the buffer and the caller promises that it is ours.
+        unsafe {
+            p.add(at).write_bytes(0, len);
+            self.row(at, len)
+        }
     }
 }

@@ -46,6 +46,7 @@ mod retnet;
 mod rope;
 mod rwkv7;
 mod stack;
+mod workers;
 
 pub use crate::nn::Quantization;
 pub use cache::Cache;

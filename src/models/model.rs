@@ -6,6 +6,7 @@ use crate::models::checkpoint::{Checkpoint, Progress};
 use crate::models::config::Config;
 use crate::models::pool::Pool;
 use crate::models::registry::CausalLm;
+use crate::models::workers::on_a_worker;
 use crate::nn::{Keeping, Quantization, keeping};
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
@@ -23,6 +24,9 @@ pub struct LoadOptions {
     /// `done` equal to `total`.
     pub progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
+
+/// More are enough work for what is between two products not to matter.
+const FEW_TOKENS: usize = 64;
 
 /// A causal language model.
 pub struct Model {
@@ -126,7 +130,7 @@ impl Model {
     /// size.
     pub fn hidden_states(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
         self.check_ids(input_ids)?;
-        self.inner.hidden_states(input_ids, None, cache)
+        self.run(input_ids.elem_count(), || self.inner.hidden_states(input_ids, None, cache))
     }
 
     /// [`hidden_states`](Self::hidden_states) of N sequences of different lengths at once: they lie one after the other in
@@ -142,13 +146,15 @@ impl Model {
         cache: Option<&mut Cache>,
     ) -> Result<Tensor> {
         self.check_ids(input_ids)?;
-        self.inner.hidden_states(input_ids, Some(cu_seqlens), cache)
+        self.run(input_ids.elem_count(), || self.inner.hidden_states(input_ids, Some(cu_seqlens), cache))
     }
 
     /// The head: `[.., hidden_size]` to `[.., vocab_size]`. To pick the next token, give it the last position alone.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         match hidden.dims() {
-            [.., last] if *last == self.config.hidden_size() => self.inner.logits(hidden),
+            [rest @ .., last] if *last == self.config.hidden_size() => {
+                self.run(rest.iter().product(), || self.inner.logits(hidden))
+            }
             dims => bail!("hidden: shape is {dims:?}, it must end in {}", self.config.hidden_size()),
         }
     }
@@ -156,6 +162,11 @@ impl Model {
     /// [`hidden_states`](Self::hidden_states), then [`logits`](Self::logits): `[B, T]` to `[B, T, vocab_size]`.
     pub fn forward(&self, input_ids: &Tensor, cache: Option<&mut Cache>) -> Result<Tensor> {
         self.logits(&self.hidden_states(input_ids, cache)?)
+    }
+
+    /// Over few tokens the threads wait for each other so often that it matters where that is.
+    fn run<R: Send>(&self, tokens: usize, pass: impl FnOnce() -> R + Send) -> R {
+        if self.device.is_cpu() && tokens <= FEW_TOKENS { on_a_worker(pass) } else { pass() }
     }
 
     /// A backend's lookup would answer an id outside the table with a puzzling error at best.

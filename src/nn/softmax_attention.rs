@@ -2,6 +2,7 @@
 //! matrix of all tokens by all tokens is ever made.
 
 use crate::nn::call::Call;
+use crate::nn::fused::batched_product;
 use crate::nn::kv_cache::KeyValues;
 use candle_core::{D, DType, Result, Tensor};
 
@@ -96,7 +97,11 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
 /// A product of batches, either side of which may be a part of a longer buffer.
 fn product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     // The gradient of a product needs whole matrices; so do the products of some devices if they are of one row.
-    if a.track_op() || b.track_op() { a.contiguous()?.matmul(&b.contiguous()?) } else { a.matmul(b) }
+    if a.track_op() || b.track_op() {
+        a.contiguous()?.matmul(&b.contiguous()?)
+    } else {
+        batched_product(a, b)
+    }
 }
 
 /// `scores: [.., queries, keys]` without those of keys behind the query, the first of which has position `first`.

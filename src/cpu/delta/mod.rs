@@ -8,12 +8,10 @@ mod products;
 mod recurrent;
 mod sweep;
 
-use candle_core::DType;
-
-use super::forward::load_state;
+use super::forward::load_state_into;
 use super::plan::{Task, algorithm, for_each, tasks};
 use super::sweep::Out;
-use super::view::{Buffer, View, Writer};
+use super::view::{Buffer, Room, View, Writer};
 use crate::problem::{Decay, Inputs, Problem};
 use sweep::{DeltaSweep, Family, run};
 
@@ -23,16 +21,33 @@ pub(super) use backward::backward;
 pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
     let (hv, k, v) = (problem.v_heads, problem.k_dim, problem.v_dim);
     let mut out = Buffer::zeros(problem.dtype, problem.batch * problem.tokens * hv * v);
-    let mut kv = problem.final_state.then(|| Buffer::zeros(DType::F32, problem.sequences.len() * hv * k * v));
-    let last = kv.as_mut().map(Buffer::writer);
+    let states = problem.sequences.len() * hv;
+    let mut kv = problem.final_state.then(|| Room::new(states * k * v));
+    let last = kv.as_mut().map(Room::writer);
     let sweeps = Sweeps { problem, x, reverse: false, value: x.v, inner: None, out: Some(out.writer()) };
     let algorithm = algorithm(problem);
     let tasks = tasks(problem, v, rayon::current_num_threads());
     for_each(problem, &tasks, |task| {
-        let mut state = load_state(x.kv.as_ref(), task, k);
-        run(algorithm, &sweeps.sweep(task), &mut state);
-        last.inspect(|last| store_state(problem, last, task, &state));
+        let mut own = vec![];
+        let state = match last {
+            // A whole state grows where it is to be: copying it takes as long as a token.
+            // SAFETY: tasks differ in sequence or head, so no two cover the same elements.
+            Some(last) if task.cols.len() == v => unsafe {
+                last.fresh_row((task.n * hv + task.head) * k * v, k * v)
+            },
+            _ => {
+                own.resize(k * task.cols.len(), 0.);
+                &mut own
+            }
+        };
+        load_state_into(x.kv.as_ref(), task, state);
+        run(algorithm, &sweeps.sweep(task), state);
+        if let (Some(last), false) = (last, own.is_empty()) {
+            store_state(problem, &last, task, &own);
+        }
     });
+    // SAFETY: the tasks are those of all states, and each has written its own.
+    let kv = kv.map(|kv| unsafe { kv.filled(states * k * v) });
     std::iter::once(out).chain(kv).collect()
 }
 

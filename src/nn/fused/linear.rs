@@ -4,7 +4,7 @@ use super::product::{Matrix, product};
 use super::projection::{Stored, project};
 use super::{Held, fits, values};
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// `xs W^T` in one operation, whatever the shapes: `xs` of shape `[.., inputs]`, `weight` `[outputs, inputs]`, the result
 /// of shape `dims`, which has to have the right number of elements. Of one dtype that the device has a matrix product for;
@@ -135,6 +135,31 @@ fn multiplied(
     Tensor::from_vec(product(a, b), shape, &Device::Cpu)
 }
 
+/// The products of two batches of matrices, `[B, M, K]` and `[B, K, N]`, which need not be contiguous.
+///
+/// Candle's own reads a file at each call to learn how many cores there are.
+pub(crate) fn batched_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let ((batch, rows, inner), (_, _, cols)) = (a.dims3()?, b.dims3()?);
+    if !fits(&[a, b]) || a.track_op() || b.track_op() || b.dims() != [batch, inner, cols] {
+        return a.matmul(b);
+    }
+    let held = [a, b].map(|x| x.storage_and_layout());
+    let matrix = |i: usize, entry: usize| {
+        let (storage, layout) = &held[i];
+        let Storage::Cpu(CpuStorage::F32(all)) = &**storage else {
+            bail!("a tensor in f32 on a CPU is needed")
+        };
+        let (dims, strides) = (layout.dims(), layout.stride());
+        let from = (layout.start_offset() + entry * strides[0]).min(all.len());
+        Matrix::strided(&all[from..], [dims[1], dims[2]], [strides[1], strides[2]])
+    };
+    let mut products = Vec::with_capacity(batch * rows * cols);
+    for entry in 0..batch {
+        products.extend(product(matrix(0, entry)?, matrix(1, entry)?));
+    }
+    Tensor::from_vec(products, (batch, rows, cols), &Device::Cpu)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -163,6 +188,18 @@ mod tests {
             let dims = [3, 5, 11];
             agree(&[&[3, 5, 70]], |x| linear(&x[0], &narrow, &dims), |x| composed(&x[0], &wide, &dims))?;
         }
+        Ok(())
+    }
+
+    #[test]
+    fn batches_of_parts_of_matrices_are_multiplied() -> Result<()> {
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &Device::Cpu);
+        let a = random(&[3, 9, 7])?.narrow(1, 2, 4)?.narrow(2, 1, 5)?;
+        let b = random(&[3, 6, 8])?.transpose(1, 2)?.narrow(1, 3, 5)?;
+        let expected = a.contiguous()?.matmul(&b.contiguous()?)?;
+        let error = (batched_product(&a, &b)? - expected)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(error < 1e-5, "{error:e}");
+        assert!(batched_product(&a, &a).is_err());
         Ok(())
     }
 

@@ -17,7 +17,7 @@ mod short_conv;
 mod standardize;
 mod swiglu;
 
-pub(crate) use linear::linear;
+pub(crate) use linear::{batched_product, linear};
 pub(crate) use log_sigmoid::log_sigmoid;
 pub(crate) use quantized::{divides, quantized_linear};
 pub use rms_norm::Gate;

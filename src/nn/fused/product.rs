@@ -24,6 +24,22 @@ impl<'a> Matrix<'a> {
         Ok(Self { data, rows, cols, strides: [cols, 1] })
     }
 
+    /// Elements that lie at these distances from row to row and from column to column.
+    pub fn strided(data: &'a [f32], [rows, cols]: [usize; 2], strides: [usize; 2]) -> Result<Self> {
+        let last = |size: usize, stride: usize| size.saturating_sub(1).checked_mul(stride);
+        let end = match (last(rows, strides[0]), last(cols, strides[1])) {
+            (Some(row), Some(col)) => row.checked_add(col),
+            _ => None,
+        };
+        if rows * cols > 0 && end.is_none_or(|end| end >= data.len()) {
+            bail!(
+                "a matrix of {rows} x {cols} in steps of {strides:?} does not have {} elements",
+                data.len()
+            );
+        }
+        Ok(Self { data, rows, cols, strides })
+    }
+
     pub fn rows(&self) -> usize {
         self.rows
     }

@@ -138,9 +138,11 @@ impl Op {
 
 /// The columns of a matrix, one after the other.
 fn transposed(x: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    let mut y = Vec::with_capacity(rows * cols);
-    for col in 0..cols {
-        y.extend(x[col..].iter().step_by(cols).take(rows));
+    let mut y = vec![0.; rows * cols];
+    for (col, y) in y.chunks_exact_mut(rows.max(1)).enumerate() {
+        for (x, y) in x.chunks_exact(cols).zip(y) {
+            *y = x[col];
+        }
     }
     y
 }

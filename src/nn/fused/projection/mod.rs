@@ -20,7 +20,7 @@ use tile::{Columns, Task};
 /// Multiplications from which on other threads are worth the time it takes to wake them.
 const LEAST_PARALLEL: usize = 1 << 18;
 /// Outputs that a thread takes at a time.
-const BLOCK: usize = 48;
+const BLOCK: usize = 64;
 /// Rows of `x` that a thread takes at a time: they stay in L2 while they meet the outputs.
 const ROWS: usize = 96;
 

@@ -1,6 +1,6 @@
 //! The products of a few rows with a few outputs, sums in registers.
 
-use super::Format;
+use super::stored::{Format, SPAN};
 use pulp::{Simd, WithSimd};
 use std::marker::PhantomData;
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
@@ -13,8 +13,6 @@ const CHUNK: usize = 2048;
 const M: usize = 4;
 /// Outputs of a tile at most.
 const MAX_N: usize = 6;
-/// Elements of a group at most.
-const MAX_GROUP: usize = 256;
 
 /// A matrix of which several threads write columns of their own.
 #[derive(Clone, Copy)]
@@ -74,6 +72,19 @@ pub(super) struct Task<'a, F> {
     pub y: Columns<'a>,
 }
 
+/// The same for each of up to eight indices, written out: the compiler keeps what is indexed in registers.
+macro_rules! unrolled {
+    ($count:expr, |$n:ident| $body:expr) => {
+        unrolled!(@ $count, $n, $body, 0 1 2 3 4 5 6 7)
+    };
+    (@ $count:expr, $n:ident, $body:expr, $($index:literal)*) => {
+        $(if $index < $count {
+            let $n = $index;
+            $body;
+        })*
+    };
+}
+
 /// Room for vectors, which begin at the beginning of a cache line.
 #[repr(align(64))]
 struct Buffer<const LEN: usize>([f32; LEN]);
@@ -86,6 +97,7 @@ impl<F: Format> WithSimd for Task<'_, F> {
         let many_registers = S::REGISTER_COUNT >= 32;
         match self.rows.len() {
             // As many running sums as it takes to keep the units busy, and registers to hold them.
+            1 if F::STREAMS <= 4 => self.stream::<S, 1, 4>(simd),
             1 => self.stream::<S, 1, 8>(simd),
             2 if many_registers => self.stream::<S, 2, 8>(simd),
             3 if many_registers => self.stream::<S, 3, 8>(simd),
@@ -99,30 +111,32 @@ impl<F: Format> WithSimd for Task<'_, F> {
 
 impl<F: Format> Task<'_, F> {
     /// So few rows that weights are widened where they are used.
-    #[expect(clippy::needless_range_loop, reason = "`n` is an output as well as the second index of `sums`")]
+    ///
+    /// Outputs that are computed side by side lie apart, so that each of N reads goes on for several rows: those of a
+    /// model's matrices are so short that the hardware would never see where they go on.
     #[inline(always)]
     fn stream<S: Simd, const R: usize, const N: usize>(&self, simd: S) {
-        for output in self.outputs.clone().step_by(N) {
+        let each = self.outputs.len().div_ceil(N);
+        for first in self.outputs.clone().take(each) {
+            let outputs: [usize; N] = std::array::from_fn(|n| first + n * each);
+            let rows = outputs.map(|output| self.row(output));
             for chunk in self.chunks() {
                 let x = self.x::<S, R>(self.rows.start, chunk.clone());
                 let mut sums = [[simd.splat_f32s(0.); N]; R];
-                for (group, at) in chunk.step_by(F::GROUP).enumerate() {
-                    for n in 0..N {
-                        self.group(
-                            simd,
-                            self.row(output + n),
-                            at,
-                            #[inline(always)]
-                            |i, w| {
-                                let i = group * (F::GROUP / S::F32_LANES) + i;
-                                for r in 0..R {
-                                    sums[r][n] = simd.mul_add_e_f32s(x[r][i], w, sums[r][n]);
-                                }
-                            },
-                        );
-                    }
+                let (mut at, end) = (chunk.start, chunk.end.min(self.k));
+                while at + SPAN <= end {
+                    let spans = rows.map(|row| self.weights.span(row + at));
+                    let x = x.map(|x| &x[(at - chunk.start) / S::F32_LANES..]);
+                    add_products::<S, F, R, N>(simd, x, spans, SPAN / F::PART, &mut sums);
+                    at += SPAN;
                 }
-                self.store(simd, self.rows.start, output, sums);
+                if at < end {
+                    let rests = rows.map(|row| self.weights.rest(row + at, row + end));
+                    let (x, parts) =
+                        (x.map(|x| &x[(at - chunk.start) / S::F32_LANES..]), (end - at).div_ceil(F::PART));
+                    add_products::<S, F, R, N>(simd, x, rests.each_ref(), parts, &mut sums);
+                }
+                self.store(simd, self.rows.start, outputs, sums);
             }
         }
     }
@@ -149,15 +163,13 @@ impl<F: Format> Task<'_, F> {
     ) -> [&'b [S::f32s]; N] {
         let len = chunk.len();
         for (n, row) in buffer.chunks_exact_mut(len).take(N).enumerate() {
-            let groups = chunk.clone().step_by(F::GROUP);
-            for (at, to) in groups.zip(S::as_mut_simd_f32s(row).0.chunks_exact_mut(F::GROUP / S::F32_LANES)) {
-                self.group(
-                    simd,
-                    self.row(output + n),
-                    at,
-                    #[inline(always)]
-                    |i, w| to[i] = w,
-                );
+            let from = self.row(output + n);
+            let spans = chunk.clone().step_by(SPAN);
+            for (at, to) in spans.zip(S::as_mut_simd_f32s(row).0.chunks_mut(SPAN / S::F32_LANES)) {
+                match at + SPAN <= self.k {
+                    true => widen::<S, F>(simd, self.weights.span(from + at), to),
+                    false => widen::<S, F>(simd, &self.weights.rest(from + at, from + self.k), to),
+                }
             }
         }
         let buffer = &*buffer;
@@ -202,7 +214,7 @@ impl<F: Format> Task<'_, F> {
                 }
             }
         }
-        self.store(simd, row, output, sums);
+        self.store(simd, row, std::array::from_fn(|n| output + n), sums);
     }
 
     fn chunks(&self) -> impl Iterator<Item = Range<usize>> + use<F> {
@@ -221,33 +233,73 @@ impl<F: Format> Task<'_, F> {
         output.min(self.outputs.end - 1) * self.k
     }
 
-    /// The group from column `at` on, with zeros where the row has ended.
-    #[inline(always)]
-    fn group<S: Simd>(&self, simd: S, row: usize, at: usize, mut each: impl FnMut(usize, S::f32s)) {
-        if at + F::GROUP <= self.k {
-            return self.weights.group(simd, row + at, each);
-        }
-        let mut buffer = Buffer([0.; MAX_GROUP]);
-        self.weights.tail(row + at, &mut buffer.0[..self.k - at]);
-        let vectors = S::as_simd_f32s(&buffer.0[..F::GROUP]).0;
-        for (i, vector) in vectors.iter().enumerate() {
-            each(i, *vector);
-        }
-    }
-
     #[inline(always)]
     fn store<S: Simd, const R: usize, const N: usize>(
         &self,
         simd: S,
         row: usize,
-        output: usize,
+        outputs: [usize; N],
         sums: [[S::f32s; N]; R],
     ) {
         for (i, sums) in sums.into_iter().enumerate() {
-            for (n, sum) in sums.into_iter().enumerate().take(self.outputs.end - output) {
-                // SAFETY: the outputs of a task are its own.
-                unsafe { self.y.add(row + i, output + n, simd.reduce_sum_f32s(sum)) };
+            for (output, sum) in outputs.into_iter().zip(sums) {
+                if output < self.outputs.end {
+                    // SAFETY: the outputs of a task are its own.
+                    unsafe { self.y.add(row + i, output, simd.reduce_sum_f32s(sum)) };
+                }
             }
         }
+    }
+}
+
+/// Adds the products of some rows of inputs with a span of weights of some outputs.
+#[inline(always)]
+fn add_products<S: Simd, F: Format, const R: usize, const N: usize>(
+    simd: S,
+    x: [&[S::f32s]; R],
+    spans: [&F::Span; N],
+    parts: usize,
+    sums: &mut [[S::f32s; N]; R],
+) {
+    let vectors = F::PART / S::F32_LANES;
+    let mut scales = [F::Scales::default(); N];
+    for n in 0..N {
+        scales[n] = F::scales(simd, spans[n]);
+    }
+    let mut own = *sums;
+    for part in 0..parts {
+        let x = x.map(
+            #[inline(always)]
+            |x| &x[part * vectors..][..vectors],
+        );
+        unrolled!(N, |n| F::part(
+            simd,
+            spans[n],
+            part,
+            &scales[n],
+            #[inline(always)]
+            |i, w| {
+                for r in 0..R {
+                    own[r][n] = simd.mul_add_e_f32s(x[r][i], w, own[r][n]);
+                }
+            },
+        ));
+    }
+    *sums = own;
+}
+
+#[inline(always)]
+fn widen<S: Simd, F: Format>(simd: S, span: &F::Span, to: &mut [S::f32s]) {
+    let vectors = F::PART / S::F32_LANES;
+    let scales = F::scales(simd, span);
+    for (part, to) in to.chunks_exact_mut(vectors).enumerate() {
+        F::part(
+            simd,
+            span,
+            part,
+            &scales,
+            #[inline(always)]
+            |i, w| to[i] = w,
+        );
     }
 }
