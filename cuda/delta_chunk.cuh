@@ -22,7 +22,7 @@ namespace cla {
 static_assert(CHUNK == CLA_DELTA_SEGMENT, "a segment is solved as one chunk");
 
 // What is prepared for a segment and head, in bytes from its start: T and P as tiles, each the sum of two parts, and numbers
-// of each step in f32.
+// of each step in f32. What is above the blocks of 16 on the diagonal of a tile has a place but is not written.
 struct Prepared {
   static constexpr int T = 0, P = 2 * SUBTILE, FACTORS = 4 * SUBTILE;
   static constexpr int FROM_START = 0, TO_END = CHUNK, BETA = 2 * CHUNK, WHOLE = 3 * CHUNK;  // floats
@@ -32,7 +32,7 @@ struct Prepared {
   static_assert(WHOLE_BY_CHANNEL + 128 <= BETA && WHOLE < 256, "numbers have room");
 };
 // With a decay by channel these follow, tiles in two parts each: keys with the decay since the start of the segment, which
-// meet the state before, keys with the decay to its end, which are written, and q, which in reverse is written too.
+// meet the state before, keys with the decay to its end, which are written, and q, which in reverse is written too, scaled.
 template <int R> struct PreparedKeys {
   static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
@@ -67,22 +67,21 @@ template <int THREADS, class F> CLA_DEVICE void each_fade(const float *gates, in
   }
 }
 
-// The rows of a segment, `width` of up to WIDTH columns, to shared memory; zeros elsewhere. By THREADS threads, of which this
-// is `tid`. `piece` says where eight columns of a row go; rows further down by a multiple of 8 lie PITCH bytes a row further.
+// The rows of a segment, `width` of up to WIDTH columns, to a tile; zeros elsewhere. By THREADS threads, of which this is `tid`.
 // Copies are to be committed and waited for.
-template <int WIDTH, int THREADS, int PITCH, class Piece>
-CLA_DEVICE void fetch_rows(Piece piece, const Rows &rows, const SegmentSteps &at, int width, int tid) {
+template <int WIDTH, int THREADS>
+CLA_DEVICE void fetch_tile(Tile tile, const Rows &rows, const SegmentSteps &at, int width, int tid) {
   // A thread has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
   constexpr int EVERY = THREADS / (WIDTH / 8);
   static_assert(EVERY % 8 == 0 && CHUNK % EVERY == 0, "pieces cover the rows");
   const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
-  unsigned char *to = piece(first, c);
+  unsigned char *to = tile.piece(first, c / 8);
   if (rows.in_pieces(width)) {
     const unsigned char *from = rows.data + (at.token(first) * rows.token + c) * 2;
     const int64_t stride = (at.steps.reverse ? -2 : 2) * EVERY * rows.token;
     CLA_UNROLL
     for (int i = 0; i < CHUNK / EVERY; i++) {
-      copy16_async(to + i * EVERY * PITCH, from + i * stride, c < width && first + i * EVERY < at.count);
+      copy16_async(to + i * EVERY * 128, from + i * stride, c < width && first + i * EVERY < at.count);
     }
     return;
   }
@@ -99,12 +98,8 @@ CLA_DEVICE void fetch_rows(Piece piece, const Rows &rows, const SegmentSteps &at
       }
       x[k] = pack_bf16(pair[0], pair[1]);
     }
-    store16(to + i * EVERY * PITCH, {x[0], x[1], x[2], x[3]});
+    store16(to + i * EVERY * 128, {x[0], x[1], x[2], x[3]});
   }
-}
-template <int WIDTH, int THREADS>
-CLA_DEVICE void fetch_tile(Tile to, const Rows &rows, const SegmentSteps &at, int width, int tid) {
-  fetch_rows<WIDTH, THREADS, 128>([=](int row, int c) { return to.piece(row, c / 8); }, rows, at, width, tid);
 }
 
 }  // namespace cla
