@@ -1,0 +1,452 @@
+// The gradients of keys, of a gate by token and of beta (see delta.h) in matrix form, all segments at once, on tensor cores.
+// With the steps of a segment as rows, M and U what the two sweeps left, S the state before the segment, E the gradient from
+// behind it, and
+//
+//     D_ts = exp(g_{s+1} + ... + g_t) for s < t, else 0       from = exp(g_0 + ... + g_t)     left = exp(g_{t+1} + ...)
+//     A    = s (dO (beta M)^T) . D                            B    = -beta (U (beta M)^T) . D
+//
+// the products of delta_gradients.cu are
+//
+//     reads by q   dQ = s from dO S^T + A K
+//     reads by k   R  = -beta from U S^T + B K
+//     writes       W  = beta left M E^T + A^T Q + B^T K       dK = W + R
+//
+// each without a token's term with itself, own = s beta (dO . M), which dQ and dK get at the end.
+#pragma once
+#include "delta_chunk.cuh"
+
+namespace cla {
+
+// R: channels of keys, padded. Values are padded to 128.
+template <int R> struct DeltaChunkGradients {
+  static constexpr int THREADS = 256, V = 128, VALUE = V * 128, KEY = R * 128;
+  static constexpr int FADES_PITCH = CHUNK + 8, FADES_BYTES = 4 * CHUNK * FADES_PITCH;
+  // do, then M, U and the state or the gradient behind, each as the sum of two parts, then A and B, the same.
+  static constexpr int GRAD_OUT = 0, M = VALUE, U = M + 2 * VALUE, STATE = U + 2 * VALUE, STATE_PART = R / 64 * VALUE;
+  static constexpr int A = STATE + 2 * STATE_PART, B = A + 2 * SUBTILE, K = B + 2 * SUBTILE;
+  // What is left of decays until A and B are there, q from then on.
+  static constexpr int Q = K + KEY, FADES = Q, NUMBERS = Q + (KEY > FADES_BYTES ? KEY : FADES_BYTES);
+  // Of each step: its gate, beta, from, left, own, dbeta; then sums of half a row each: of dg, and of what W has from E.
+  static constexpr int GATE = 0, BETA = CHUNK, FROM = 2 * CHUNK, LEFT = 3 * CHUNK, OWN = 4 * CHUNK, DBETA = 5 * CHUNK;
+  static constexpr int SUMS = 6 * CHUNK, FIRST = SUMS + 2 * CHUNK, BEHIND = FIRST + 2 * CHUNK, WHOLE = BEHIND + THREADS / 32;
+  static constexpr int SHARED = NUMBERS + 4 * (WHOLE + 1);
+  // A warp has 16 rows and half of the channels.
+  static constexpr int OWN_CHANNELS = R / 2, TILES = OWN_CHANNELS / 8;
+
+  const cla_delta_gradient &c;
+  unsigned char *shared;
+  int tid, lane, rows, half, row0, pair, head, v_steps;
+  int64_t segment;
+  SegmentSteps at;
+
+  CLA_DEVICE DeltaChunkGradients(const cla_delta_gradient &c, const SegmentOf &of, int64_t index, int head)
+      : c(c), shared(shared_memory()), head(head), segment(index), at(c.of, of.sequence, of.segment, false) {
+    tid = thread_index();
+    lane = tid & 31;
+    rows = 16 * ((tid >> 5) & 3);
+    half = tid >> 7;
+    row0 = lane >> 2;
+    pair = (lane & 3) * 2;
+    v_steps = (c.of.v_dim + 15) / 16;
+  }
+
+  CLA_DEVICE Tile tile(int which, int part = 0, int size = 0) const { return {shared + which + part * size}; }
+  CLA_DEVICE float *numbers(int which) const { return (float *)(shared + NUMBERS) + which; }
+  CLA_DEVICE float *fades(int row) const { return (float *)(shared + FADES) + row * FADES_PITCH; }
+  CLA_DEVICE Rows rows_of(const cla_tensor &x) const { return Rows(x, at.steps.batch, head); }
+  // The first of the warp's channels, in the tiles of the state: which, and the row there.
+  CLA_DEVICE int channel() const { return half * OWN_CHANNELS; }
+  CLA_DEVICE Tile state_tile(int part, int channel) const {
+    return {shared + STATE + part * STATE_PART + channel / 64 * VALUE};
+  }
+
+  // ---- loading ----
+
+  // Up to eight numbers from `from` on, zeros behind them. What sweeps leave is contiguous: rows of whole pieces are aligned.
+  CLA_DEVICE void load8(float (&x)[8], const float *from, int count) const {
+    float first[4] = {0.f, 0.f, 0.f, 0.f}, second[4] = {0.f, 0.f, 0.f, 0.f};
+    if (c.of.v_dim % 8 == 0) {
+      if (count > 0) {
+        load4(first, from);
+        load4(second, from + 4);
+      }
+    } else {
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) {
+        if (i < count) first[i] = from[i];
+        if (4 + i < count) second[i] = from[4 + i];
+      }
+    }
+    CLA_UNROLL
+    for (int i = 0; i < 4; i++) x[i] = first[i], x[4 + i] = second[i];
+  }
+  // A thread has the same piece of every EVERY-th row.
+  static constexpr int EVERY = THREADS / (V / 8);
+  CLA_DEVICE int own_row() const { return tid / (V / 8); }
+  CLA_DEVICE int own_column() const { return tid % (V / 8) * 8; }
+
+  CLA_DEVICE void split_rows(int to, const Rows &rows) const {
+    const float *from = (const float *)rows.row(at.token(own_row())) + own_column();
+    const int left = c.of.v_dim - own_column();
+    float x[CHUNK / EVERY][8];
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      load8(x[i], from + i * EVERY * rows.token, own_row() + i * EVERY < at.count ? left : 0);
+    }
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      store_parts(tile(to), tile(to, 1, VALUE), own_row() + i * EVERY, own_column(), x[i]);
+    }
+  }
+  // A state of K x V, as the operand of products over values. Of each piece of eight, take(channel, its product with what is
+  // there) before, if MULTIPLY.
+  template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
+    constexpr int AT_ONCE = 4;  // loads under way before the first is used
+    const int64_t size = (int64_t)c.of.k_dim * c.of.v_dim;
+    const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.of.v_dim + own_column();
+    const int left = c.of.v_dim - own_column();
+    CLA_NO_UNROLL
+    for (int first = 0; first < R; first += AT_ONCE * EVERY) {
+      float x[AT_ONCE][8];
+      CLA_UNROLL
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int row = first + i * EVERY;
+        load8(x[i], from + row * c.of.v_dim, own_row() + row < c.of.k_dim ? left : 0);
+      }
+      CLA_UNROLL
+      for (int i = 0; i < AT_ONCE; i++) {
+        const int row = own_row() + first + i * EVERY;
+        const Tile high = state_tile(0, row), low = state_tile(1, row);
+        if (MULTIPLY) {
+          const Vec4 h = load16(high.piece(row % 64, own_column() / 8)), l = load16(low.piece(row % 64, own_column() / 8));
+          const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
+          float sum = 0.f;
+          CLA_UNROLL
+          for (int j = 0; j < 4; j++) {
+            sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[i][2 * j];
+            sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[i][2 * j + 1];
+          }
+          take(row, sum);
+        }
+        store_parts(high, low, row % 64, own_column(), x[i]);
+      }
+    }
+  }
+  CLA_DEVICE void fetch_key(int to, const cla_tensor &from) const {
+    fetch_tile<R, THREADS>(tile(to), rows_of(from), at, c.of.k_dim, tid);
+    copies_commit();
+  }
+
+  CLA_DEVICE void load() const {
+    fetch_tile<V, THREADS>(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
+    fetch_key(K, c.of.k);
+    if (tid < CHUNK) {
+      numbers(BETA)[tid] = tid < at.count ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;
+    }
+    split_rows(M, rows_of(c.written));
+    split_rows(U, rows_of(c.of_written));
+    split_state<false>(c.starts, [](int, float) {});
+    copies_wait<0>();
+    barrier();
+  }
+  CLA_DEVICE void fade() const {
+    if (tid < CHUNK) {
+      const bool valid = tid < at.count && c.of.gate_kind != CLA_NO_GATE;
+      numbers(GATE)[tid] = valid ? rows_of(c.of.gate).load(at.token(tid), 0) : 0.f;
+    }
+    barrier();
+    each_fade<THREADS>(numbers(GATE), tid, [&](int t, int from, float left) {
+      if (from < 0) numbers(FROM)[t] = left;
+      else fades(t)[from] = left;
+      if (t == CHUNK - 1) *numbers(from < 0 ? WHOLE : LEFT + from) = left;
+    });
+    barrier();
+  }
+
+  // ---- products ----
+
+  // acc += a b^T for one step of 16 of the sum and 8 N rows of b, which `load` loads, in two parts: load(high, low, row). The
+  // other part of a is `rest`, if it has one.
+  template <int N, class Load>
+  CLA_DEVICE static void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t *rest, Load load) {
+    CLA_UNROLL
+    for (int j = 0; j < N; j += 2) {
+      uint32_t high[4], low[4];
+      load(high, low, 8 * j);
+      mma16(acc[j], acc[j + 1], a, high);
+      mma16(acc[j], acc[j + 1], a, low);
+      if (rest) {
+        const uint32_t x[4] = {rest[0], rest[1], rest[2], rest[3]};
+        mma16(acc[j], acc[j + 1], x, high);
+      }
+    }
+  }
+  template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) x[j][e] = 0.f;
+    }
+  }
+  template <int N> CLA_DEVICE static void add(float (&to)[N][4], const float (&x)[N][4]) {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) to[j][e] += x[j][e];
+    }
+  }
+  // f(number, step, channel or column from the warp's first)
+  template <int N, class F> CLA_DEVICE void each(float (&acc)[N][4], F f) const {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) f(acc[j][e], rows + row0 + 8 * (e >> 1), 8 * j + pair + (e & 1));
+    }
+  }
+
+  // dO b^T and U b^T over all values, for the rows of the warp and those of b that load(step) gives `multiply`.
+  template <int N, class Load> CLA_DEVICE void multiply_reads(float (&of_out)[N][4], float (&of_u)[N][4], Load load) const {
+    zero(of_out);
+    zero(of_u);
+    CLA_NO_UNROLL
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t out[4], u[4], u_rest[4];
+      load_a(out, tile(GRAD_OUT), rows, 16 * step);
+      load_a(u, tile(U), rows, 16 * step);
+      load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
+      multiply(of_out, out, nullptr, load(step));
+      multiply(of_u, u, u_rest, load(step));
+    }
+  }
+
+  // A and B, with what fade(later step, earlier step) leaves.
+  template <class Fade> CLA_DEVICE void find_scores(Fade fade) const {
+    constexpr int COLUMNS = CHUNK / 2;
+    const int first = half * COLUMNS;
+    float a[COLUMNS / 8][4], b[COLUMNS / 8][4];
+    multiply_reads(a, b, [&](int step) {
+      return [this, first, step](uint32_t(&high)[4], uint32_t(&low)[4], int row) {
+        load_b(high, tile(M), first + row, 16 * step);
+        load_b(low, tile(M, 1, VALUE), first + row, 16 * step);
+      };
+    });
+    const float *beta = numbers(BETA);
+    auto store = [&](int to, float(&x)[COLUMNS / 8][4]) {
+      CLA_UNROLL
+      for (int j = 0; j < COLUMNS / 8; j++) {
+        CLA_UNROLL
+        for (int h = 0; h < 2; h++) {
+          const int t = rows + row0 + 8 * h, s = first + 8 * j + pair;
+          const float two[2] = {x[j][2 * h], x[j][2 * h + 1]};
+          store_parts(tile(to), tile(to, 1, SUBTILE), t, s, two);
+        }
+      }
+    };
+    each(a, [&](float &x, int t, int at) {
+      const int s = first + at;
+      if (s == t) numbers(OWN)[t] = c.of.scale * beta[t] * x;
+      x = s < t ? c.of.scale * beta[s] * fade(t, s) * x : 0.f;
+    });
+    each(b, [&](float &x, int t, int at) {
+      const int s = first + at;
+      if (s == t) numbers(DBETA)[t] = x;
+      x = s < t ? -beta[t] * beta[s] * fade(t, s) * x : 0.f;
+    });
+    store(A, a);
+    store(B, b);
+  }
+
+  // acc += x y, or x^T y, of a triangle of scores and the rows of a key.
+  template <bool TRANSPOSED> CLA_DEVICE void add_scored(float (&acc)[TILES][4], int x, int y) const {
+    const int of_rows = rows / 16, from = TRANSPOSED ? of_rows : 0, to = TRANSPOSED ? CHUNK / 16 : of_rows + 1;
+    CLA_NO_UNROLL
+    for (int step = from; step < to; step++) {
+      uint32_t high[4], low[4];
+      if (TRANSPOSED) {
+        load_a_transposed(high, tile(x), 16 * step, rows);
+        load_a_transposed(low, tile(x, 1, SUBTILE), 16 * step, rows);
+      } else {
+        load_a(high, tile(x), rows, 16 * step);
+        load_a(low, tile(x, 1, SUBTILE), rows, 16 * step);
+      }
+      CLA_UNROLL
+      for (int j = 0; j < TILES; j += 2) {
+        uint32_t of_key[4];
+        load_b_transposed(of_key, tile(y), 16 * step, channel() + 8 * j);
+        mma16(acc[j], acc[j + 1], high, of_key);
+        mma16(acc[j], acc[j + 1], low, of_key);
+      }
+    }
+  }
+
+  // The state, or the gradient behind, for the warp's channels.
+  CLA_DEVICE auto state_at(int step) const {
+    return [this, step](uint32_t(&high)[4], uint32_t(&low)[4], int j) {
+      const int at = channel() + j;
+      load_b(high, state_tile(0, at), at % 64, 16 * step);
+      load_b(low, state_tile(1, at), at % 64, 16 * step);
+    };
+  }
+  CLA_DEVICE void read(float (&of_q)[TILES][4], float (&of_k)[TILES][4]) const {
+    multiply_reads(of_q, of_k, [&](int step) { return state_at(step); });
+    const float *from = numbers(FROM), *beta = numbers(BETA);
+    each(of_q, [&](float &x, int t, int) { x *= c.of.scale * from[t]; });
+    each(of_k, [&](float &x, int t, int) { x *= -beta[t] * from[t]; });
+    add_scored<false>(of_q, A, K);
+    add_scored<false>(of_k, B, K);
+  }
+  // beta M E^T
+  CLA_DEVICE void multiply_writes(float (&acc)[TILES][4]) const {
+    zero(acc);
+    CLA_NO_UNROLL
+    for (int step = 0; step < v_steps; step++) {
+      uint32_t m[4], rest[4];
+      load_a(m, tile(M), rows, 16 * step);
+      load_a(rest, tile(M, 1, VALUE), rows, 16 * step);
+      multiply(acc, m, rest, state_at(step));
+    }
+    each(acc, [&](float &x, int t, int) { x *= numbers(BETA)[t]; });
+  }
+  CLA_DEVICE void write(float (&acc)[TILES][4], float (&first)[2]) const {
+    multiply_writes(acc);
+    const float *left = numbers(LEFT);
+    each(acc, [&](float &x, int t, int) { x *= left[t]; });
+    add_products(first, acc, K, 1.f);
+    add_scored<true>(acc, A, Q);
+    add_scored<true>(acc, B, K);
+  }
+
+  // Of the thread's two rows: sum += factor (acc . y)
+  CLA_DEVICE void add_products(float (&sum)[2], const float (&acc)[TILES][4], int y, float factor) const {
+    CLA_UNROLL
+    for (int j = 0; j < TILES; j++) {
+      CLA_UNROLL
+      for (int h = 0; h < 2; h++) {
+        const uint32_t of_key = key_pair(y, rows + row0 + 8 * h, j);
+        sum[h] += factor * (acc[j][2 * h] * low_bf16(of_key) + acc[j][2 * h + 1] * high_bf16(of_key));
+      }
+    }
+  }
+  CLA_DEVICE uint32_t key_pair(int which, int row, int j) const {
+    return *(const uint32_t *)tile(which).element(row, channel() + 8 * j + pair);
+  }
+  // Of a row, from the four lanes that have it.
+  CLA_DEVICE void give_sums(const float (&sum)[2], int to) const {
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      float x = sum[h];
+      x += shuffle_xor(x, 1);
+      x += shuffle_xor(x, 2);
+      if (pair == 0) numbers(to)[half * CHUNK + rows + row0 + 8 * h] = x;
+    }
+  }
+
+  // acc, and what tokens read of what they write, which is `own` times the other key.
+  CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], int other) const {
+    if (!tensor.data) return;
+    const Rows to = rows_of(tensor);
+    const bool pairs = c.of.k_dim % 2 == 0;  // a result is contiguous
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      const int row = rows + row0 + 8 * h;
+      if (row >= at.count) continue;
+      const float own = numbers(OWN)[row];
+      CLA_UNROLL
+      for (int j = 0; j < TILES; j++) {
+        const int at_channel = channel() + 8 * j + pair;
+        const uint32_t key = key_pair(other, row, j);
+        const float x[2] = {acc[j][2 * h] + own * low_bf16(key), acc[j][2 * h + 1] + own * high_bf16(key)};
+        if (pairs && to.dtype == CLA_BF16) {
+          if (at_channel < c.of.k_dim) *(uint32_t *)(to.row(at.token(row)) + 2 * at_channel) = pack_bf16(x[0], x[1]);
+        } else {
+          CLA_UNROLL
+          for (int i = 0; i < 2; i++) {
+            if (at_channel + i < c.of.k_dim) to.store(at.token(row), at_channel + i, x[i]);
+          }
+        }
+      }
+    }
+  }
+
+  // ---- the gradients of a step's numbers ----
+
+  // By the first warp: sums of SUMS from each step to the end of the segment, with what stands behind it. A lane has two steps,
+  // the first lane the last two. What a step makes of the sum behind it is 0 if it forgot, else one more term.
+  CLA_DEVICE void store_gate() const {
+    double term[2], behind = lane < THREADS / 32 ? (double)(numbers(WHOLE)[0] * numbers(BEHIND)[lane]) : 0.;
+    bool forgot[2];
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      term[i] = (double)numbers(SUMS)[t] + (double)numbers(SUMS)[CHUNK + t];
+      forgot[i] = exp_fast(numbers(GATE)[t]) == 0.f;
+      if (t + 1 < at.count) behind += (double)numbers(FIRST)[t] + (double)numbers(FIRST)[CHUNK + t];
+    }
+    behind = sum_of_lanes(behind);
+    auto then = [](double sum, bool forgot, double term) { return forgot ? 0. : sum + term; };
+    double sum = then(then(0., forgot[0], term[0]), forgot[1], term[1]);
+    int cut = forgot[0] || forgot[1];
+    CLA_UNROLL
+    for (int d = 1; d < 32; d *= 2) {
+      const double later = shuffle_up(sum, d);
+      const int later_cut = shuffle_up(cut, d);
+      if (lane >= d && !cut) sum += later, cut = later_cut;
+    }
+    const double all = cut ? sum : sum + behind, later = shuffle_up(all, 1);
+    sum = lane == 0 ? behind : later;
+    const Rows dg = rows_of(c.dg);
+    CLA_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int t = step_of_lane(i);
+      sum = then(sum, forgot[i], term[i]);
+      if (t >= at.count) continue;
+      for (int slice = 0; slice < (c.of.k_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS; slice++) {
+        dg.store(at.token(t), slice, slice == 0 ? (float)sum : 0.f);
+      }
+    }
+  }
+  CLA_DEVICE int step_of_lane(int i) const { return CHUNK - 1 - 2 * lane - i; }
+
+  // By the second half of the threads.
+  CLA_DEVICE void store_beta() const {
+    const int row = tid - THREADS / 2;
+    if (c.dbeta.data && row >= 0 && row < at.count) rows_of(c.dbeta).store(at.token(row), 0, numbers(DBETA)[row]);
+  }
+
+  CLA_DEVICE void run() const {
+    load();
+    fade();
+    find_scores([&](int t, int s) { return fades(t)[s]; });
+    barrier();
+    fetch_key(Q, c.of.q);
+    float of_q[TILES][4], of_k[TILES][4], sum[2] = {0.f, 0.f}, first[2] = {0.f, 0.f};
+    read(of_q, of_k);
+    copies_wait<0>();
+    barrier();
+    add_products(sum, of_q, Q, 1.f);
+    add_products(sum, of_k, K, 1.f);
+    store(c.dq, of_q, K);
+    float behind = 0.f;
+    split_state<true>(c.ends, [&](int, float x) { behind += x; });
+    behind = sum_of_lanes(behind);
+    if (lane == 0) numbers(BEHIND)[tid >> 5] = behind;
+    barrier();
+    write(of_q, first);
+    float of_writes[2] = {0.f, 0.f};
+    add_products(of_writes, of_q, K, -1.f);
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      // What the last token wrote is not in what the sums begin with.
+      if (rows + row0 + 8 * h + 1 < at.count) sum[h] += of_writes[h];
+    }
+    give_sums(sum, SUMS);
+    give_sums(first, FIRST);
+    add(of_q, of_k);
+    store(c.dk, of_q, Q);
+    barrier();
+    if (c.dg.data && tid < 32) store_gate();
+    store_beta();
+  }
+};
+
+}  // namespace cla
