@@ -60,14 +60,18 @@ fn find_toolkit() -> Result<CudaToolkit, String> {
     let release = toolkit.version.as_deref().unwrap_or("");
     match release.split('.').next().and_then(|major| major.parse::<u32>().ok()) {
         Some(major) if major >= LEAST_NVCC => Ok(toolkit),
-        Some(_) => Err(format!("feature cuda: {} is {release}, it must be {LEAST_NVCC}.0 or later", nvcc.display())),
+        Some(_) => {
+            Err(format!("feature cuda: {} is {release}, it must be {LEAST_NVCC}.0 or later", nvcc.display()))
+        }
         None => Err(format!("feature cuda: {} does not say its version", nvcc.display())),
     }
 }
 
 fn check_target(toolkit: &CudaToolkit, cap: usize) -> Result<(), String> {
     if cap < LEAST_CAP {
-        return Err(format!("feature cuda: the compute capability is {cap}, the kernels need at least {LEAST_CAP}"));
+        return Err(format!(
+            "feature cuda: the compute capability is {cap}, the kernels need at least {LEAST_CAP}"
+        ));
     }
     let known = toolkit.supported_architectures();
     if known.contains(&cap) {

@@ -29,10 +29,18 @@ struct Parts {
       }
     }
   }
-  // As a B operand, of the transpose.
+  // As a B operand.
+  CLA_DEVICE Parts transposed() const {
+    Parts of;
+    CLA_UNROLL
+    for (int part = 0; part < 3; part++) {
+      of.x[part][0] = x[part][0], of.x[part][1] = x[part][2], of.x[part][2] = x[part][1], of.x[part][3] = x[part][3];
+    }
+    return of;
+  }
   CLA_DEVICE void store(unsigned char *to) const {
     CLA_UNROLL
-    for (int part = 0; part < 3; part++) store16(to + 512 * part, {x[part][0], x[part][2], x[part][1], x[part][3]});
+    for (int part = 0; part < 3; part++) store16(to + 512 * part, {x[part][0], x[part][1], x[part][2], x[part][3]});
   }
   CLA_DEVICE void load(const unsigned char *from) {
     CLA_UNROLL
@@ -221,7 +229,7 @@ template <int R> struct DeltaPrepare {
     fade<N>(x, c);
     Parts parts;
     parts.split(x);
-    parts.store(block(N, warp - N));
+    parts.transposed().store(block(N, warp - N));
   }
 
   // The block on the diagonal of T from that of -A, transposed into `result`. A lane has a column.
@@ -259,7 +267,7 @@ template <int R> struct DeltaPrepare {
     }
     warp_barrier();
     result.split(inverse);
-    result.store(block(0, warp));
+    result.transposed().store(block(0, warp));
     result.split(transposed);
   }
 

@@ -3,10 +3,10 @@
 //
 //     L_ts = sum_r k_tr k_sr exp(g_{s+1,r} + ... + g_tr)        and so in P
 //
-// which no two operands of a product give for every gate: relative to a step between s and t one of them leaves the range of
-// numbers. So a lane carries k_s along, from step s on, and lets it fade with every step: all factors are at most what they
-// are, and no two sums of logarithms are subtracted. That is f32 on ordinary cores, 12 operations for four channels of two
-// tokens. What the state is read and written with is decayed in one product a step, too.
+// Where t and s are of different blocks of 16, a step between them divides the decay in two factors, one for either operand of a
+// product, neither more than what decays are: the middle of the segment, or of its half. Operands have three parts, as those of
+// T do. Within a block no step does that for all pairs: one of the factors would leave the range of numbers. There a lane carries
+// k_s along, from step s on, and lets it fade with every step, in f32 on ordinary cores. No two sums of logarithms are subtracted.
 #pragma once
 #include "delta_prepare.cuh"
 
@@ -15,11 +15,12 @@ namespace cla {
 template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
   using Base = DeltaPrepare<R>;
   using Keys = PreparedKeys<R>;
-  using Base::s, Base::shared, Base::tid, Base::lane, Base::warp, Base::head, Base::at, Base::to, Base::factors;
-  using Base::prepared, Base::block, Base::row, Base::column, Base::THREADS, Base::KEY, Base::SIDE;
-  // L lies where T and blocks of A will.
-  static constexpr int K = Base::SHARED, Q = K + KEY, DECAYS = Q + KEY, PITCH = R + 4;
-  static constexpr int SHARED = DECAYS + 4 * (CHUNK + 1) * PITCH;
+  using Base::s, Base::shared, Base::tid, Base::lane, Base::warp, Base::row0, Base::pair, Base::head, Base::at, Base::to;
+  using Base::factors, Base::prepared, Base::block, Base::row, Base::column, Base::THREADS, Base::KEY, Base::SIDE;
+  static constexpr int PITCH = R + 8, BLOCKS = CHUNK / SIDE, PAIRS = R / 2, EVERY = THREADS / PAIRS;
+  static constexpr int K = Base::SHARED, Q = K + KEY, DECAYS = Q + KEY, DIAGONAL = DECAYS + 4 * (CHUNK + 1) * PITCH;
+  static constexpr int SHARED = DIAGONAL + 2 * 4 * CHUNK * SIDE;
+  static_assert(4 * CHUNK * PITCH <= Base::FACTORS, "what is left has room where L and P will be");
 
   CLA_DEVICE DeltaPrepareDecayed(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
       : Base(s, of, index, head) {
@@ -28,30 +29,35 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
 
   CLA_DEVICE Tile keys() const { return {shared + K}; }
   CLA_DEVICE Tile queries() const { return {shared + Q}; }
-  // What each step leaves of what was before it, and, in reverse, what the last token's own decay leaves at the end.
+  // What each step leaves of what was before it; later, of what was before its block. And, in reverse, what the last token's own
+  // decay leaves at the end.
   CLA_DEVICE float *decay(int row) const { return (float *)(shared + DECAYS) + row * PITCH; }
   CLA_DEVICE float *last() const { return decay(CHUNK); }
-  CLA_DEVICE float *lower(int t, int from) const { return (float *)shared + t * CHUNK + (from ^ (t & 7) * 8); }
+  CLA_DEVICE const float *whole(int block) const { return decay(block * SIDE + SIDE - 1); }
+  // What is left of each step at the end of its block.
+  CLA_DEVICE float *left(int row) const { return (float *)shared + row * PITCH; }
+  // L, or P, of a step and those of its block.
+  CLA_DEVICE float *diagonal(bool of_p, int t) const { return (float *)(shared + DIAGONAL) + ((of_p ? CHUNK : 0) + t) * SIDE; }
 
   CLA_DEVICE void load() {
     fetch_tile<R, THREADS>(keys(), Rows(s.of.k, at.steps.batch, head), at, s.of.k_dim, tid);
     fetch_tile<R, THREADS>(queries(), Rows(s.of.q, at.steps.batch, head), at, s.of.k_dim, tid);
     copies_commit();
     const Rows gate(s.of.gate, at.steps.batch, head), beta(s.of.beta, at.steps.batch, head);
-    constexpr int EVERY = THREADS / R, BATCH = 16;
+    constexpr int ROWS = THREADS / R, BATCH = 16;
     const int channel = tid % R, width = s.of.k_dim;
     // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
     CLA_NO_UNROLL
-    for (int first = tid / R; first < CHUNK; first += BATCH * EVERY) {
+    for (int first = tid / R; first < CHUNK; first += BATCH * ROWS) {
       float due[BATCH];
       CLA_UNROLL
       for (int i = 0; i < BATCH; i++) {
-        const int row = first + i * EVERY - (REVERSE ? 1 : 0);
+        const int row = first + i * ROWS - (REVERSE ? 1 : 0);
         const bool valid = row >= 0 && row + (REVERSE ? 1 : 0) < at.count && channel < width;
         due[i] = valid ? gate.load(at.token(row), channel) : 0.f;
       }
       CLA_UNROLL
-      for (int i = 0; i < BATCH; i++) decay(first + i * EVERY)[channel] = exp_fast(due[i]);
+      for (int i = 0; i < BATCH; i++) decay(first + i * ROWS)[channel] = exp_fast(due[i]);
     }
     if (tid < R) last()[tid] = REVERSE && tid < width ? exp_fast(gate.load(at.token(at.count - 1), tid)) : 1.f;
     if (tid < CHUNK) factors()[Prepared::BETA + tid] = tid < at.count ? beta.load(at.token(tid), 0) : 0.f;
@@ -66,31 +72,59 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
     *(uint32_t *)high.element(t, channel) = rounded;
     *(uint32_t *)rest.element(t, channel) = pack_rest(rounded, x, y);
   }
-  // Keys with all decays up to them, by one half of the threads, and with all after them, by the other.
-  CLA_DEVICE void write_keys() {
-    const int channel = tid % (R / 2) * 2, part = tid / (R / 2);
-    float x = 1.f, y = 1.f;
-    if (part == 0) {
-      CLA_UNROLL_EIGHT
-      for (int t = 0; t < CHUNK; t++) {
+  // From what each step leaves to what each leaves of the start of its block, and of each at its end.
+  CLA_DEVICE void multiply_decays() const {
+    const int channel = tid % PAIRS * 2;
+    for (int block = tid / PAIRS; block < BLOCKS; block += EVERY) {
+      float x = 1.f, y = 1.f;
+      CLA_UNROLL
+      for (int t = block * SIDE + SIDE - 1; t >= block * SIDE; t--) {
+        left(t)[channel] = x, left(t)[channel + 1] = y;
         x *= decay(t)[channel], y *= decay(t)[channel + 1];
-        const uint32_t k = *(uint32_t *)keys().element(t, channel), q = *(uint32_t *)queries().element(t, channel);
-        write_pair(Keys::READS, t, channel, x * low_bf16(k), y * high_bf16(k));
-        if (!REVERSE) write_pair(Keys::QUERIES, t, channel, x * low_bf16(q), y * high_bf16(q));
       }
-      factors()[Prepared::WHOLE_BY_CHANNEL + channel] = x * last()[channel];
-      factors()[Prepared::WHOLE_BY_CHANNEL + channel + 1] = y * last()[channel + 1];
-    } else if (part == 1) {
-      x = last()[channel], y = last()[channel + 1];
-      CLA_UNROLL_EIGHT
-      for (int t = CHUNK - 1; t >= 0; t--) {
-        const uint32_t k = *(uint32_t *)keys().element(t, channel), q = *(uint32_t *)queries().element(t, channel);
-        write_pair(Keys::WRITES, t, channel, x * low_bf16(k), y * high_bf16(k));
-        if (REVERSE) write_pair(Keys::QUERIES, t, channel, s.of.scale * x * low_bf16(q), s.of.scale * y * high_bf16(q));
+      x = y = 1.f;
+      CLA_UNROLL
+      for (int t = block * SIDE; t < block * SIDE + SIDE; t++) {
         x *= decay(t)[channel], y *= decay(t)[channel + 1];
+        decay(t)[channel] = x, decay(t)[channel + 1] = y;
       }
     }
   }
+  // A thread's channels of the steps of a block, times x and y and what `table` has, to one of the keys.
+  CLA_DEVICE void write_block(int of, Tile from, const float *table, int block, float x, float y) const {
+    const int channel = tid % PAIRS * 2;
+    CLA_UNROLL
+    for (int i = 0; i < SIDE / EVERY; i++) {
+      const int t = block * SIDE + tid / PAIRS + i * EVERY;
+      const float *factor = table + t * PITCH + channel;
+      const uint32_t key = *(uint32_t *)from.element(t, channel);
+      write_pair(of, t, channel, x * factor[0] * low_bf16(key), y * factor[1] * high_bf16(key));
+    }
+  }
+  // Keys with all decays up to them, and with all after them.
+  CLA_DEVICE void write_keys() const {
+    const int channel = tid % PAIRS * 2;
+    float x = 1.f, y = 1.f;
+    CLA_NO_UNROLL
+    for (int block = 0; block < BLOCKS; block++) {
+      write_block(Keys::READS, keys(), decay(0), block, x, y);
+      if (!REVERSE) write_block(Keys::QUERIES, queries(), decay(0), block, x, y);
+      x *= whole(block)[channel], y *= whole(block)[channel + 1];
+    }
+    if (tid < PAIRS) {
+      factors()[Prepared::WHOLE_BY_CHANNEL + channel] = x * last()[channel];
+      factors()[Prepared::WHOLE_BY_CHANNEL + channel + 1] = y * last()[channel + 1];
+    }
+    x = last()[channel], y = last()[channel + 1];
+    CLA_NO_UNROLL
+    for (int block = BLOCKS - 1; block >= 0; block--) {
+      write_block(Keys::WRITES, keys(), left(0), block, x, y);
+      if (REVERSE) write_block(Keys::QUERIES, queries(), left(0), block, s.of.scale * x, s.of.scale * y);
+      x *= whole(block)[channel], y *= whole(block)[channel + 1];
+    }
+  }
+
+  // ---- within blocks, one a warp ----
 
   // Four neighbours of a row of a tile.
   CLA_DEVICE static void load_row(float (&x)[4], Tile tile, int row, int column) {
@@ -99,16 +133,14 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
     for (int i = 0; i < 4; i++) x[i] = from_bf16(v.x[i]);
   }
 
-  // A lane carries two tokens, one of the first half and one of the second, so that all warps have as much to do, and four
-  // channels of sixteen.
+  // A lane carries two tokens, one of either half of the block, and four channels of sixteen.
   static constexpr int GROUPS = R / 16;
   struct Carried {
     float k[2][GROUPS][4], q[2][REVERSE ? GROUPS : 1][4];
   };
-  enum Phase { FIRST_STARTS, FIRST, SECOND_STARTS, BOTH };
-  CLA_DEVICE int token(int i) const { return (i ? CHUNK - 8 - 8 * warp : 8 * warp) + lane % 8; }
-  template <Phase PHASE> CLA_DEVICE void score(Carried &of, int t) {
-    constexpr int COUNT = PHASE < SECOND_STARTS ? 1 : 2;
+  CLA_DEVICE int token(int i) const { return SIDE * warp + 8 * i + lane % 8; }
+  template <bool SECOND> CLA_DEVICE void score(Carried &of, int t) const {
+    constexpr int COUNT = SECOND ? 2 : 1;
     const int quarter = lane / 8;
     float l[2] = {0.f, 0.f}, p[2] = {0.f, 0.f};
     CLA_UNROLL
@@ -120,7 +152,7 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
       load_row(q, queries(), t, channel);
       CLA_UNROLL
       for (int i = 0; i < COUNT; i++) {
-        const bool starts = PHASE == (i ? SECOND_STARTS : FIRST_STARTS) && t == token(i);
+        const bool starts = i == COUNT - 1 && t == token(i);
         CLA_UNROLL
         for (int c = 0; c < 4; c++) {
           float &carried = of.k[i][m][c];
@@ -140,20 +172,10 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
     for (int i = 0; i < COUNT; i++) {
       CLA_UNROLL
       for (int d = 8; d < 32; d *= 2) l[i] += shuffle_xor(l[i], d), p[i] += shuffle_xor(p[i], d);
-      if (quarter == i) keep_scores(t, token(i), t == token(i) ? 0.f : l[i], p[i]);
+      if (quarter == i) diagonal(false, t)[token(i) % SIDE] = l[i], diagonal(true, t)[token(i) % SIDE] = p[i];
     }
   }
-  CLA_DEVICE void keep_scores(int t, int from, float l, float p) const {
-    *lower(t, from) = l;
-    const uint16_t high = to_bf16(p);
-    *prepared(2).element(t, from) = high;
-    *prepared(3).element(t, from) = to_bf16(p - from_bf16(high));
-  }
-  template <Phase PHASE> CLA_DEVICE void score(Carried &of, int from, int to) {
-    CLA_NO_UNROLL
-    for (int t = from; t < to; t++) score<PHASE>(of, t);
-  }
-  CLA_DEVICE void scores() {
+  CLA_DEVICE void score_block() const {
     Carried of;
     CLA_UNROLL
     for (int i = 0; i < 2; i++) {
@@ -163,50 +185,100 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepare<R> {
         for (int c = 0; c < 4; c++) of.k[i][m][c] = of.q[i][REVERSE ? m : 0][c] = 0.f;
       }
     }
-    const int first = 8 * warp, second = CHUNK - 8 - first;
-    score<FIRST_STARTS>(of, first, first + 8);
-    score<FIRST>(of, first + 8, second);
-    score<SECOND_STARTS>(of, second, second + 8);
-    score<BOTH>(of, second + 8, CHUNK);
-    // What no one writes of a block on the diagonal.
-    const int t = SIDE * warp + lane / 4, from = SIDE * warp + 8 + lane % 4 * 2;
-    keep_scores(t, from, 0.f, 0.f);
-    keep_scores(t, from + 1, 0.f, 0.f);
+    const int first = SIDE * warp, second = first + SIDE / 2;
+    CLA_NO_UNROLL
+    for (int t = first; t < second; t++) score<false>(of, t);
+    CLA_NO_UNROLL
+    for (int t = second; t < first + SIDE; t++) score<true>(of, t);
   }
 
-  // -A in the rows of this warp; blocks take the place of L.
-  CLA_DEVICE void take_blocks(float (&own)[8]) {
-    const float *beta = factors() + Prepared::BETA;
-    float l[4][8];
+  // ---- between blocks ----
+
+  // A block of L, or of P: of the steps of block i with those of block j before it.
+  struct Block {
+    bool of_p;
+    int i, j;
+  };
+  // Each warp has three of the twelve.
+  CLA_DEVICE Block own_block(int which) const {
+    const int i = (warp & 1) * 2 + 1;
+    return which < 2 ? Block{which == 1, 2 + warp / 2, warp % 2} : Block{warp >= 2, i, i - 1};
+  }
+
+  // Sixteen channels of a block's steps, times what `table` has, and times `more` if there is that.
+  CLA_DEVICE void fade(Parts &parts, Tile key, const float *table, int block, const float *more, int d) const {
+    float x[8];
     CLA_UNROLL
-    for (int j = 0; j < 4; j++) {
-      if (j > warp) continue;
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) {
-        const int from = SIDE * j + column(e);
-        l[j][e] = -beta[from] * *lower(SIDE * warp + row(e), from);
-        own[e] = l[j][e];  // the last of them
-      }
+    for (int i = 0; i < 4; i++) {
+      const int t = SIDE * block + row0 + 8 * (i & 1), channel = 16 * d + pair + 8 * (i >> 1);
+      const float *factor = table + t * PITCH + channel;
+      const uint32_t of_key = *(uint32_t *)key.element(t, channel);
+      x[2 * i] = factor[0] * low_bf16(of_key), x[2 * i + 1] = factor[1] * high_bf16(of_key);
+      if (more) x[2 * i] *= more[channel], x[2 * i + 1] *= more[channel + 1];
     }
-    barrier();
+    parts.split(x);
+  }
+  // L, or P transposed.
+  CLA_DEVICE void multiply(float (&c)[8], const Block &of) const {
+    const Tile earlier_key = of.of_p && REVERSE ? queries() : keys(), later_key = of.of_p && !REVERSE ? queries() : keys();
+    // Halves meet in the middle: their outer blocks have the inner ones between.
+    const bool halves = of.i / 2 != of.j / 2;
+    const float *behind = halves && of.j == 0 ? whole(1) : nullptr, *before = halves && of.i == 3 ? whole(2) : nullptr;
     CLA_UNROLL
-    for (int j = 0; j < 3; j++) {
-      if (j >= warp) continue;
-      Parts parts;
-      parts.split(l[j]);
-      parts.store(block(warp - j, j));
+    for (int e = 0; e < 8; e++) c[e] = 0.f;
+    CLA_NO_UNROLL
+    for (int d = 0; d < R / 16; d++) {
+      Parts earlier, later;
+      fade(earlier, earlier_key, left(0), of.j, behind, d);
+      fade(later, later_key, decay(0), of.i, before, d);
+      if (of.of_p) add_product(c, earlier, later.transposed());
+      else add_product(c, later, earlier.transposed());
     }
+  }
+  CLA_DEVICE void store_scores(float (&x)[8], int i, int j) const {
+    uint32_t high[4], low[4];
+    split(high, low, x);
+    store_transposed(prepared(2), SIDE * i, SIDE * j, high);
+    store_transposed(prepared(3), SIDE * i, SIDE * j, low);
+  }
+  CLA_DEVICE void multiply_beta(float (&x)[8], int j) const {
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) x[e] *= -factors()[Prepared::BETA + SIDE * j + column(e)];
+  }
+  CLA_DEVICE void store(float (&c)[8], const Block &of) const {
+    if (of.of_p) {
+      store_scores(c, of.i, of.j);
+      return;
+    }
+    multiply_beta(c, of.j);
+    Parts parts;
+    parts.split(c);
+    parts.transposed().store(block(of.i - of.j, of.j));
   }
 
   CLA_DEVICE void run() {
     load();
-    write_keys();
-    scores();
+    score_block();
     barrier();
-    float own[8];
-    take_blocks(own);
+    multiply_decays();
+    barrier();
+    write_keys();
+    float c[3][8];
+    CLA_UNROLL
+    for (int i = 0; i < 3; i++) multiply(c[i], own_block(i));
+    barrier();
+    CLA_UNROLL
+    for (int i = 0; i < 3; i++) store(c[i], own_block(i));
+    float l[8], p[8];
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) {
+      l[e] = column(e) < row(e) ? diagonal(false, SIDE * warp + row(e))[column(e)] : 0.f;
+      p[e] = row(e) <= column(e) ? diagonal(true, SIDE * warp + column(e))[row(e)] : 0.f;
+    }
+    store_scores(p, warp, warp);
+    multiply_beta(l, warp);
     Parts parts;
-    this->invert(parts, own);
+    this->invert(parts, l);
     this->finish(parts);
   }
 };
