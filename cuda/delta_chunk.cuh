@@ -37,6 +37,16 @@ template <int R> struct PreparedKeys {
   static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
 
+// In the low-rank family, where r1 to x2 are those of delta.h with all decays since the start of the segment or to its end, and
+//
+//     m = T (L V + r1 X)      out = r2 X + P m + N V      X = exp(all) X + sum_s (x1_s v_s^T + x2_s m_s^T)
+//
+// a segment has P as above, then L and N, tiles in two parts each, then keys, the same.
+template <int R> struct PreparedLowRank {
+  static constexpr int EACH = 2 * R * 128, L = 0, N = 2 * SUBTILE, KEYS = 4 * SUBTILE;
+  static constexpr int R1 = KEYS, R2 = KEYS + EACH, X1 = KEYS + 2 * EACH, X2 = KEYS + 3 * EACH, BYTES = KEYS + 4 * EACH;
+};
+
 // The steps of one segment, in the order of the sweep. A sequence is cut from its first token on, either way.
 struct SegmentSteps {
   Steps steps;

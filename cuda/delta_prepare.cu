@@ -1,6 +1,7 @@
 // What is prepared for the chunked delta sweep.
 #include "delta_prepare.cuh"
 #include "delta_prepare_decayed.cuh"
+#include "delta_prepare_low_rank.cuh"
 
 namespace cla {
 
@@ -21,6 +22,9 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
   const cla_delta_sweep &s = *sweep;
   auto by_gate = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
+    if (s.of.low_rank) {
+      return s.reverse ? launch_delta_prepare_low_rank<R, true>(s, stream) : launch_delta_prepare_low_rank<R, false>(s, stream);
+    }
     if (s.of.gate_kind != CLA_GATE_ROWS) return launch_delta_prepare<R>(s, stream);
     return s.reverse ? launch_delta_prepare_decayed<R, true>(s, stream) : launch_delta_prepare_decayed<R, false>(s, stream);
   };
@@ -29,6 +33,10 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
 
 extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
   using namespace cla;
-  if (sweep->of.gate_kind != CLA_GATE_ROWS) return Prepared::BYTES;
-  return Prepared::BYTES + (sweep->of.k_dim <= 64 ? PreparedKeys<64>::BYTES : PreparedKeys<128>::BYTES);
+  auto by_gate = [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    if (sweep->of.low_rank) return Prepared::BYTES + PreparedLowRank<R>::BYTES;
+    return Prepared::BYTES + (sweep->of.gate_kind == CLA_GATE_ROWS ? PreparedKeys<R>::BYTES : 0);
+  };
+  return sweep->of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
 }

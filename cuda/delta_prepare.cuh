@@ -301,15 +301,14 @@ template <int R> struct DeltaPrepare {
     }
   }
 
-  // Two tiles from one on, by BY threads. What is above the blocks on the diagonal is zero, and no one reads it.
-  template <int BY> CLA_DEVICE void write(int first, int thread) {
+  // Two tiles, by BY threads. What is above the blocks on the diagonal is zero, and no one reads it.
+  template <int BY> CLA_DEVICE static void write(unsigned char *to, const unsigned char *from, int thread) {
     constexpr int ROWS = BY / 8;
     const int piece = (thread % 8) ^ (thread / 8 % 8);
-    const unsigned char *from = shared + first * SUBTILE + 16 * thread;
-    unsigned char *to = this->to + first * SUBTILE + 16 * thread;
     CLA_UNROLL
     for (int i = 0; i < 2 * CHUNK / ROWS; i++) {
-      if (piece / 2 <= i * ROWS % CHUNK / SIDE) store16(to + i * BY * 16, load16(from + i * BY * 16));
+      const int at = 16 * (thread + i * BY);
+      if (piece / 2 <= i * ROWS % CHUNK / SIDE) store16(to + at, load16(from + at));
     }
   }
 
@@ -340,7 +339,7 @@ template <int R> struct DeltaPrepare {
     uint32_t found[4][2][4];
     solve(found, parts);
     // These had less to solve.
-    if (warp >= 2) write<64>(2, tid - 64);
+    if (warp >= 2) write<64>(to + Prepared::P, prepared(2).base, tid - 64);
     barrier();
     CLA_UNROLL
     for (int n = 0; n < 4; n++) {
@@ -349,7 +348,7 @@ template <int R> struct DeltaPrepare {
       store_transposed(prepared(1), SIDE * (warp + n), SIDE * warp, found[n][1]);
     }
     barrier();
-    write<THREADS>(0, tid);
+    write<THREADS>(to + Prepared::T, prepared(0).base, tid);
     const int at = 16 * tid;
     if (at < FACTORS_BYTES) store16(to + Prepared::FACTORS + at, load16(shared + FACTORS + at));
   }

@@ -1,0 +1,189 @@
+// The chunked sweep of the low-rank family: see PreparedLowRank in delta_chunk.cuh for the equations.
+//
+// What is prepared of a segment is too much for two stages. What is read of the state and with it comes while the segment before
+// is written, the rest while the state is read.
+#pragma once
+#include "delta_chunk_sweep.cuh"
+
+namespace cla {
+
+template <int R> struct LowRankLayout {
+  using Keys = PreparedLowRank<R>;
+  static constexpr int COLUMNS = 64, THREADS = 128;
+  // In the order in which they come, the values of two segments.
+  static constexpr int VALUES = 0, L = 2 * SUBTILE, R1 = L + 2 * SUBTILE, R2 = R1 + Keys::EACH;
+  static constexpr int PREPARED = R2 + Keys::EACH, N = PREPARED + Prepared::BYTES, X1 = N + 2 * SUBTILE;
+  static constexpr int X2 = X1 + Keys::EACH, OUT = X2 + Keys::EACH, SHARED = OUT + SUBTILE;
+};
+
+template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REVERSE, 128> {
+  using Base = DeltaChunkSweep<R, 1, REVERSE, 128>;
+  using At = LowRankLayout<R>;
+  using Keys = PreparedLowRank<R>;
+  using Base::s, Base::shared, Base::pair, Base::segments, Base::state, Base::columns, Base::count_at, Base::of_columns;
+  using Base::prepared_index, Base::zero, Base::add_by_triangle, Base::COLUMNS, Base::STEPS, Base::WGMMA;
+  template <int N> using Operand = typename Base::template Operand<N>;
+  using Pieces = typename Base::template Pieces<COLUMNS>;
+
+  CLA_DEVICE LowRankChunked(const cla_delta_sweep &s) : Base(s) {}
+
+  CLA_DEVICE Tile tile(int at) const { return {shared + at}; }
+  CLA_DEVICE Tile values(int64_t i) const { return tile(At::VALUES + (i & 1) * SUBTILE); }
+  CLA_DEVICE const unsigned char *prepared(int64_t i) const {
+    return s.prepared + prepared_index(i) * (Prepared::BYTES + Keys::BYTES);
+  }
+
+  // ---- loading ----
+
+  struct Moved {
+    Pieces value, out;
+    bool in_pieces;
+
+    CLA_DEVICE Moved(const LowRankChunked &sweep)
+        : Moved(sweep, sweep.of_columns(sweep.s.value), sweep.of_columns(sweep.s.out)) {}
+    CLA_DEVICE Moved(const LowRankChunked &sweep, const Rows &value, const Rows &out)
+        : value(sweep, value, value.data ? sweep.columns() : 0), out(sweep, out, sweep.columns()) {
+      auto whole = [&](const Rows &x) { return !x.data || x.in_pieces(sweep.columns()); };
+      in_pieces = whole(value) && whole(out);
+    }
+  };
+  CLA_DEVICE void fetch_read(Moved &of, int64_t i) const {
+    if (i < segments) {
+      if (of.in_pieces) of.value.fetch(values(i), count_at(i));
+      else Base::fetch_values_apart(s, values(i), i);
+      const unsigned char *from = prepared(i) + Prepared::BYTES;
+      this->template copy_triangles<2 * SUBTILE>(shared + At::L, from + Keys::L);
+      this->template copy<2 * Keys::EACH>(shared + At::R1, from + Keys::R1);
+    }
+    copies_commit();
+  }
+  CLA_DEVICE void fetch_rest(int64_t i) const {
+    const unsigned char *from = prepared(i), *more = from + Prepared::BYTES;
+    constexpr int FACTORS = Prepared::FACTORS;
+    this->template copy_triangles<FACTORS>(shared + At::PREPARED, from);
+    this->template copy<Prepared::BYTES - FACTORS>(shared + At::PREPARED + FACTORS, from + FACTORS);
+    this->template copy_triangles<2 * SUBTILE>(shared + At::N, more + Keys::N);
+    this->template copy<2 * Keys::EACH>(shared + At::X1, more + Keys::X1);
+    copies_commit();
+  }
+  CLA_DEVICE void clear() const {
+    this->template clear_unused<2 * SUBTILE>(shared + At::L);
+    this->template clear_unused<Prepared::FACTORS>(shared + At::PREPARED);
+    this->template clear_unused<2 * SUBTILE>(shared + At::N);
+  }
+  // All threads, when what was on its way has come.
+  CLA_DEVICE static void meet() {
+    copies_wait<0>();
+    shared_fence();
+    barrier();
+  }
+  CLA_DEVICE void flush(Moved &of, int64_t i) const {
+    if (!s.out.data) return;
+    if (of.in_pieces) of.out.store(tile(At::OUT), count_at(i));
+    else Base::flush_apart(s, tile(At::OUT), i);
+  }
+
+  // ---- one segment ----
+
+  // acc += V^T m^T for a triangle in two parts.
+  CLA_DEVICE static void add_values_by_triangle(float (&acc)[8][4], Tile values, Tile m) {
+    add_columns_by_rows<WGMMA>(acc, values, m);
+    add_columns_by_rows<WGMMA>(acc, values, {m.base + SUBTILE});
+  }
+  // Moves what belongs to a step, of all that is accumulated.
+  CLA_DEVICE void move_step(float (&to)[8][4], float (&from)[8][4], int step) const {
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) {
+        if (8 * j + pair + (e & 1) == step) to[j][e] = from[j][e], from[j][e] = 0.f;
+      }
+    }
+  }
+
+  CLA_DEVICE void solve(Moved &moved, int64_t i) {
+    float acc[8][4], result[8][4];
+    zero(acc);
+    zero(result);
+    {
+      Operand<R / 16> x;
+      x.pack(state);
+      products_fence<WGMMA>();
+      add_values_by_triangle(acc, values(i), tile(At::L));
+      Base::template add_by_rows<true>(acc, x, tile(At::R1));
+      Base::template add_by_rows<true>(result, x, tile(At::R2));
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 0>();
+    }
+    meet();
+    fetch_read(moved, i + 1);
+    Operand<STEPS> a;
+    a.pack(acc);
+    zero(acc);
+    products_fence<WGMMA>();
+    add_by_triangle(acc, a, tile(At::PREPARED + Prepared::T));
+    products_commit<WGMMA>();
+    this->template fade_state<true>((const float *)(shared + At::PREPARED + Prepared::FACTORS) + Prepared::WHOLE_BY_CHANNEL);
+    products_wait<WGMMA, 0>();
+    if (s.inner.data) this->store_inner(i, acc);
+    // In reverse an anchor is without what the first token of the segment writes here, the last step.
+    const bool keeps = REVERSE && s.anchors.data && i + 1 < segments;
+    float last[8][4];
+    zero(last);
+    if (keeps) move_step(last, acc, count_at(i) - 1);
+    a.pack(acc);
+    products_fence<WGMMA>();
+    add_columns_by_columns<WGMMA, R>(state, values(i), tile(At::X1));
+    add_columns_by_columns<WGMMA, R>(state, values(i), tile(At::X1 + Base::KEY));
+    Base::template add_to_state<true>(a, tile(At::X2));
+    add_by_triangle(result, a, tile(At::PREPARED + Prepared::P));
+    add_values_by_triangle(result, values(i), tile(At::N));
+    products_commit<WGMMA>();
+    products_wait<WGMMA, 0>();
+    if (keeps) {
+      this->keep(i + 1);
+      a.pack(last);
+      products_fence<WGMMA>();
+      Base::template add_to_state<true>(a, tile(At::X2));
+      products_commit<WGMMA>();
+      products_wait<WGMMA, 0>();
+    }
+    if (s.out.data) this->wait_with(tile(At::OUT), result, REVERSE ? 1.f : s.of.scale);
+  }
+
+  CLA_DEVICE void run() {
+    Moved moved(*this);
+    clear();
+    fetch_read(moved, 0);
+    this->load_state();
+    if (REVERSE && segments > 0) this->keep(0);
+    CLA_NO_UNROLL
+    for (int64_t i = 0; i < segments; i++) {
+      meet();
+      fetch_rest(i);
+      if (i > 0) flush(moved, i - 1);
+      if (!REVERSE) this->keep(i);
+      solve(moved, i);
+    }
+    barrier();
+    if (segments > 0) flush(moved, segments - 1);
+    this->store_last();
+  }
+};
+
+template <int R, bool REVERSE> CLA_KERNEL(128, 1) void low_rank_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+  LowRankChunked<R, REVERSE>(s).run();
+}
+
+template <int R, bool REVERSE> int32_t launch_low_rank_chunked(const cla_delta_sweep &s, void *stream) {
+  using At = LowRankLayout<R>;
+  const int64_t tiles = (s.of.v_dim + At::COLUMNS - 1) / At::COLUMNS;
+  const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
+  return launch(low_rank_chunked_kernel<R, REVERSE>, grid, At::THREADS, At::SHARED, stream, s);
+}
+
+template <int R> int32_t launch_delta_chunked(LowRankLayout<R>, const cla_delta_sweep &s, void *stream) {
+  return s.reverse ? launch_low_rank_chunked<R, true>(s, stream) : launch_low_rank_chunked<R, false>(s, stream);
+}
+
+}  // namespace cla
