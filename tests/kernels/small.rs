@@ -87,7 +87,7 @@ fn delta_families_for_every_scale_and_length() {
 #[test]
 fn delta_in_chunks_for_every_scale_and_length() {
     let sizes = [(16, 17), (64, 64), (65, 20), (100, 33), (128, 40), (33, 70)];
-    for op in [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda] {
+    for op in DELTA {
         for (i, (k, v)) in sizes.into_iter().enumerate() {
             let (t, scale) = (LENGTHS[1 + i], SCALES[i % SCALES.len()]);
             let case = Case { op, k, v, t, scale, dtype: DType::BF16, h: 1, group: 2, ..Case::default() };

@@ -268,8 +268,8 @@ impl Case {
                 set_norms(&mut other, k, || 0.1);
                 let of_a = a.iter().map(|a| -a * rng.random::<f32>());
                 let data = of_a.zip(other).map(|(x, y)| x + y).collect();
-                low = Some(tensor(a.clone(), &[b, t, h, k], self.gate_dtype)?);
-                rank = Some(tensor(data, &[b, t, h, k], self.gate_dtype)?);
+                low = Some(tensor(a.clone(), &[b, t, h, k], self.rank_dtype())?);
+                rank = Some(tensor(data, &[b, t, h, k], self.rank_dtype())?);
             }
             _ => {}
         }
@@ -277,6 +277,11 @@ impl Case {
             args: [Some(q), Some(keys), Some(value), gate, initial_kv, initial_z, beta, low, rank],
             cotangents: [Some(d_out), Some(d_kv), d_z],
         })
+    }
+
+    /// Of a and b: kernels need not be the same where all keys have one dtype and where not.
+    pub fn rank_dtype(&self) -> DType {
+        if self.seed.is_multiple_of(2) { self.dtype } else { self.gate_dtype }
     }
 
     pub fn scale(&self) -> f64 {

@@ -153,8 +153,9 @@ impl Case {
             }
             let dtype = match i {
                 0..GATE => self.dtype,
-                GATE | BETA.. => self.gate_dtype,
-                _ => DType::F32,
+                GATE | BETA => self.gate_dtype,
+                GATE..BETA => DType::F32,
+                _ => self.rank_dtype(),
             };
             let limit = if dtype == DType::F32 { limits.f32_grad } else { limits.grad };
             let label = format!("{label}: gradient of {name}");
