@@ -1,5 +1,6 @@
 // Launches of the gradients of the delta rules in matrix form.
 #include "delta_chunk_gradients_decayed.cuh"
+#include "delta_chunk_gradients_low_rank.cuh"
 #include "delta_gradients.cuh"
 
 namespace cla {
@@ -16,13 +17,18 @@ template <class Gradients> int32_t launch_chunk_gradients(const cla_delta_gradie
 }
 template <int R> int32_t launch_chunk_gradients_of(const cla_delta_gradient &c, void *stream) {
   return c.of.gate_kind == CLA_GATE_ROWS ? launch_chunk_gradients<DeltaChunkGradientsDecayed<R>>(c, stream)
-                                         : launch_chunk_gradients<DeltaChunkGradients<R>>(c, stream);
+                                         : launch_chunk_gradients<DeltaChunkGradients<R, 128>>(c, stream);
 }
 
 int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
-  auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
-  const bool fits = !c.of.low_rank && c.of.k_dim <= 128 && c.of.v_dim <= 128;
-  if (!fits || !bf16(c.of.q) || !bf16(c.of.k) || !bf16(c.grad_out)) return NOT_IN_CHUNKS;
+  for (const cla_tensor &x : {c.of.q, c.of.k, c.of.a, c.of.b, c.v, c.grad_out}) {
+    if (x.data && x.dtype != CLA_BF16) return NOT_IN_CHUNKS;
+  }
+  if (c.of.low_rank) {
+    const bool fits = c.of.k_dim <= 64 && c.of.v_dim <= 64 && c.of.gate_kind == CLA_GATE_ROWS;
+    return fits ? launch_chunk_gradients<DeltaChunkGradientsLowRank<64>>(c, stream) : NOT_IN_CHUNKS;
+  }
+  if (c.of.k_dim > 128 || c.of.v_dim > 128) return NOT_IN_CHUNKS;
   return c.of.k_dim <= 64 ? launch_chunk_gradients_of<64>(c, stream) : launch_chunk_gradients_of<128>(c, stream);
 }
 

@@ -17,9 +17,9 @@
 
 namespace cla {
 
-// R: channels of keys, padded. Values are padded to 128.
-template <int R> struct DeltaChunkGradients {
-  static constexpr int THREADS = 256, V = 128, VALUE = V * 128, KEY = R * 128;
+// R: channels of keys, V: of values, padded.
+template <int R, int V> struct DeltaChunkGradients {
+  static constexpr int THREADS = 256, VALUE = V * 128, KEY = R * 128;
   static constexpr int FADES_PITCH = CHUNK + 8, FADES_BYTES = 4 * CHUNK * FADES_PITCH;
   // do, then M, U and the state or the gradient behind, each as the sum of two parts, then A and B, the same.
   static constexpr int GRAD_OUT = 0, M = VALUE, U = M + 2 * VALUE, STATE = U + 2 * VALUE, STATE_PART = R / 64 * VALUE;
@@ -85,7 +85,7 @@ template <int R> struct DeltaChunkGradients {
   CLA_DEVICE int own_row() const { return tid / (V / 8); }
   CLA_DEVICE int own_column() const { return tid % (V / 8) * 8; }
 
-  CLA_DEVICE void split_rows(int to, const Rows &rows) const {
+  CLA_DEVICE void split_rows(int to, const Rows &rows, const SegmentSteps &at) const {
     const float *from = (const float *)rows.row(at.token(own_row())) + own_column();
     const int left = c.of.v_dim - own_column();
     float x[CHUNK / EVERY][8];
@@ -101,7 +101,7 @@ template <int R> struct DeltaChunkGradients {
   // A state of K x V, as the operand of products over values. Of each piece of eight, take(channel, its product with what is
   // there) before, if MULTIPLY.
   template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
-    constexpr int AT_ONCE = 4;  // loads under way before the first is used
+    constexpr int AT_ONCE = R / EVERY < 4 ? R / EVERY : 4;  // loads under way before the first is used
     const int64_t size = (int64_t)c.of.k_dim * c.of.v_dim;
     const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.of.v_dim + own_column();
     const int left = c.of.v_dim - own_column();
@@ -143,8 +143,8 @@ template <int R> struct DeltaChunkGradients {
     if (tid < CHUNK) {
       numbers(BETA)[tid] = tid < at.count ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;
     }
-    split_rows(M, rows_of(c.written));
-    split_rows(U, rows_of(c.of_written));
+    split_rows(M, rows_of(c.written), at);
+    split_rows(U, rows_of(c.of_written), at);
     split_state<false>(c.starts, [](int, float) {});
     copies_wait<0>();
     barrier();
@@ -219,6 +219,17 @@ template <int R> struct DeltaChunkGradients {
     }
   }
 
+  // The warp's half of a row block of scores, in two parts.
+  template <int N> CLA_DEVICE void store_scores(int to, const float (&x)[N][4]) const {
+    CLA_UNROLL
+    for (int j = 0; j < N; j++) {
+      CLA_UNROLL
+      for (int h = 0; h < 2; h++) {
+        const float two[2] = {x[j][2 * h], x[j][2 * h + 1]};
+        store_parts(tile(to), tile(to, 1, SUBTILE), rows + row0 + 8 * h, half * 8 * N + 8 * j + pair, two);
+      }
+    }
+  }
   // A and B, with what fade(later step, earlier step) leaves.
   template <class Fade> CLA_DEVICE void find_scores(Fade fade) const {
     constexpr int COLUMNS = CHUNK / 2;
@@ -231,17 +242,6 @@ template <int R> struct DeltaChunkGradients {
       };
     });
     const float *beta = numbers(BETA);
-    auto store = [&](int to, float(&x)[COLUMNS / 8][4]) {
-      CLA_UNROLL
-      for (int j = 0; j < COLUMNS / 8; j++) {
-        CLA_UNROLL
-        for (int h = 0; h < 2; h++) {
-          const int t = rows + row0 + 8 * h, s = first + 8 * j + pair;
-          const float two[2] = {x[j][2 * h], x[j][2 * h + 1]};
-          store_parts(tile(to), tile(to, 1, SUBTILE), t, s, two);
-        }
-      }
-    };
     each(a, [&](float &x, int t, int at) {
       const int s = first + at;
       if (s == t) numbers(OWN)[t] = c.of.scale * beta[t] * x;
@@ -252,8 +252,8 @@ template <int R> struct DeltaChunkGradients {
       if (s == t) numbers(DBETA)[t] = x;
       x = s < t ? -beta[t] * beta[s] * fade(t, s) * x : 0.f;
     });
-    store(A, a);
-    store(B, b);
+    store_scores(A, a);
+    store_scores(B, b);
   }
 
   // acc += x y, or x^T y, of a triangle of scores and the rows of a key.
