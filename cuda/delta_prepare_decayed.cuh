@@ -11,13 +11,15 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
   using Base::prepared, Base::block, Base::row, Base::column, Base::token, Base::load_row, Base::store_scores, Base::write_key;
   using Base::SIDE, Base::GROUPS;
   static constexpr int DIAGONAL = Base::SHARED, SHARED = DIAGONAL + 2 * 4 * CHUNK * SIDE;
-  static constexpr typename Base::Fade READ = {true, false}, WRITTEN = {false, false};
+  using Fade = typename Base::Fade;
 
   CLA_DEVICE DeltaPrepareDecayed(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
       : Base(s, of, index, head, Prepared::BYTES + Keys::BYTES) {}
 
   CLA_DEVICE Tile keys() const { return key(0); }
   CLA_DEVICE Tile queries() const { return key(1); }
+  CLA_DEVICE static Fade read() { return {true, false}; }
+  CLA_DEVICE static Fade written() { return {false, false}; }
   // L, or P, of a step and those of its block.
   CLA_DEVICE float *diagonal(bool of_p, int t) const { return (float *)(shared + DIAGONAL) + ((of_p ? CHUNK : 0) + t) * SIDE; }
 
@@ -33,10 +35,10 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
     barrier();
   }
   CLA_DEVICE void write_keys() const {
-    write_key(Keys::READS, keys(), READ, 1.f);
-    write_key(Keys::WRITES, keys(), WRITTEN, 1.f);
-    if (REVERSE) write_key(Keys::QUERIES, queries(), WRITTEN, s.of.scale);
-    else write_key(Keys::QUERIES, queries(), READ, 1.f);
+    write_key(Keys::READS, keys(), read(), 1.f);
+    write_key(Keys::WRITES, keys(), written(), 1.f);
+    if (REVERSE) write_key(Keys::QUERIES, queries(), written(), s.of.scale);
+    else write_key(Keys::QUERIES, queries(), read(), 1.f);
     this->write_whole();
   }
 
@@ -102,7 +104,7 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
   }
   CLA_DEVICE void multiply(float (&c)[8], const Block &of) const {
     const Tile earlier = of.of_p && REVERSE ? queries() : keys(), later = of.of_p && !REVERSE ? queries() : keys();
-    Base::multiply(c, {later, READ}, of.i, {earlier, WRITTEN}, of.j, of.of_p);
+    Base::multiply(c, {later, read()}, of.i, {earlier, written()}, of.j, of.of_p);
   }
   CLA_DEVICE void multiply_beta(float (&x)[8], int j) const {
     CLA_UNROLL
