@@ -183,8 +183,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       CLA_UNROLL
       for (int k = 0; k < HELD; k++) {
         const int at = 16 * (first + k);
-        add_parts_by_rows<WGMMA>(acc, a.high[k], a.rest[k], read_tile(stage, 0), at);
-        if (L::KEY_PARTS == 2) add_part_by_rows<WGMMA>(acc, a.high[k], read_tile(stage, 1), at);
+        add_parts_by_rows<WGMMA>(acc, read_tile(stage, 0), at, 0, a.high[k], a.rest[k]);
+        if (L::KEY_PARTS == 2) add_parts_by_rows<WGMMA>(acc, read_tile(stage, 1), at, 0, a.high[k]);
       }
     }
   }
@@ -220,8 +220,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       products_fence<WGMMA>();
       CLA_UNROLL
       for (int k = 0; k < 4; k++) {
-        add_parts_by_columns<WGMMA, R>(state, a[k], rest[k], w, 16 * k);
-        if (L::KEY_PARTS == 2) add_part_by_columns<WGMMA, R>(state, a[k], write_tile(stage, 1), 16 * k);
+        add_parts_by_columns<WGMMA, R>(state, w, 16 * k, a[k], rest[k]);
+        if (L::KEY_PARTS == 2) add_parts_by_columns<WGMMA, R>(state, write_tile(stage, 1), 16 * k, a[k]);
       }
     } else {
       products_fence<WGMMA>();

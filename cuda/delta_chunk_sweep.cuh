@@ -226,21 +226,24 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   template <bool FADED, int COUNT> CLA_DEVICE static void add_by_rows(float (&acc)[8][4], const Operand<COUNT> &a, Tile b) {
     CLA_UNROLL
     for (int k = 0; k < COUNT; k++) {
-      add_parts_by_rows<WGMMA>(acc, a.high[k], a.rest[k], b, 16 * k);
-      if (FADED) add_part_by_rows<WGMMA>(acc, a.high[k], {b.base + KEY}, 16 * k);
+      add_parts_by_rows<WGMMA>(acc, b, 16 * k, 0, a.high[k], a.rest[k]);
+      if (FADED) add_parts_by_rows<WGMMA>(acc, {b.base + KEY}, 16 * k, 0, a.high[k]);
     }
   }
   // acc += A b^T, b in two parts and zero above its diagonal.
   CLA_DEVICE static void add_by_triangle(float (&acc)[8][4], const Operand<STEPS> &a, Tile b) {
     CLA_UNROLL
-    for (int k = 0; k < STEPS; k++) add_parts_by_triangle<WGMMA>(acc, a.high[k], a.rest[k], b, {b.base + SUBTILE}, 16 * k);
+    for (int k = 0; k < STEPS; k++) {
+      add_parts_by_rows<WGMMA>(acc, b, 16 * k, 16 * k, a.high[k], a.rest[k]);
+      add_parts_by_rows<WGMMA>(acc, {b.base + SUBTILE}, 16 * k, 16 * k, a.high[k]);
+    }
   }
   // X += A b for keys.
   template <bool FADED> CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) {
     CLA_UNROLL
     for (int k = 0; k < STEPS; k++) {
-      add_parts_by_columns<WGMMA, R>(state, a.high[k], a.rest[k], b, 16 * k);
-      if (FADED) add_part_by_columns<WGMMA, R>(state, a.high[k], {b.base + KEY}, 16 * k);
+      add_parts_by_columns<WGMMA, R>(state, b, 16 * k, a.high[k], a.rest[k]);
+      if (FADED) add_parts_by_columns<WGMMA, R>(state, {b.base + KEY}, 16 * k, a.high[k]);
     }
   }
   template <bool BY_CHANNEL> CLA_DEVICE void fade_state(const float *whole) {

@@ -200,14 +200,12 @@ template <bool WGMMA, int N> CLA_DEVICE void add_columns_by_columns(float (&acc)
   }
 }
 
-// The same with A in registers in two parts, one step of 16 of the sum: acc[v, r] += sum_i x[v, i] b[row + i, r].
-template <bool WGMMA, int N>
-CLA_DEVICE void add_parts_by_columns(float (&acc)[N / 8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b,
-                                     int row) {
+// The same with A in registers, the sum of `parts`, one step of 16 of the sum: acc[v, r] += sum_i x[v, i] b[row + i, r].
+template <bool WGMMA, int N, class... Parts>
+CLA_DEVICE void add_parts_by_columns(float (&acc)[N / 8][4], Tile b, int row, const Parts &...parts) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (WGMMA) {
-    wgmma<1>(acc, high, along_rows(b, row));
-    wgmma<1>(acc, rest, along_rows(b, row));
+    (wgmma<1>(acc, parts, along_rows(b, row)), ...);
     return;
   }
 #endif
@@ -215,78 +213,23 @@ CLA_DEVICE void add_parts_by_columns(float (&acc)[N / 8][4], const uint32_t (&hi
   for (int j = 0; j < N / 16; j++) {
     uint32_t y[4];
     load_b_transposed(y, b, row, 16 * j);
-    mma16(acc[2 * j], acc[2 * j + 1], high, y);
-    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
+    (mma16(acc[2 * j], acc[2 * j + 1], parts, y), ...);
   }
 }
-// With b's second part: the smallest product, of both second parts, is left out.
-template <bool WGMMA, int N>
-CLA_DEVICE void add_part_by_columns(float (&acc)[N / 8][4], const uint32_t (&x)[4], Tile b, int row) {
+// acc[v, t] += sum_i x[v, i] b[t, column + i], the same; for t from `first` on at least.
+template <bool WGMMA, class... Parts>
+CLA_DEVICE void add_parts_by_rows(float (&acc)[8][4], Tile b, int column, int first, const Parts &...parts) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   if constexpr (WGMMA) {
-    wgmma<1>(acc, x, along_rows(b, row));
+    (wgmma<0>(acc, parts, along_columns(b, 0, column)), ...);
     return;
   }
 #endif
   CLA_UNROLL
-  for (int j = 0; j < N / 16; j++) {
-    uint32_t y[4];
-    load_b_transposed(y, b, row, 16 * j);
-    mma16(acc[2 * j], acc[2 * j + 1], x, y);
-  }
-}
-
-// acc[v, t] += sum_i x[v, i] b[t, column + i], x in two parts.
-template <bool WGMMA>
-CLA_DEVICE void add_parts_by_rows(float (&acc)[8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b, int column) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (WGMMA) {
-    wgmma<0>(acc, high, along_columns(b, 0, column));
-    wgmma<0>(acc, rest, along_columns(b, 0, column));
-    return;
-  }
-#endif
-  CLA_UNROLL
-  for (int j = 0; j < 4; j++) {
+  for (int j = first / 16; j < 4; j++) {
     uint32_t y[4];
     load_b(y, b, 16 * j, column);
-    mma16(acc[2 * j], acc[2 * j + 1], high, y);
-    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
-  }
-}
-template <bool WGMMA> CLA_DEVICE void add_part_by_rows(float (&acc)[8][4], const uint32_t (&x)[4], Tile b, int column) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (WGMMA) {
-    wgmma<0>(acc, x, along_columns(b, 0, column));
-    return;
-  }
-#endif
-  CLA_UNROLL
-  for (int j = 0; j < 4; j++) {
-    uint32_t y[4];
-    load_b(y, b, 16 * j, column);
-    mma16(acc[2 * j], acc[2 * j + 1], x, y);
-  }
-}
-// The same for both in two parts, where b has zeros in the rows before `column`.
-template <bool WGMMA>
-CLA_DEVICE void add_parts_by_triangle(float (&acc)[8][4], const uint32_t (&high)[4], const uint32_t (&rest)[4], Tile b,
-                                      Tile b_rest, int column) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  if constexpr (WGMMA) {
-    add_parts_by_rows<WGMMA>(acc, high, rest, b, column);
-    add_part_by_rows<WGMMA>(acc, high, b_rest, column);
-    return;
-  }
-#endif
-  CLA_UNROLL
-  for (int j = column / 16; j < 4; j++) {
-    uint32_t y[4];
-    load_b(y, b, 16 * j, column);
-    mma16(acc[2 * j], acc[2 * j + 1], high, y);
-    mma16(acc[2 * j], acc[2 * j + 1], rest, y);
-    load_b(y, b_rest, 16 * j, column);
-    mma16(acc[2 * j], acc[2 * j + 1], high, y);
+    (mma16(acc[2 * j], acc[2 * j + 1], parts, y), ...);
   }
 }
 
