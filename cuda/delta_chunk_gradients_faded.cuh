@@ -1,5 +1,5 @@
-// What the gradients in matrix form have in common where a decay has a number for each channel of a key. It is no factor of scores
-// then, which are plain products, but of the terms they are summed with,
+// What the gradients in matrix form have in common where a decay has a number for each channel of a key. It is no factor of
+// scores then, which are plain products, but of the terms they are summed with,
 //
 //     (A K)_tc = sum_s A_ts K_sc exp(g_{s+1,c} + ... + g_tc)
 //
@@ -100,7 +100,10 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
 
   template <int M> CLA_DEVICE static void copy(float (&to)[M][TILES][4], const float (&from)[M][TILES][4]) {
     CLA_UNROLL
-    for (int i = 0; i < M * TILES * 4; i++) to[i / (TILES * 4)][i / 4 % TILES][i % 4] = from[i / (TILES * 4)][i / 4 % TILES][i % 4];
+    for (int m = 0; m < M; m++) {
+      CLA_UNROLL
+      for (int i = 0; i < 4 * TILES; i++) to[m][i / 4][i % 4] = from[m][i / 4][i % 4];
+    }
   }
   // Two numbers of shared memory for the thread's channels of a tile.
   CLA_DEVICE const float *of_channels(const float *row, int j) const { return row + channel() + 8 * j + pair; }
@@ -138,7 +141,8 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
     }
   }
   template <bool TRANSPOSED, int M, int N>
-  CLA_DEVICE void add_blocks(float (&acc)[M][TILES][4], const int (&scores)[M][N], int from, const Faded (&keys)[N], int slot) const {
+  CLA_DEVICE void add_blocks(float (&acc)[M][TILES][4], const int (&scores)[M][N], int from, const Faded (&keys)[N],
+                             int slot) const {
     CLA_UNROLL
     for (int m = 0; m < M; m++) {
       CLA_UNROLL

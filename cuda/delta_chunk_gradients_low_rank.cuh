@@ -148,7 +148,8 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     barrier();
     // By q and a; of k and b; the terms of the gate's gradient.
     float reads[2][TILES][4], writes[2][TILES][4], first[2][TILES][4], terms[TILES][4];
-    const Faded faded[2] = {{tile(At::FADED), tile(At::FADED, 1, At::KEY)}, {tile(At::FADED, 2, At::KEY), tile(At::FADED, 3, At::KEY)}};
+    const Faded faded[2] = {{tile(At::FADED), tile(At::FADED, 1, At::KEY)},
+                            {tile(At::FADED, 2, At::KEY), tile(At::FADED, 3, At::KEY)}};
     this->multiply_reads(reads[0], reads[1], [&](int step) { return this->state_at(step); });
     each(reads[0], [&](float &x, int, int) { x *= c.of.scale; });
     this->fade_earlier(faded[0], At::K);

@@ -1,5 +1,5 @@
-// What the kernels have in common that go over the segments of a delta sweep: a block has one sequence and head, and 64 columns of
-// the state a warpgroup, in f32 registers from the first segment to the last.
+// What the kernels have in common that go over the segments of a delta sweep: a block has one sequence and head, and 64 columns
+// of the state a warpgroup, in f32 registers from the first segment to the last.
 //
 // As in the chunked sweep of the additive families, warpgroups hold X^T, and all that they compute has columns of the state as
 // rows: what one product accumulates is, as the sum of two bf16, the A operand of the next in the same registers. So products

@@ -1,7 +1,7 @@
 // What is prepared for the chunked sweep of the low-rank family: see PreparedLowRank in delta_chunk.cuh.
 //
-// Decays are those of the tokens themselves, in the order of the sweep. What r1 reads, and in reverse r2, is read before the state
-// fades, so that the token's own decay is missing; in reverse what x1 writes fades with it, but not for the token itself.
+// Decays are those of the tokens themselves, in the order of the sweep. What r1 reads, and in reverse r2, is read before the
+// state fades, so that the token's own decay is missing; in reverse what x1 writes fades with it, but not for the token itself.
 #pragma once
 #include "delta_prepare_faded.cuh"
 
