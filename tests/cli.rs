@@ -169,6 +169,32 @@ fn logits_are_those_of_the_original_implementation_however_they_are_split() {
     }
 }
 
+/// What the shell or a program that waits for the logits has put there.
+#[cfg(unix)]
+#[test]
+fn logits_are_written_where_a_link_leads_and_into_a_pipe() {
+    let path = |name: &str| FOLDER.path().join(name);
+    let (file, there, nowhere, pipe) =
+        (path("plain.safetensors"), path("link"), path("dangling"), path("pipe"));
+    let write = |output: &Path| succeed(&mut logits(&model(), "1,2", &[], output));
+    write(&file);
+    let expected = std::fs::read(&file).unwrap();
+    std::fs::write(path("old"), "old").unwrap();
+    for (link, target) in [(&there, "old"), (&nowhere, "new")] {
+        std::os::unix::fs::symlink(target, link).unwrap();
+        write(link);
+        assert!(link.is_symlink() && std::fs::read(path(target)).unwrap() == expected, "{target}");
+    }
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::read(pipe).unwrap()
+    });
+    write(&pipe);
+    assert!(reader.join().unwrap() == expected);
+    assert!(!pipe.is_file() && pipe.exists());
+}
+
 #[test]
 fn bad_arguments_of_logits_are_named() {
     let output = FOLDER.path().join("logits.safetensors");
