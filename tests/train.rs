@@ -380,6 +380,17 @@ fn bad_arguments_of_train_are_named() {
         let message = fail(&mut command);
         assert!(message.contains(part), "{arguments:?}: {message}");
     }
+    for arguments in [
+        &["--model-type", "mamba9"][..],
+        &["--heads", "3"],
+        &["--hidden-size", "0"],
+        &["--layers", "0"],
+        &["--set", "hidden_act=\"tanh\""],
+    ] {
+        let (mut command, out) = train_tiny(folder.path(), "refused", arguments);
+        fail(&mut command);
+        assert!(!out.exists(), "{arguments:?} is refused late");
+    }
     let mut no_data = example("train");
     let message = fail(no_data.args(["--data", "nowhere.txt", "--out"]).arg(folder.path().join("x")));
     assert!(message.contains("cannot read nowhere.txt"), "{message}");
