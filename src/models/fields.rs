@@ -183,3 +183,23 @@ pub(super) fn in_field<T>(name: &str, result: Result<T>) -> Result<T> {
         Err(error) => bail!("field `{name}` {error}"),
     }
 }
+
+/// What a layer has to say of its sizes, with the names that a file has for them: pairs of the layer's and the file's.
+pub(super) fn by_fields<T>(names: &[(&str, &str)], checked: Result<T>) -> Result<T> {
+    let message = match checked {
+        Ok(value) => return Ok(value),
+        Err(error) => error.to_string(),
+    };
+    let outside = |c: char| !c.is_alphanumeric() && c != '_';
+    let mut said = String::new();
+    for part in message.split_inclusive(outside) {
+        let word = part.trim_end_matches(outside);
+        match names.iter().find(|(own, _)| *own == word) {
+            Some((_, field)) if said.is_empty() => said += &format!("field `{field}`"),
+            Some((_, field)) => said += field,
+            None => said += word,
+        }
+        said += &part[word.len()..];
+    }
+    bail!("{said}")
+}
