@@ -137,6 +137,22 @@ fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     assert!(message(&broken).contains("cannot read the tokenizer"));
 }
 
+#[test]
+fn an_error_is_one_line_wherever_backtraces_are_asked_for() {
+    let folder = FOLDER.path().join("one-line");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy(model().join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    std::fs::write(folder.join("config.json"), r#"{"model_type": "gla", "num_heads": 0}"#).unwrap();
+    for name in ["generate", "logits"] {
+        let mut command = example(name);
+        if name == "logits" {
+            command.args(["--tokens", "1", "--output", "unwritten"]);
+        }
+        let message = fail(command.arg("--model").arg(&folder).env("RUST_BACKTRACE", "1"));
+        assert!(message.contains("`num_heads` is 0") && message.trim_end().lines().count() == 1, "{message}");
+    }
+}
+
 fn logits(model: &Path, tokens: &str, more: &[&str], output: &Path) -> Command {
     let mut command = example("logits");
     command.arg("--model").arg(model).args(["--tokens", tokens]).args(more).arg("--output").arg(output);
