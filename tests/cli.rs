@@ -123,7 +123,7 @@ fn bad_arguments_of_generate_are_named() {
 fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     let broken = FOLDER.path().join("broken");
     let message = |folder: &Path| fail(example("generate").arg("--model").arg(folder));
-    assert!(message(Path::new("nowhere")).contains("nowhere"));
+    assert!(message(Path::new("nowhere")).contains("no model folder at nowhere"));
     std::fs::create_dir_all(&broken).unwrap();
     assert!(message(&broken).contains("no tokenizer at"));
     std::fs::copy(model().join("tokenizer.json"), broken.join("tokenizer.json")).unwrap();

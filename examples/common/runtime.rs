@@ -1,6 +1,6 @@
 //! Where a model runs and in what number format.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use candle_linear_attn::{
     Mode,
@@ -129,16 +129,21 @@ pub struct ComputeArgs {
     pub cpu: bool,
 }
 
+/// Refuses a path where no model can be.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    ensure!(
+        folder.is_dir(),
+        "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",
+        folder.display()
+    );
+    Ok(())
+}
+
 /// Loads the model in `folder`. Without a dtype it is computed in f32 on a CPU, where 16-bit operations are slower than
 /// 32-bit ones, and in the dtype it is stored in elsewhere.
 pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
+    check_folder(folder)?;
     let device = device(args.cpu)?;
-    if !folder.is_dir() {
-        bail!(
-            "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",
-            folder.display()
-        );
-    }
     let dtype = match args.dtype {
         Some(dtype) => Some(DType::from(dtype)),
         None if device.is_cpu() => Some(DType::F32),
