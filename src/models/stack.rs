@@ -79,6 +79,7 @@ impl StackConfig {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
             num_layers: self.num_layers,
+            models: names.model,
             build: Arc::new(move |vb| {
                 let (embeddings, lm_head) = embeddings_and_head(&self, &names, &vb)?;
                 let model = vb.pp(names.model_in(&vb));
