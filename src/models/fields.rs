@@ -20,19 +20,23 @@ impl Fields {
 
     /// A size: a whole number from 1 up.
     pub fn size(&mut self, name: &str, default: usize) -> Result<usize> {
-        match self.optional_size(name, Some(default))? {
-            Some(size) => Ok(size),
-            None => bail!("field `{name}` is null, it must be a whole number from 1 to {MAX_SIZE}"),
+        self.size_up_to(MAX_SIZE, name, default)
+    }
+
+    /// A size with a limit of its own.
+    pub fn size_up_to(&mut self, limit: usize, name: &str, default: usize) -> Result<usize> {
+        let value = self.value(name, default.into());
+        match value.as_u64() {
+            Some(size) if (1..=limit as u64).contains(&size) => Ok(size as usize),
+            _ => bail!("field `{name}` is {value}, it must be a whole number from 1 to {limit}"),
         }
     }
 
     /// A size or null.
     pub fn optional_size(&mut self, name: &str, default: Option<usize>) -> Result<Option<usize>> {
-        let value = self.value(name, default.into());
-        match value.as_u64() {
-            _ if value.is_null() => Ok(None),
-            Some(size) if (1..=MAX_SIZE as u64).contains(&size) => Ok(Some(size as usize)),
-            _ => bail!("field `{name}` is {value}, it must be a whole number from 1 to {MAX_SIZE}"),
+        match self.value(name, default.into()) {
+            Value::Null => Ok(None),
+            _ => self.size(name, 1).map(Some),
         }
     }
 

@@ -23,6 +23,8 @@ fn fields_that_make_no_model_are_named() {
         (r#""model_type": "gla", "num_kv_heads": 3"#, &["num_kv_heads is 3", "must divide"]),
         (r#""model_type": "gla", "hidden_size": 99999999999"#, &["`hidden_size` is 99999999999"]),
         (r#""model_type": "gla", "num_hidden_layers": 1e30"#, &["`num_hidden_layers` is 1e+30"]),
+        (r#""model_type": "gla", "num_hidden_layers": 0"#, &["`num_hidden_layers` is 0", "from 1 to 16384"]),
+        (r#""model_type": "gla", "num_hidden_layers": 16385"#, &["is 16385", "from 1 to 16384"]),
         (r#""model_type": "gla", "hidden_ratio": 1e30, "intermediate_size": null"#, &["`hidden_ratio`"]),
         (r#""model_type": "gla", "hidden_ratio": 0"#, &["`hidden_ratio` is 0"]),
         (r#""model_type": "gla", "expand_k": 0"#, &["`expand_k` is 0"]),
