@@ -373,6 +373,8 @@ fn bad_arguments_of_train_are_named() {
         (&["--max-minutes", "inf"], "--max-minutes is inf, must be more than 0 and at most"),
         (&["--max-minutes", "nan"], "--max-minutes is NaN"),
         (&["--end-token", ""], "--end-token is empty"),
+        (&["--end-token", "$A"], "--end-token is \"$A\", must not begin with $"),
+        (&["--end-token", "a:1"], "--end-token is \"a:1\", must not begin with $ nor have a colon"),
         (&["--set", "vocab_size=\"many\""], "vocab_size"),
         (&["--set", "vocab_size=1e300"], "vocab_size"),
     ] {
