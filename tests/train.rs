@@ -350,6 +350,7 @@ fn bad_arguments_of_train_are_named() {
         (&["--model-type", "mamba9"], "--model-type is \"mamba9\", must be one of"),
         (&["--model-type", "qwen3_next"], "--model-type is \"qwen3_next\", which has more sizes"),
         (&["--seq-len", "1000000"], "--seq-len is 1000000, must be less than"),
+        (&["--set", "expand_q=1.0"], "--set expand_q: a model of type gla has no such field"),
         (&["--set", "expand_k"], "must be FIELD=JSON"),
         (&["--set", "expand_k=big"], "is not JSON"),
         (&["--heads", "3"], "num_heads"),

@@ -150,6 +150,7 @@ fn defaults_are_filled_in_and_written() -> Result<()> {
         assert_eq!(written["architectures"], serde_json::json!([architecture]));
         assert_eq!((&written["num_heads"], &written["hidden_ratio"]), (&heads, &ratio));
         assert_eq!(written["made_by"], "me");
+        assert_eq!(config.unread_fields(), ["made_by"]);
         if let Some(mode) = written.get("attn_mode") {
             let default = if model_type == "linear_attn" { "fused_chunk" } else { "chunk" };
             assert_eq!(mode, default, "{model_type}");
