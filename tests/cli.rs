@@ -123,7 +123,7 @@ fn bad_arguments_of_generate_are_named() {
 fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     let broken = FOLDER.path().join("broken");
     let message = |folder: &Path| fail(example("generate").arg("--model").arg(folder));
-    assert!(message(Path::new("nowhere")).contains("nowhere"));
+    assert!(message(Path::new("nowhere")).contains("no model folder at nowhere"));
     std::fs::create_dir_all(&broken).unwrap();
     assert!(message(&broken).contains("no tokenizer at"));
     std::fs::copy(model().join("tokenizer.json"), broken.join("tokenizer.json")).unwrap();
@@ -135,6 +135,22 @@ fn a_folder_that_is_no_model_is_named_with_what_is_wrong() {
     }
     std::fs::write(broken.join("tokenizer.json"), "{").unwrap();
     assert!(message(&broken).contains("cannot read the tokenizer"));
+}
+
+#[test]
+fn an_error_is_one_line_wherever_backtraces_are_asked_for() {
+    let folder = FOLDER.path().join("one-line");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::copy(model().join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    std::fs::write(folder.join("config.json"), r#"{"model_type": "gla", "num_heads": 0}"#).unwrap();
+    for name in ["generate", "logits"] {
+        let mut command = example(name);
+        if name == "logits" {
+            command.args(["--tokens", "1", "--output", "unwritten"]);
+        }
+        let message = fail(command.arg("--model").arg(&folder).env("RUST_BACKTRACE", "1"));
+        assert!(message.contains("`num_heads` is 0") && message.trim_end().lines().count() == 1, "{message}");
+    }
 }
 
 fn logits(model: &Path, tokens: &str, more: &[&str], output: &Path) -> Command {
@@ -167,6 +183,32 @@ fn logits_are_those_of_the_original_implementation_however_they_are_split() {
             assert!(error < 1e-4, "{name} {split:?}: {error}");
         }
     }
+}
+
+/// What the shell or a program that waits for the logits has put there.
+#[cfg(unix)]
+#[test]
+fn logits_are_written_where_a_link_leads_and_into_a_pipe() {
+    let path = |name: &str| FOLDER.path().join(name);
+    let (file, there, nowhere, pipe) =
+        (path("plain.safetensors"), path("link"), path("dangling"), path("pipe"));
+    let write = |output: &Path| succeed(&mut logits(&model(), "1,2", &[], output));
+    write(&file);
+    let expected = std::fs::read(&file).unwrap();
+    std::fs::write(path("old"), "old").unwrap();
+    for (link, target) in [(&there, "old"), (&nowhere, "new")] {
+        std::os::unix::fs::symlink(target, link).unwrap();
+        write(link);
+        assert!(link.is_symlink() && std::fs::read(path(target)).unwrap() == expected, "{target}");
+    }
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let reader = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::read(pipe).unwrap()
+    });
+    write(&pipe);
+    assert!(reader.join().unwrap() == expected);
+    assert!(!pipe.is_file() && pipe.exists());
 }
 
 #[test]

@@ -350,6 +350,7 @@ fn bad_arguments_of_train_are_named() {
         (&["--model-type", "mamba9"], "--model-type is \"mamba9\", must be one of"),
         (&["--model-type", "qwen3_next"], "--model-type is \"qwen3_next\", which has more sizes"),
         (&["--seq-len", "1000000"], "--seq-len is 1000000, must be less than"),
+        (&["--set", "expand_q=1.0"], "--set expand_q: a model of type gla has no such field"),
         (&["--set", "expand_k"], "must be FIELD=JSON"),
         (&["--set", "expand_k=big"], "is not JSON"),
         (&["--heads", "3"], "num_heads"),
@@ -373,12 +374,25 @@ fn bad_arguments_of_train_are_named() {
         (&["--max-minutes", "inf"], "--max-minutes is inf, must be more than 0 and at most"),
         (&["--max-minutes", "nan"], "--max-minutes is NaN"),
         (&["--end-token", ""], "--end-token is empty"),
+        (&["--end-token", "$A"], "--end-token is \"$A\", must not begin with $"),
+        (&["--end-token", "a:1"], "--end-token is \"a:1\", must not begin with $ nor have a colon"),
         (&["--set", "vocab_size=\"many\""], "vocab_size"),
         (&["--set", "vocab_size=1e300"], "vocab_size"),
     ] {
         let (mut command, _) = train_tiny(folder.path(), "run", arguments);
         let message = fail(&mut command);
         assert!(message.contains(part), "{arguments:?}: {message}");
+    }
+    for arguments in [
+        &["--model-type", "mamba9"][..],
+        &["--heads", "3"],
+        &["--hidden-size", "0"],
+        &["--layers", "0"],
+        &["--set", "hidden_act=\"tanh\""],
+    ] {
+        let (mut command, out) = train_tiny(folder.path(), "refused", arguments);
+        fail(&mut command);
+        assert!(!out.exists(), "{arguments:?} is refused late");
     }
     let mut no_data = example("train");
     let message = fail(no_data.args(["--data", "nowhere.txt", "--out"]).arg(folder.path().join("x")));

@@ -8,7 +8,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io::{Read, Write},
-    path::Path,
+    path::{Path, PathBuf},
 };
 use tempfile::NamedTempFile;
 
@@ -41,14 +41,33 @@ pub fn write_atomically(path: &Path, contents: &[u8]) -> Result<()> {
     write_atomically_with(path, |file| Ok(file.write_all(contents)?))
 }
 
-/// The same with the contents in pieces.
+/// The same with the contents in pieces. What is no file, a pipe or a device, is written to; a link stays one.
 pub fn write_atomically_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
+    let failed = || format!("cannot write {}", path.display());
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        let mut file = File::options().write(true).open(path).with_context(failed)?;
+        return write(&mut file).with_context(failed);
+    }
+    let path = &end_of_links(path);
     let folder = path.parent().context("a file needs a folder")?;
     let mut file = partial_file(folder)?;
-    write(file.as_file_mut()).with_context(|| format!("cannot write {}", path.display()))?;
+    write(file.as_file_mut()).with_context(failed)?;
     make_readable(file.as_file())?;
-    file.persist(path).with_context(|| format!("cannot write {}", path.display()))?;
+    file.persist(path).with_context(failed)?;
     Ok(())
+}
+
+/// What a path leads to, whether or not anything is there.
+fn end_of_links(path: &Path) -> PathBuf {
+    let mut path = path.to_owned();
+    // As many as Linux follows: links may go in a circle.
+    for _ in 0..40 {
+        match std::fs::read_link(&path) {
+            Ok(target) => path.set_file_name(target),
+            Err(_) => break,
+        }
+    }
+    path
 }
 
 /// A temporary file is created for its owner alone; what it becomes is an ordinary file.

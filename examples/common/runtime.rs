@@ -1,6 +1,6 @@
 //! Where a model runs and in what number format.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device};
 use candle_linear_attn::{
     Mode,
@@ -48,20 +48,29 @@ impl From<DTypeArg> for DType {
     }
 }
 
-/// What a process that computes on a CPU is better off with. Must come before anything else.
+/// What is set for the whole process. Must come before anything else.
 pub fn prepare_process() {
+    keep_errors_on_one_line();
     keep_operations_on_their_thread();
     keep_freed_memory();
+}
+
+/// Keeps candle from putting a backtrace into the message of every error where `RUST_BACKTRACE` asks for those of panics.
+fn keep_errors_on_one_line() {
+    set_unless_given("RUST_LIB_BACKTRACE", "0");
 }
 
 /// Keeps candle from splitting element-wise operations over threads of its own: they are too short to gain by it, and
 /// where something else runs on the other cores each waits for the slowest. Candle looks once, and no other thread may be
 /// running.
 fn keep_operations_on_their_thread() {
-    const THREADS: &str = "CANDLE_NUM_THREADS";
-    if std::env::var_os(THREADS).is_none() {
+    set_unless_given("CANDLE_NUM_THREADS", "1");
+}
+
+fn set_unless_given(variable: &str, value: &str) {
+    if std::env::var_os(variable).is_none() {
         // SAFETY: called at the start of main, where this is the only thread.
-        unsafe { std::env::set_var(THREADS, "1") };
+        unsafe { std::env::set_var(variable, value) };
     }
 }
 
@@ -120,16 +129,21 @@ pub struct ComputeArgs {
     pub cpu: bool,
 }
 
+/// Refuses a path where no model can be.
+pub fn check_folder(folder: &Path) -> Result<()> {
+    ensure!(
+        folder.is_dir(),
+        "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",
+        folder.display()
+    );
+    Ok(())
+}
+
 /// Loads the model in `folder`. Without a dtype it is computed in f32 on a CPU, where 16-bit operations are slower than
 /// 32-bit ones, and in the dtype it is stored in elsewhere.
 pub fn open_model(folder: &Path, args: &ComputeArgs) -> Result<Model> {
+    check_folder(folder)?;
     let device = device(args.cpu)?;
-    if !folder.is_dir() {
-        bail!(
-            "no model folder at {}: expected a folder with config.json, model.safetensors and tokenizer.json",
-            folder.display()
-        );
-    }
     let dtype = match args.dtype {
         Some(dtype) => Some(DType::from(dtype)),
         None if device.is_cpu() => Some(DType::F32),

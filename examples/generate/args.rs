@@ -124,7 +124,7 @@ impl Args {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets");
         if !folder.join("model.safetensors").is_file() {
             bail!(
-                "the bundled checkpoint is not in {}: the package on crates.io leaves it out. Pass the assets folder of the \
+                "the bundled checkpoint is not in {}: packages of the crate leave it out. Pass the assets folder of the \
                  project's repository as --model, or name a model on the Hub with --model-id",
                 folder.display(),
             );

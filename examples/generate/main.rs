@@ -23,7 +23,7 @@ use anyhow::{Context, Result};
 use args::{Args, Switch};
 use clap::Parser;
 use common::{
-    runtime::{open_model, prepare_process},
+    runtime::{check_folder, open_model, prepare_process},
     text::{TextStream, encode_prompt, load_tokenizer},
 };
 use conversation::Conversation;
@@ -46,6 +46,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     args.validate()?;
     let folder = args.model_folder()?;
+    check_folder(&folder)?;
     // The small files first: a folder that lacks one of them is no use however well its weights load.
     let tokenizer = load_tokenizer(&folder.join("tokenizer.json"))?;
     match args.chat {

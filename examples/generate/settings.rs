@@ -7,6 +7,8 @@ use std::{collections::HashSet, path::Path};
 
 const FILE: &str = "generation_config.json";
 
+const IDS: &str = "a token id or a list of them";
+
 /// Tokens of a text, and of an answer, which may have been thought about for long.
 const TEXT_TOKENS: usize = 400;
 const ANSWER_TOKENS: usize = 4096;
@@ -66,7 +68,11 @@ impl Settings {
         if limit == Some(0) {
             bail!("{} is 0, must be at least 1", file.name_of("max_new_tokens"));
         }
-        let ends = file.get::<Ids>("eos_token_id", "a token id or a list of them")?;
+        let ends = match file.get("eos_token_id", IDS) {
+            // What some tools write for none.
+            Ok(Some(-1)) => None,
+            _ => file.get::<Ids>("eos_token_id", IDS)?,
+        };
         Ok(Self {
             temperature: args.temperature.or(temperature).unwrap_or(if greedy { 0. } else { 0.8 }),
             top_p: args.top_p.or(TOP_P.read(&file, "top_p")?).unwrap_or(0.95),
@@ -152,7 +158,7 @@ mod tests {
         let missing = Settings::new(&Args::parse_from(["generate"]), folder.path())?;
         assert_eq!((missing.temperature, missing.top_p, missing.top_k, missing.min_p), (0.8, 0.95, None, 0.));
         assert_eq!((missing.repeat_penalty, missing.max_new_tokens, &missing.ends), (1., 400, &None));
-        assert_eq!(of(&[], json!({"top_k": 0, "temperature": null})), missing);
+        assert_eq!(of(&[], json!({"top_k": 0, "temperature": null, "eos_token_id": -1})), missing);
         assert_eq!(of(&["--chat"], json!({})).max_new_tokens, 4096);
         assert_eq!(of(&[], json!({"eos_token_id": 9})).ends, Some(HashSet::from([9])));
         Ok(())
@@ -181,6 +187,7 @@ mod tests {
                 r#"{"eos_token_id": "</s>"}"#,
                 r#"eos_token_id is "</s>", must be a token id or a list of them"#,
             ),
+            (r#"{"eos_token_id": -2}"#, "eos_token_id is -2, must be a token id or a list of them"),
             (r#"{"eos_token_id": [1, -1]}"#, "eos_token_id is [1,-1], must be a token id or a list of them"),
             (r#"{"max_new_tokens": 0}"#, "max_new_tokens is 0, must be at least 1"),
             ("[]", "not a JSON object"),

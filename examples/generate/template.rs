@@ -189,10 +189,17 @@ fn special_tokens(config: &Fields) -> Result<BTreeMap<String, Jinja>> {
     Ok(tokens)
 }
 
+/// Every line of every object may begin with so many spaces, and as many again for each object around it.
+const MOST_INDENT: usize = 256;
+
 /// As Python writes it: with spaces behind commas and colons, and every character as it is.
 fn to_json(value: &Jinja, kwargs: Kwargs) -> Result<String, Error> {
     let failed = |e: serde_json::Error| Error::new(ErrorKind::InvalidOperation, e.to_string());
     let indent: Option<usize> = kwargs.get("indent")?;
+    if let Some(indent) = indent.filter(|indent| *indent > MOST_INDENT) {
+        let message = format!("tojson's indent is {indent}, it must be at most {MOST_INDENT}");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     for name in ["ensure_ascii", "sort_keys"] {
         if kwargs.get::<Option<bool>>(name)? == Some(true) {
             return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson has no {name} here")));
@@ -301,6 +308,7 @@ mod tests {
         assert!(message("{{ 'a'.no_such_method() }}").contains("no_such_method"));
         assert!(message("{{ strftime_now('%Q') }}").contains("%Q"));
         assert!(message("{{ 'é' | tojson(ensure_ascii=true) }}").contains("ensure_ascii"));
+        assert!(message("{{ [1] | tojson(indent=1000000000000) }}").contains("indent is 1000000000000"));
         assert!(message("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").contains("recursion"));
     }
 

@@ -180,10 +180,8 @@ impl Args {
             Some(file) => read_object(file)?,
             None => self.fields_from_sizes()?,
         };
-        for assignment in &self.fields {
-            let (name, value) = parse_field(assignment)?;
-            fields.insert(name, value);
-        }
+        let set = self.fields.iter().map(|field| parse_field(field)).collect::<Result<Map<_, _>>>()?;
+        fields.extend(set.clone());
         ensure!(
             !fields.contains_key("text_config"),
             "--config is that of a multimodal model, must be that of a model of text: its `text_config` alone"
@@ -195,7 +193,11 @@ impl Args {
         }
         fields.insert("bos_token_id".into(), json!(end_token));
         fields.insert("eos_token_id".into(), json!(end_token));
-        Ok(Config::from_json_str(&Value::Object(fields).to_string())?)
+        let config = Config::from_json_str(&Value::Object(fields).to_string())?;
+        if let Some(name) = config.unread_fields().iter().find(|name| set.contains_key(*name)) {
+            bail!("--set {name}: a model of type {} has no such field", config.model_type());
+        }
+        Ok(config)
     }
 
     fn fields_from_sizes(&self) -> Result<Map<String, Value>> {

@@ -1,7 +1,7 @@
 //! The tokenizer of a run: loaded, or trained on the data.
 
 use crate::{common::text::load_tokenizer, data::Texts};
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 use std::path::Path;
 use tokenizers::{
     AddedToken, Tokenizer,
@@ -28,6 +28,11 @@ pub fn load(file: &Path, end_token: &str) -> Result<(Tokenizer, u32)> {
 /// Trains a byte-level BPE. Encoding a text with special tokens puts `end_token` in front of it: a text always comes after
 /// the end of another in training.
 pub fn train(texts: &Texts, bytes: usize, vocab_size: usize, end_token: &str) -> Result<(Tokenizer, u32)> {
+    ensure!(
+        !end_token.starts_with('$') && !end_token.contains(':'),
+        "--end-token is {end_token:?}, must not begin with $ nor have a colon in it: a tokenizer's template gives both a \
+         meaning"
+    );
     let mut tokenizer = Tokenizer::new(BPE::default());
     tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, false, true)));
     tokenizer.with_decoder(Some(ByteLevel::default()));
@@ -46,7 +51,7 @@ pub fn train(texts: &Texts, bytes: usize, vocab_size: usize, end_token: &str) ->
     let id = tokenizer.token_to_id(end_token).context("the trained tokenizer lacks its end token")?;
     let template = TemplateProcessing::builder()
         .try_single(vec![end_token, "$A"])
-        .map_err(|e| anyhow!("--end-token {end_token:?}: {e}"))?
+        .map_err(anyhow::Error::msg)?
         .special_tokens(vec![(end_token, id)])
         .build()?;
     tokenizer.with_post_processor(Some(template));

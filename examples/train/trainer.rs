@@ -27,6 +27,8 @@ use tokenizers::Tokenizer;
 
 /// Trains as `args` say, from where the folder `--out` is.
 pub fn train(args: &Args) -> Result<()> {
+    // A model that cannot be is refused before a tokenizer is trained and the data encoded for it.
+    args.model_config(1, 0)?;
     let folder = args.out.as_deref().context("--out is missing")?;
     std::fs::create_dir_all(folder).with_context(|| format!("cannot create --out {}", folder.display()))?;
     remove_partial_files(folder)?;

@@ -1,6 +1,7 @@
 //! The weights of a checkpoint folder, one file or several, with errors that name the file and the tensor.
 
 use crate::memory;
+use crate::models::registry::Parsed;
 use crate::nn::read_dtype;
 use candle_core::safetensors::{Load, MmapedSafetensors};
 use candle_core::{DType, Device, Error, Result, Shape, Tensor, bail};
@@ -80,6 +81,24 @@ impl Checkpoint {
         if let Some(report) = &self.report {
             // A tensor that is asked for under two names is read twice.
             report(Progress { done: done.min(self.total), total: self.total });
+        }
+    }
+
+    /// Refuses the file of a deeper model, which would give another result without its last layers.
+    pub fn check_layers(&self, config: &Parsed) -> Result<()> {
+        let layer = |name: &str| {
+            let layers =
+                config.models.iter().find_map(|model| name.strip_prefix(model)?.strip_prefix(".layers."));
+            layers?.split('.').next()?.parse::<usize>().ok()
+        };
+        let beyond = self.routing.keys().filter_map(|name| Some((layer(name)?, name)));
+        match beyond.filter(|(layer, _)| *layer >= config.num_layers).min() {
+            Some((_, name)) => bail!(
+                "{}: tensor `{name}` is of a layer that the configuration does not have, its `num_hidden_layers` is {}",
+                self.listing.display(),
+                config.num_layers
+            ),
+            None => Ok(()),
         }
     }
 

@@ -21,6 +21,7 @@ use std::path::Path;
 pub struct Config {
     family: &'static Family,
     fields: Map<String, Value>,
+    unread: Vec<String>,
     parsed: Parsed,
     bos_token_id: Option<u32>,
     eos_token_ids: Vec<u32>,
@@ -38,14 +39,14 @@ impl Config {
             Ok(value) => bail!("a configuration must be a JSON object, this is {value}"),
             Err(error) => bail!("not valid JSON: {error}"),
         };
-        let family = match map.get("model_type") {
+        let mut fields = Fields::new(map);
+        let family = match fields.get("model_type") {
             Some(Value::String(model_type)) => registry::family(model_type)?,
             Some(value) => bail!("field `model_type` is {value}, it must be a string"),
             None => {
                 bail!("field `model_type` is missing, it must be one of {}", registry::SUPPORTED.join(", "))
             }
         };
-        let mut fields = Fields::new(map);
         fields.refuse_quantized()?;
         let parsed = (family.parse)(&mut fields)?;
         let bos_token_id =
@@ -53,7 +54,8 @@ impl Config {
         let eos_token_ids = token_ids("eos_token_id", fields.value("eos_token_id", json!(2)))?;
         fields.value("pad_token_id", Value::Null);
         fields.value("architectures", json!([family.architecture]));
-        Ok(Self { family, fields: fields.into_map(), parsed, bos_token_id, eos_token_ids })
+        let unread = fields.unread();
+        Ok(Self { family, fields: fields.into_map(), unread, parsed, bos_token_id, eos_token_ids })
     }
 
     /// Reads a `config.json`.
@@ -106,6 +108,11 @@ impl Config {
     /// The tokens that end a text, possibly none.
     pub fn eos_token_ids(&self) -> Vec<u32> {
         self.eos_token_ids.clone()
+    }
+
+    /// Fields of the text that say nothing about a model of this kind: of other programs, or misspelt.
+    pub fn unread_fields(&self) -> &[String] {
+        &self.unread
     }
 
     pub(super) fn parsed(&self) -> &Parsed {

@@ -3,36 +3,56 @@
 use crate::nn::MAX_SIZE;
 use candle_core::{Result, bail};
 use serde_json::{Map, Value};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
 
 /// The fields of a configuration. An absent one is filled in with its default as it is read, so that what is left in the
 /// end holds all of them.
 #[derive(Debug, Clone)]
-pub(super) struct Fields(Map<String, Value>);
+pub(super) struct Fields {
+    map: Map<String, Value>,
+    /// The names that somebody has asked for.
+    asked: RefCell<BTreeSet<String>>,
+}
 
 impl Fields {
     pub fn new(map: Map<String, Value>) -> Self {
-        Self(map)
+        Self { map, asked: RefCell::default() }
+    }
+
+    /// The fields that nobody has asked for.
+    pub fn unread(&self) -> Vec<String> {
+        self.map.keys().filter(|name| !self.asked.borrow().contains(*name)).cloned().collect()
+    }
+
+    fn find(&self, name: &str) -> Option<&Value> {
+        self.asked.borrow_mut().insert(name.into());
+        self.map.get(name)
     }
 
     pub fn into_map(self) -> Map<String, Value> {
-        self.0
+        self.map
     }
 
     /// A size: a whole number from 1 up.
     pub fn size(&mut self, name: &str, default: usize) -> Result<usize> {
-        match self.optional_size(name, Some(default))? {
-            Some(size) => Ok(size),
-            None => bail!("field `{name}` is null, it must be a whole number from 1 to {MAX_SIZE}"),
+        self.size_up_to(MAX_SIZE, name, default)
+    }
+
+    /// A size with a limit of its own.
+    pub fn size_up_to(&mut self, limit: usize, name: &str, default: usize) -> Result<usize> {
+        let value = self.value(name, default.into());
+        match value.as_u64() {
+            Some(size) if (1..=limit as u64).contains(&size) => Ok(size as usize),
+            _ => bail!("field `{name}` is {value}, it must be a whole number from 1 to {limit}"),
         }
     }
 
     /// A size or null.
     pub fn optional_size(&mut self, name: &str, default: Option<usize>) -> Result<Option<usize>> {
-        let value = self.value(name, default.into());
-        match value.as_u64() {
-            _ if value.is_null() => Ok(None),
-            Some(size) if (1..=MAX_SIZE as u64).contains(&size) => Ok(Some(size as usize)),
-            _ => bail!("field `{name}` is {value}, it must be a whole number from 1 to {MAX_SIZE}"),
+        match self.value(name, default.into()) {
+            Value::Null => Ok(None),
+            _ => self.size(name, 1).map(Some),
         }
     }
 
@@ -107,7 +127,7 @@ impl Fields {
 
     /// Two numbers that may be infinite; `None` if they are absent, which they then stay: JSON has no infinity of its own.
     pub fn pair(&self, name: &str) -> Result<Option<[f64; 2]>> {
-        let Some(value) = self.0.get(name).filter(|value| !value.is_null()) else { return Ok(None) };
+        let Some(value) = self.get(name) else { return Ok(None) };
         let number = |value: &Value| match value["__float__"].as_str() {
             Some("Infinity") => Some(f64::INFINITY),
             Some("-Infinity") => Some(f64::NEG_INFINITY),
@@ -123,31 +143,31 @@ impl Fields {
 
     /// A field as it is, if it is there and not null.
     pub fn get(&self, name: &str) -> Option<&Value> {
-        self.0.get(name).filter(|value| !value.is_null())
+        self.find(name).filter(|value| !value.is_null())
     }
 
     /// An object of fields, empty if it is absent or null.
     pub fn object(&self, name: &str) -> Result<Self> {
         match self.get(name) {
-            None => Ok(Self(Map::new())),
-            Some(Value::Object(map)) => Ok(Self(map.clone())),
+            None => Ok(Self::new(Map::new())),
+            Some(Value::Object(map)) => Ok(Self::new(map.clone())),
             Some(value) => bail!("field `{name}` is {value}, it must be an object"),
         }
     }
 
     /// Stores a field, whatever it was.
     pub fn set(&mut self, name: &str, value: Value) {
-        self.0.insert(name.into(), value);
+        self.map.insert(name.into(), value);
     }
 
     /// Whether there is no field at all.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.map.is_empty()
     }
 
     /// Whether the field is there.
     pub fn has(&self, name: &str) -> bool {
-        self.0.contains_key(name)
+        self.find(name).is_some()
     }
 
     /// Weights that have been packed by one of many tools: what is in the files is not what the fields say.
@@ -162,7 +182,7 @@ impl Fields {
 
     /// A field of early versions that asks for what is not here unless it has one value, or is not there.
     pub fn early_flag(&self, name: &str, allowed: bool, what: &str) -> Result<()> {
-        match self.0.get(name) {
+        match self.find(name) {
             Some(Value::Bool(flag)) if *flag != allowed => {
                 bail!("field `{name}` is {flag}, it must be {allowed} or absent: {what} is not supported")
             }
@@ -172,7 +192,8 @@ impl Fields {
 
     /// A field that is not checked here, filled in with its default.
     pub fn value(&mut self, name: &str, default: Value) -> &Value {
-        self.0.entry(name).or_insert(default)
+        self.asked.get_mut().insert(name.into());
+        self.map.entry(name).or_insert(default)
     }
 }
 
@@ -182,4 +203,24 @@ pub(super) fn in_field<T>(name: &str, result: Result<T>) -> Result<T> {
         Ok(value) => Ok(value),
         Err(error) => bail!("field `{name}` {error}"),
     }
+}
+
+/// What a layer has to say of its sizes, with the names that a file has for them: pairs of the layer's and the file's.
+pub(super) fn by_fields<T>(names: &[(&str, &str)], checked: Result<T>) -> Result<T> {
+    let message = match checked {
+        Ok(value) => return Ok(value),
+        Err(error) => error.to_string(),
+    };
+    let outside = |c: char| !c.is_alphanumeric() && c != '_';
+    let mut said = String::new();
+    for part in message.split_inclusive(outside) {
+        let word = part.trim_end_matches(outside);
+        match names.iter().find(|(own, _)| *own == word) {
+            Some((_, field)) if said.is_empty() => said += &format!("field `{field}`"),
+            Some((_, field)) => said += field,
+            None => said += word,
+        }
+        said += &part[word.len()..];
+    }
+    bail!("{said}")
 }

@@ -6,6 +6,18 @@ use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 
+/// What files call the sizes of softmax attention.
+pub(super) const ATTENTION: [(&str, &str); 2] =
+    [("num_heads", "num_attention_heads"), ("num_kv_heads", "num_key_value_heads")];
+
+/// What they call those of gated delta nets.
+pub(super) const DELTA_NET: [(&str, &str); 4] = [
+    ("num_heads", "linear_num_key_heads"),
+    ("num_v_heads", "linear_num_value_heads"),
+    ("head_dim", "linear_key_head_dim"),
+    ("conv_size", "linear_conv_kernel_dim"),
+];
+
 /// The kind of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LayerType {

@@ -1,7 +1,7 @@
 //! `kimi_linear`: Kimi Linear, delta attention with a decay a channel, latent softmax attention, experts in most blocks.
 
 use crate::models::block::{FeedForward, PreNormBlock, gated_mlp};
-use crate::models::fields::Fields;
+use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
 use crate::models::stack::{Block, Layers, Norm, Site, StackConfig, TRANSFORMERS};
@@ -116,26 +116,28 @@ fn sparse_layers(fields: &mut Fields, layers: usize) -> Result<Vec<bool>> {
     Ok((0..layers).map(|layer| layer as u64 >= first && layer.is_multiple_of(every)).collect())
 }
 
-/// A field that transformers and the authors call by different names.
-fn alias(fields: &mut Fields, name: &str, other: &str) {
-    if fields.get(name).is_none()
-        && let Some(value) = fields.get(other).cloned()
-    {
-        fields.set(name, value);
+/// A field that transformers and the authors call by different names: the one that the file has.
+fn alias(fields: &mut Fields, name: &'static str, others: &[&'static str]) -> &'static str {
+    let other = others.iter().find_map(|other| Some((*other, fields.get(other)?.clone())));
+    match other {
+        Some((other, value)) if fields.get(name).is_none() => {
+            fields.set(name, value);
+            other
+        }
+        _ => name,
     }
 }
 
 fn mixture(fields: &mut Fields, stack: &StackConfig) -> Result<MixtureOfExpertsConfig> {
-    for (name, other) in [
-        ("num_experts", "num_local_experts"),
-        ("num_experts", "n_routed_experts"),
-        ("num_experts_per_token", "num_experts_per_tok"),
-        ("num_expert_group", "n_group"),
-        ("num_shared_experts", "n_shared_experts"),
-        ("moe_renormalize", "norm_topk_prob"),
-    ] {
-        alias(fields, name, other);
-    }
+    alias(fields, "num_shared_experts", &["n_shared_experts"]);
+    alias(fields, "moe_renormalize", &["norm_topk_prob"]);
+    let names = [
+        ("num_experts", alias(fields, "num_experts", &["num_local_experts", "n_routed_experts"])),
+        ("top_k", alias(fields, "num_experts_per_token", &["num_experts_per_tok"])),
+        ("groups", alias(fields, "num_expert_group", &["n_group"])),
+        ("top_groups", "topk_group"),
+        ("scale", "routed_scaling_factor"),
+    ];
     let num_experts = fields.size("num_experts", 256)?;
     let top_k = fields.size("num_experts_per_token", 8)?;
     let groups = fields.size("num_expert_group", 1)?;
@@ -166,9 +168,7 @@ fn mixture(fields: &mut Fields, stack: &StackConfig) -> Result<MixtureOfExpertsC
         scale: fields.number("routed_scaling_factor", 2.446)?,
         ..RouterConfig::new(num_experts, top_k, fields.flag("moe_renormalize", true)?)
     };
-    if let Err(error) = router.check() {
-        bail!("fields `num_experts`, `num_experts_per_token`, `num_expert_group`, `topk_group`: {error}");
-    }
+    by_fields(&names, router.check())?;
     Ok(MixtureOfExpertsConfig {
         hidden_size: stack.hidden_size,
         intermediate_size: width,
@@ -202,7 +202,7 @@ fn latent(fields: &mut Fields, stack: &StackConfig) -> Result<LatentAttentionCon
         bias: fields.flag("attention_bias", false)?,
         initializer_range: stack.initializer_range,
     };
-    latent.check()?;
+    by_fields(&hybrid::ATTENTION, latent.check())?;
     Ok(latent)
 }
 
@@ -230,7 +230,13 @@ fn delta(
         initializer_range: stack.initializer_range,
         ..Default::default()
     };
-    delta.check()?;
+    let own = |inner, name| if within.get(inner).is_some() { inner } else { name };
+    let names = [
+        ("head_dim", own("head_dim", "linear_head_dim")),
+        ("num_heads", own("num_heads", "linear_num_heads")),
+        ("conv_size", own("short_conv_kernel_size", "linear_conv_kernel_dim")),
+    ];
+    by_fields(&names, delta.check())?;
     Ok(delta)
 }
 

@@ -1,7 +1,7 @@
 //! `minimax`: MiniMax-Text-01, lightning attention and softmax attention in turn, a mixture of experts in every block.
 
 use crate::Mode;
-use crate::models::fields::Fields;
+use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
 use crate::models::rope::{RopeDefaults, rope};
@@ -52,7 +52,7 @@ fn parse(fields: &mut Fields) -> Result<Parsed> {
         layer: (0, stack.num_layers),
         initializer_range,
     };
-    lightning.check()?;
+    by_fields(&hybrid::ATTENTION, lightning.check())?;
     let config = MiniMaxConfig {
         norm_eps: fields.positive("rms_norm_eps", 1e-5)?,
         moe: mixture(fields, &stack, act)?,
@@ -77,7 +77,7 @@ fn attention(fields: &mut Fields, stack: &StackConfig) -> Result<AttentionConfig
         initializer_range: stack.initializer_range,
         ..Default::default()
     };
-    attention.check()?;
+    by_fields(&hybrid::ATTENTION, attention.check())?;
     Ok(attention)
 }
 

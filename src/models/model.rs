@@ -57,7 +57,7 @@ impl Model {
     ///
     /// # Errors
     /// By the path of the file: one that is missing, truncated or corrupt; a field of `config.json` by its name; a tensor
-    /// that is missing, or whose shape is not what the configuration says, by its name.
+    /// that is missing, whose shape is not what the configuration says, or of a layer beyond those that it says, by its name.
     pub fn load(folder: impl AsRef<Path>, dtype: Option<DType>, device: &Device) -> Result<Self> {
         Self::load_with(folder, device, LoadOptions { dtype, ..LoadOptions::default() })
     }
@@ -77,6 +77,7 @@ impl Model {
         }
         let config = Config::from_file(folder.join("config.json"))?;
         let checkpoint = Checkpoint::open(folder)?;
+        checkpoint.check_layers(config.parsed())?;
         let dtype = dtype.unwrap_or(checkpoint.dtype());
         let total = checkpoint.total();
         let checkpoint = match &progress {

@@ -2,7 +2,7 @@
 
 use crate::Mode;
 use crate::models::block::{FeedForward, PreNormBlock, gated_mlp};
-use crate::models::fields::Fields;
+use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
 use crate::models::rope::{RopeDefaults, is_null, rope};
@@ -86,7 +86,7 @@ fn attention(fields: &mut Fields, stack: &StackConfig, norm_eps: f64) -> Result<
         rotary: if is_null(fields, "rope_theta")? { None } else { Some(rope(fields, head_dim, defaults)?) },
         initializer_range: stack.initializer_range,
     };
-    attention.check()?;
+    by_fields(&hybrid::ATTENTION, attention.check())?;
     Ok(attention)
 }
 
@@ -116,7 +116,7 @@ fn delta_net(
         initializer_range: stack.initializer_range,
         ..Default::default()
     };
-    layer.check()?;
+    by_fields(&hybrid::DELTA_NET, layer.check())?;
     Ok(layer)
 }
 

@@ -1,8 +1,10 @@
 //! The states of many sequences that come and go, for a server that decodes them together.
 
+use crate::memory;
 use crate::models::cache::Cache;
 use crate::nn::LayerCache;
 use candle_core::{Result, bail};
+use std::collections::BTreeSet;
 
 /// A fixed number of slots, each with the states of one sequence or empty.
 ///
@@ -39,29 +41,29 @@ pub struct Pool {
     /// Of all slots together; empty until the first sequence is stored. Nobody else has these tensors: they change in
     /// place.
     layers: Vec<LayerCache>,
-    /// Whether each slot holds a sequence.
-    held: Vec<bool>,
+    slots: usize,
+    /// The slots that hold a sequence.
+    held: BTreeSet<usize>,
 }
 
 impl Pool {
     pub(super) fn new(layers: usize, slots: usize) -> Self {
-        Self { layers: vec![LayerCache::new(); layers], held: vec![false; slots] }
+        Self { layers: vec![LayerCache::new(); layers], slots, held: BTreeSet::new() }
     }
 
     /// How many slots there are.
     pub fn slots(&self) -> usize {
-        self.held.len()
+        self.slots
     }
 
     /// An empty slot, if there is one.
     pub fn free(&self) -> Option<usize> {
-        self.held.iter().position(|held| !held)
+        (0..self.slots).find(|slot| !self.held.contains(slot))
     }
 
     /// How many tokens the sequence in a slot has seen; `None` if it is empty or there is no such slot.
     pub fn tokens(&self, slot: usize) -> Option<usize> {
-        let held = self.held.get(slot).copied().unwrap_or(false);
-        held.then(|| self.layers.first()?.positions().get(slot).copied()).flatten()
+        self.layers.first()?.positions().get(slot).copied().filter(|_| self.held.contains(&slot))
     }
 
     /// The size of the states of all slots, in bytes.
@@ -75,7 +77,7 @@ impl Pool {
     /// There is no such slot.
     pub fn release(&mut self, slot: usize) -> Result<()> {
         self.check(&[slot])?;
-        self.held[slot] = false;
+        self.held.remove(&slot);
         self.layers.iter_mut().for_each(|layer| layer.release(slot));
         Ok(())
     }
@@ -84,26 +86,36 @@ impl Pool {
     ///
     /// # Errors
     /// A slot that there is not or that comes twice, or as many slots as the cache has not sequences; the cache of another
-    /// model.
+    /// model than that of the sequences that are held; more memory than this machine has.
     pub fn store(&mut self, slots: &[usize], cache: &Cache) -> Result<()> {
         self.check(slots)?;
         let sequences = cache.positions().len();
         if slots.len() != sequences {
             bail!("slots: there are {}, but the cache holds {sequences} sequences", slots.len());
         }
+        if slots.is_empty() {
+            return Ok(());
+        }
         let from = cache.layers(self.layers.len())?;
-        let count = self.held.len();
-        for (own, from) in self.layers.iter_mut().zip(&from) {
-            if own.positions().is_empty() {
-                *own = from.zeros(count)?;
-            }
-            own.check_alike(from)?;
+        let alike = self.layers.iter().zip(&from).try_for_each(|(own, from)| own.check_alike(from));
+        match alike {
+            Err(_) if self.held.is_empty() => self.layers = self.room_for(&from)?,
+            alike => alike?,
         }
         for (own, from) in self.layers.iter_mut().zip(&from) {
             own.store(slots, from)?;
         }
-        slots.iter().for_each(|slot| self.held[*slot] = true);
+        self.held.extend(slots);
         Ok(())
+    }
+
+    /// Layers of empty slots for sequences such as these.
+    fn room_for(&self, from: &[LayerCache]) -> Result<Vec<LayerCache>> {
+        let bytes = self.slots as f64 * from.iter().map(LayerCache::bytes_of_sequence).sum::<f64>();
+        if !memory::is_available(bytes) {
+            bail!("slots: the states of {} need {} of memory", self.slots, memory::shown(bytes));
+        }
+        from.iter().map(|layer| layer.zeros(self.slots)).collect()
     }
 
     /// A cache of the sequences in these slots, in this order. The slots keep them until others are stored there.
@@ -112,7 +124,7 @@ impl Pool {
     /// A slot that there is not, is empty or comes twice.
     pub fn load(&self, slots: &[usize]) -> Result<Cache> {
         self.check(slots)?;
-        if let Some(slot) = slots.iter().find(|slot| !self.held[**slot]) {
+        if let Some(slot) = slots.iter().find(|slot| !self.held.contains(slot)) {
             bail!("slots: slot {slot} is empty");
         }
         let mut cache = Cache::new(self.layers.len());
@@ -121,13 +133,13 @@ impl Pool {
     }
 
     fn check(&self, slots: &[usize]) -> Result<()> {
-        let count = self.held.len();
-        let mut seen = vec![false; count];
+        let mut seen = BTreeSet::new();
         for slot in slots {
-            match seen.get_mut(*slot) {
-                None => bail!("slots: slot {slot} does not exist, there are {count}"),
-                Some(true) => bail!("slots: slot {slot} comes twice"),
-                Some(seen) => *seen = true,
+            if *slot >= self.slots {
+                bail!("slots: slot {slot} does not exist, there are {}", self.slots);
+            }
+            if !seen.insert(slot) {
+                bail!("slots: slot {slot} comes twice");
             }
         }
         Ok(())

@@ -2,7 +2,7 @@
 //! weights are stored as their difference from 1.
 
 use crate::models::block::{FeedForward, PreNormBlock};
-use crate::models::fields::Fields;
+use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::Parsed;
 use crate::models::rope::{RopeDefaults, rope};
@@ -62,7 +62,7 @@ impl QwenConfig {
             norm_eps,
             initializer_range: stack.initializer_range,
         };
-        delta.check()?;
+        by_fields(&hybrid::DELTA_NET, delta.check())?;
         let mlp = GatedMlpConfig {
             hidden_size: stack.hidden_size,
             intermediate_size: fields.size("intermediate_size", defaults.intermediate_size)?,
@@ -134,6 +134,6 @@ fn attention(
         rotary: Some(rope(fields, head_dim, RopeDefaults { theta: 1e4, partial_rotary_factor: 0.25 })?),
         initializer_range: stack.initializer_range,
     };
-    attention.check()?;
+    by_fields(&hybrid::ATTENTION, attention.check())?;
     Ok(attention)
 }

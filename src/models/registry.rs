@@ -26,6 +26,8 @@ pub(super) struct Parsed {
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub num_layers: usize,
+    /// What files call all but the head.
+    pub models: &'static [&'static str],
     pub build: Build,
 }
 

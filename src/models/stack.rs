@@ -9,7 +9,7 @@ use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
-/// No model is deeper.
+/// No model is deeper. Layers are things to make: a limit of their own keeps a broken file from filling memory.
 const MAX_LAYERS: usize = 1 << 14;
 
 /// One of the blocks.
@@ -66,7 +66,7 @@ impl StackConfig {
         Ok(Self {
             hidden_size: fields.size("hidden_size", 2048)?,
             vocab_size: fields.size("vocab_size", 32000)?,
-            num_layers: num_hidden_layers(fields, num_layers)?,
+            num_layers: fields.size_up_to(MAX_LAYERS, "num_hidden_layers", num_layers)?,
             initializer_range,
             head_range: initializer_range,
             tie_word_embeddings: fields.flag("tie_word_embeddings", false)?,
@@ -79,6 +79,7 @@ impl StackConfig {
             vocab_size: self.vocab_size,
             hidden_size: self.hidden_size,
             num_layers: self.num_layers,
+            models: names.model,
             build: Arc::new(move |vb| {
                 let (embeddings, lm_head) = embeddings_and_head(&self, &names, &vb)?;
                 let model = vb.pp(names.model_in(&vb));
@@ -90,14 +91,6 @@ impl StackConfig {
                 Ok(Box::new(Stack { embeddings, blocks, norm, lm_head, dtype: vb.dtype() }))
             }),
         }
-    }
-}
-
-/// A number of layers is one of things to make, not a width: a limit of its own keeps a broken file from filling memory.
-fn num_hidden_layers(fields: &mut Fields, default: usize) -> Result<usize> {
-    match fields.size("num_hidden_layers", default)? {
-        layers if layers <= MAX_LAYERS => Ok(layers),
-        layers => bail!("field `num_hidden_layers` is {layers}, it must be from 1 to {MAX_LAYERS}"),
     }
 }
 

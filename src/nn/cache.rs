@@ -41,10 +41,14 @@ impl LayerCache {
 
     /// The size of everything held, in bytes.
     pub fn bytes(&self) -> usize {
-        let state = self.state.iter().flat_map(|state| std::iter::once(&state.kv).chain(&state.z));
-        let size = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
-        let key_values: usize = self.key_values.iter().map(KeyValues::bytes).sum();
-        key_values + state.chain(&self.conv).map(size).sum::<usize>()
+        self.key_values.iter().map(KeyValues::bytes).chain(self.tensors().map(size)).sum()
+    }
+
+    /// What each sequence takes besides keys and values.
+    pub(crate) fn bytes_of_sequence(&self) -> f64 {
+        let tensors: usize = self.tensors().map(size).sum();
+        let fixed = size_of::<usize>() + if self.key_values.is_empty() { 0 } else { size_of::<KeyValues>() };
+        fixed as f64 + tensors as f64 / self.positions.len().max(1) as f64
     }
 
     /// Forgets everything.
@@ -179,4 +183,9 @@ impl LayerCache {
         }
         Ok(())
     }
+}
+
+/// In bytes.
+fn size(tensor: &Tensor) -> usize {
+    tensor.elem_count() * tensor.dtype().size_in_bytes()
 }

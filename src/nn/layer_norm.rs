@@ -1,6 +1,7 @@
 //! Layer normalisation ([Ba et al., 2016](https://arxiv.org/abs/1607.06450)), of a whole row or of parts of it.
 
 use crate::nn::fused;
+use crate::nn::rms_norm::check_eps;
 use candle_core::{DType, Module, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -17,6 +18,9 @@ pub struct LayerNorm {
 
 impl LayerNorm {
     /// A norm over `size` channels. Reads `weight` of shape `[size]`, 1 when fresh, and, if asked for, `bias`, 0 when fresh.
+    ///
+    /// # Errors
+    /// An `eps` that is not 0 or a positive number; whatever `vb` has to say of a tensor.
     pub fn new(size: usize, eps: f64, bias: bool, vb: VarBuilder) -> Result<Self> {
         Self::grouped(size, 1, eps, bias, 1., vb)
     }
@@ -30,6 +34,7 @@ impl LayerNorm {
         weight: f64,
         vb: VarBuilder,
     ) -> Result<Self> {
+        check_eps(eps)?;
         let bias = match bias {
             true => Some(vb.get_with_hints(size, "bias", Init::Const(0.))?),
             false => None,

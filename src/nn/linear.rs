@@ -36,7 +36,7 @@ impl Linear {
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         let ys = project(xs, &self.weight)?;
         match &self.bias {
-            Some(bias) => ys.broadcast_add(bias),
+            Some(bias) => ys.broadcast_add(&bias.to_dtype(ys.dtype())?),
             None => Ok(ys),
         }
     }

@@ -3,7 +3,7 @@
 use crate::nn::gated_mlp::MlpNames;
 use crate::nn::routing::{Router, RouterConfig};
 use crate::nn::{Activation, GatedMlp, GatedMlpConfig, GluKind, Linear, as_stored};
-use candle_core::{D, DType, Module, Result, Tensor};
+use candle_core::{D, DType, Module, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// The expert that every token goes through, if there is one.
@@ -66,6 +66,7 @@ impl MixtureOfExpertsConfig {
 /// `gate.e_score_correction_bias` if the router has one.
 #[derive(Debug, Clone)]
 pub struct MixtureOfExperts {
+    hidden_size: usize,
     router: Router,
     experts: Vec<GatedMlp>,
     shared: Option<(GatedMlp, Option<Linear>)>,
@@ -87,12 +88,21 @@ impl MixtureOfExperts {
                 Some((GatedMlp::new(&cfg.mlp(width), vb.pp("shared_expert"))?, Some(gate)))
             }
         };
-        Ok(Self { router, experts: experts(cfg, vb.pp("experts"))?, shared })
+        Ok(Self { hidden_size: hidden, router, experts: experts(cfg, vb.pp("experts"))?, shared })
     }
 
     /// `[B, T, hidden]` to the same shape and dtype.
+    ///
+    /// # Errors
+    /// A wrong shape.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let (batch, tokens, hidden) = xs.dims3()?;
+        let (batch, tokens, hidden) = match *xs.dims() {
+            [batch, tokens, hidden] if hidden == self.hidden_size => (batch, tokens, hidden),
+            _ => bail!("xs: shape is {:?}, it must be [B, T, {}]", xs.dims(), self.hidden_size),
+        };
+        if batch * tokens == 0 {
+            return Ok(xs.clone());
+        }
         let routes = self.router.forward(xs)?;
         let flat = xs.reshape((batch * tokens, hidden))?;
         // The outputs of all experts, one after the other, and where those of each token are.

@@ -2,7 +2,7 @@
 
 use crate::nn::fused;
 pub use crate::nn::fused::Gate as NormGate;
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Module, Result, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in f32.
@@ -19,7 +19,11 @@ pub struct RmsNorm {
 impl RmsNorm {
     /// A norm over `size` channels. With `affine` it reads `weight` of shape `[size]`, 1 when fresh; without, it has no
     /// parameters.
+    ///
+    /// # Errors
+    /// An `eps` that is not 0 or a positive number; whatever `vb` has to say of the tensor.
     pub fn new(size: usize, eps: f64, affine: bool, vb: VarBuilder) -> Result<Self> {
+        check_eps(eps)?;
         let weight = match affine {
             true => vb.get_with_hints(size, "weight", Init::Const(1.))?,
             false => Tensor::ones(size, DType::F32, vb.device())?,
@@ -28,7 +32,11 @@ impl RmsNorm {
     }
 
     /// A norm whose parameter `weight` is stored as its difference from 1, 0 when fresh.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new).
     pub fn zero_centered(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        check_eps(eps)?;
         let norm = Self { weight: vb.get_with_hints(size, "weight", Init::Const(0.))?, offset: 1., eps };
         // One that is trained changes; any other is added up here and not in every call.
         if norm.weight.track_op() {
@@ -70,6 +78,14 @@ impl RmsNorm {
     ) -> Result<Tensor> {
         fused::rms_norm_gated(xs, &self.full_weight()?, gate, self.eps, dtype)
     }
+}
+
+/// Refuses an epsilon with which a norm may be that of a negative number.
+pub(crate) fn check_eps(eps: f64) -> Result<()> {
+    if !(eps >= 0. && eps.is_finite()) {
+        bail!("eps is {eps}, it must be 0 or a positive number");
+    }
+    Ok(())
 }
 
 /// `y = x / sqrt(sum(x^2) + eps)` over the last dimension, computed in f32: what delta rules do to queries and keys. One

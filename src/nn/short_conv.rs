@@ -42,8 +42,12 @@ pub fn short_conv(
     bias: Option<&Tensor>,
     opts: &ShortConvOptions,
 ) -> Result<(Tensor, Tensor)> {
-    let (batch, tokens, channels) = xs.dims3()?;
-    let (own, _, width) = weight.dims3()?;
+    let [batch, tokens, channels] = *xs.dims() else {
+        bail!("xs: shape is {:?}, it must be [B, T, C]", xs.dims())
+    };
+    let [own, _, width] = *weight.dims() else {
+        bail!("weight: shape is {:?}, it must be [C, 1, W]", weight.dims())
+    };
     check_conv_size(width)?;
     if weight.dims() != [channels, 1, width] {
         bail!("xs: {channels} channels, the convolution has {own}: its weight is {:?}", weight.dims());

@@ -352,3 +352,27 @@ fn wrong_inputs_to_a_model_are_named() -> Result<()> {
     assert_says(&message(other.forward(&ids(&[1])?, Some(&mut cache))), &["cache", "2 layers", "3"]);
     Ok(())
 }
+
+#[test]
+fn a_file_of_more_layers_than_the_configuration_has_is_refused() -> Result<()> {
+    for (name, layers, beyond) in [
+        ("gla", 1, "model.layers.1.attn.g_norm_swish_gate.weight"),
+        ("mamba2", 1, "backbone.layers.1.mixer.A_log"),
+        ("qwen3_5-multimodal", 3, "model.language_model.layers.3."),
+    ] {
+        let folder = copy_of(name)?;
+        let path = folder.path().join("config.json");
+        // mamba2's has an infinity of Python's.
+        let text = fs::read_to_string(&path)?.replace("Infinity", "1e30");
+        let mut config: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let fields = if config["text_config"].is_object() { &mut config["text_config"] } else { &mut config };
+        fields["num_hidden_layers"] = layers.into();
+        fields["layer_types"] = serde_json::Value::Null;
+        fs::write(path, config.to_string())?;
+        let whole = [beyond, &format!("`num_hidden_layers` is {layers}")];
+        assert_says(&message(load(&folder)), &whole);
+        shard(&folder)?;
+        assert_says(&message(load(&folder)), &whole);
+    }
+    Ok(())
+}

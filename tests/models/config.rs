@@ -23,6 +23,8 @@ fn fields_that_make_no_model_are_named() {
         (r#""model_type": "gla", "num_kv_heads": 3"#, &["num_kv_heads is 3", "must divide"]),
         (r#""model_type": "gla", "hidden_size": 99999999999"#, &["`hidden_size` is 99999999999"]),
         (r#""model_type": "gla", "num_hidden_layers": 1e30"#, &["`num_hidden_layers` is 1e+30"]),
+        (r#""model_type": "gla", "num_hidden_layers": 0"#, &["`num_hidden_layers` is 0", "from 1 to 16384"]),
+        (r#""model_type": "gla", "num_hidden_layers": 16385"#, &["is 16385", "from 1 to 16384"]),
         (r#""model_type": "gla", "hidden_ratio": 1e30, "intermediate_size": null"#, &["`hidden_ratio`"]),
         (r#""model_type": "gla", "hidden_ratio": 0"#, &["`hidden_ratio` is 0"]),
         (r#""model_type": "gla", "expand_k": 0"#, &["`expand_k` is 0"]),
@@ -148,6 +150,7 @@ fn defaults_are_filled_in_and_written() -> Result<()> {
         assert_eq!(written["architectures"], serde_json::json!([architecture]));
         assert_eq!((&written["num_heads"], &written["hidden_ratio"]), (&heads, &ratio));
         assert_eq!(written["made_by"], "me");
+        assert_eq!(config.unread_fields(), ["made_by"]);
         if let Some(mode) = written.get("attn_mode") {
             let default = if model_type == "linear_attn" { "fused_chunk" } else { "chunk" };
             assert_eq!(mode, default, "{model_type}");

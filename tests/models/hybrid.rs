@@ -128,7 +128,9 @@ fn other_names_of_the_same_tensors_load() -> Result<()> {
     rewritten("qwen3_5-multimodal", rename("model.language_model.", "model."))?;
     // The head that predicts further tokens.
     rewritten("qwen3_5", |tensors| {
-        tensors.insert("mtp.fc.weight".into(), Tensor::zeros((3, 3), DType::F32, &CPU)?);
+        for name in ["mtp.fc.weight", "mtp.layers.9.input_layernorm.weight"] {
+            tensors.insert(name.into(), Tensor::zeros((3, 3), DType::F32, &CPU)?);
+        }
         Ok(())
     })
 }
@@ -155,15 +157,24 @@ fn fields_that_make_no_model_are_named() {
             &["`layer_types`", "sliding_attention", "linear_attention"],
         ),
         ("qwen3_5_text", r#""layer_types": "all""#, &["`layer_types`", "list"]),
-        ("qwen3_5_text", r#""num_key_value_heads": 3"#, &["num_kv_heads is 3", "must divide"]),
-        ("qwen3_5_text", r#""linear_num_value_heads": 3"#, &["num_v_heads is 3"]),
+        (
+            "qwen3_5_text",
+            r#""num_key_value_heads": 3"#,
+            &["`num_key_value_heads` is 3", "must divide num_attention_heads"],
+        ),
+        (
+            "qwen3_5_text",
+            r#""linear_num_value_heads": 3"#,
+            &["`linear_num_value_heads` is 3", "linear_num_key_heads"],
+        ),
+        ("qwen3_5_text", r#""linear_conv_kernel_dim": 2000"#, &["`linear_conv_kernel_dim` is 2000"]),
         ("qwen3_5_text", r#""use_sliding_window": true"#, &["`use_sliding_window` is true"]),
         ("qwen3_5_text", r#""attn_output_gate": false"#, &["`attn_output_gate` is false"]),
         ("qwen3_5_text", r#""hidden_act": "swoosh""#, &["`hidden_act` is \"swoosh\""]),
         ("qwen3_5_text", r#""num_hidden_layers": 1000000000000"#, &["`num_hidden_layers`"]),
         ("qwen3_5_text", r#""num_hidden_layers": 60000000, "layer_types": null"#, &["`num_hidden_layers`"]),
         ("qwen3_5_text", r#""vocab_size": 1000000000000000000"#, &["`vocab_size`"]),
-        ("qwen3_5_text", r#""head_dim": 60000000"#, &["num_heads is 4", "too wide"]),
+        ("qwen3_5_text", r#""head_dim": 60000000"#, &["`num_attention_heads` is 4", "too wide"]),
         (
             "qwen3_5_text",
             r#""rope_parameters": {"rope_type": "dynamic"}"#,
@@ -195,7 +206,13 @@ fn fields_that_make_no_model_are_named() {
         ("minimax", r#""num_experts_per_tok": 9"#, &["`num_experts_per_tok` is 9", "num_local_experts"]),
         ("minimax", r#""mlp_beta_factor": "one""#, &["`mlp_beta_factor`"]),
         ("minimax", r#""num_attention_heads": 17, "head_dim": null"#, &["`num_attention_heads` is 17"]),
-        ("olmo_hybrid", r#""linear_num_value_heads": 3"#, &["num_v_heads is 3"]),
+        (
+            "olmo_hybrid",
+            r#""linear_num_value_heads": 3"#,
+            &["`linear_num_value_heads` is 3", "linear_num_key_heads"],
+        ),
+        ("olmo_hybrid", r#""num_key_value_heads": 3"#, &["`num_key_value_heads` is 3"]),
+        ("minimax", r#""num_key_value_heads": 3"#, &["`num_key_value_heads` is 3"]),
         ("olmo_hybrid", r#""linear_key_head_dim": 0"#, &["`linear_key_head_dim` is 0"]),
         ("kimi_linear", r#""mla_use_nope": false"#, &["`mla_use_nope` is false"]),
         ("kimi_linear", r#""num_key_value_heads": 1"#, &["`num_key_value_heads` is 1"]),
@@ -204,9 +221,16 @@ fn fields_that_make_no_model_are_named() {
             r#""moe_router_activation_func": "relu""#,
             &["`moe_router_activation_func` is \"relu\""],
         ),
-        ("kimi_linear", r#""num_expert_group": 2"#, &["groups is 2"]),
-        ("kimi_linear", r#""topk_group": 2"#, &["top_groups is 2"]),
-        ("kimi_linear", r#""num_experts_per_token": 4"#, &["top_k is 4"]),
+        ("kimi_linear", r#""num_expert_group": 2"#, &["`num_expert_group` is 2", "num_experts, which"]),
+        ("kimi_linear", r#""topk_group": 2"#, &["`topk_group` is 2", "num_expert_group"]),
+        ("kimi_linear", r#""num_experts_per_token": 4"#, &["`num_experts_per_token` is 4"]),
+        (
+            "kimi_linear",
+            r#""num_experts_per_token": null, "num_experts_per_tok": 4, "num_experts": null, "n_routed_experts": 3"#,
+            &["`num_experts_per_tok` is 4"],
+        ),
+        ("kimi_linear", r#""linear_conv_kernel_dim": 2000"#, &["`linear_conv_kernel_dim` is 2000"]),
+        ("kimi_linear", r#""linear_attn_config": {"num_heads": 60000000}"#, &["`num_heads` is 60000000"]),
         ("kimi_linear", r#""hidden_act": "gelu""#, &["`hidden_act` is \"gelu\""]),
         ("kimi_linear", r#""mlp_layer_types": ["dense"]"#, &["`mlp_layer_types`", "2 of dense, sparse"]),
         (

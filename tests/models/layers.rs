@@ -408,3 +408,38 @@ fn wrong_sizes_are_named() {
     let odd = MultiScaleRetentionConfig { hidden_size: 6, num_heads: 2, ..Default::default() };
     assert_says(&message(MultiScaleRetention::new(&odd, vb())), &["3 key channels", "even"]);
 }
+
+/// As activations of 16 bits beside weights of 32 are.
+#[test]
+fn layers_answer_in_the_dtype_of_their_input() -> Result<()> {
+    let varmap = VarMap::new();
+    let vb = |name: &str| fresh(&varmap).pp(name);
+    let gla = GatedLinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
+    let kda =
+        KimiDeltaAttentionConfig { hidden_size: HIDDEN, num_heads: 2, head_dim: 4, ..Default::default() };
+    let linear = LinearAttentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
+    let retention = MultiScaleRetentionConfig { hidden_size: HIDDEN, num_heads: 2, ..Default::default() };
+    let hedgehog = LinearAttentionConfig { feature_map: FeatureMapKind::Hedgehog, ..linear.clone() };
+    let gla = GatedLinearAttention::new(&gla, vb("gla"))?;
+    let kda = KimiDeltaAttention::new(&kda, vb("kda"))?;
+    let linear = LinearAttention::new(&linear, vb("linear"))?;
+    let hedgehog = LinearAttention::new(&hedgehog, vb("hedgehog"))?;
+    let retention = MultiScaleRetention::new(&retention, vb("retention"))?;
+    vary(&varmap)?;
+    let layers: [(&str, Forward); 5] = [
+        ("gla", &|xs, cache| gla.forward(xs, cache)),
+        ("kda", &|xs, cache| kda.forward(xs, cache)),
+        ("linear", &|xs, cache| linear.forward(xs, cache)),
+        ("hedgehog", &|xs, cache| hedgehog.forward(xs, cache)),
+        ("retention", &|xs, cache| retention.forward(xs, cache)),
+    ];
+    for dtype in [DType::F16, DType::BF16] {
+        for (name, forward) in layers {
+            let xs = pseudo_random(&[1, TOKENS, HIDDEN], 1)?.to_dtype(dtype)?;
+            let ys = forward(&xs, None)?;
+            assert_eq!(ys.dtype(), dtype, "{name}");
+            assert_close(name, &ys, &forward(&xs.to_dtype(DType::F32)?, None)?, 0.05)?;
+        }
+    }
+    Ok(())
+}

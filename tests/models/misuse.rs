@@ -29,6 +29,42 @@ fn a_norm_takes_rows_of_its_own_size() -> Result<()> {
 }
 
 #[test]
+fn the_epsilon_of_a_norm_is_no_negative_number() -> Result<()> {
+    for eps in [-1e-5, f64::NAN, f64::INFINITY] {
+        let norms = [RmsNorm::new(4, eps, true, fresh()), RmsNorm::zero_centered(4, eps, fresh())];
+        for refusal in norms.map(message).into_iter().chain([message(LayerNorm::new(4, eps, true, fresh()))])
+        {
+            assert_says(&refusal, &[&format!("eps is {eps}"), "positive"]);
+        }
+    }
+    RmsNorm::new(4, 0., true, fresh()).map(|_| ())
+}
+
+#[test]
+fn a_mixture_of_experts_takes_rows_of_its_own_size_or_none() -> Result<()> {
+    let config = MixtureOfExpertsConfig {
+        hidden_size: 4,
+        intermediate_size: 6,
+        router: RouterConfig::new(3, 2, true),
+        shared: SharedExpert::None,
+        names: ExpertNames::Proj,
+        kind: GluKind::Swish,
+        initializer_range: 0.02,
+    };
+    let experts = MixtureOfExperts::new(&config, fresh())?;
+    for dims in [&[2, 4][..], &[1, 2, 8], &[]] {
+        assert_says(
+            &message(experts.forward(&zeros(dims))),
+            &[&format!("xs: shape is {dims:?}"), "[B, T, 4]"],
+        );
+    }
+    for dims in [[2, 0, 4], [0, 3, 4]] {
+        assert_eq!(experts.forward(&zeros(&dims))?.dims(), dims);
+    }
+    Ok(())
+}
+
+#[test]
 fn a_gated_mlp_takes_rows_of_its_own_size() -> Result<()> {
     let config = GatedMlpConfig {
         hidden_size: 4,
@@ -109,7 +145,8 @@ fn a_short_convolution_as_a_function_names_what_is_wrong() -> Result<()> {
     assert_says(&message(call(&xs, &zeros(&[4, 1, 4]), None, none)), &["3 channels", "[4, 1, 4]"]);
     assert_says(&message(call(&xs, &zeros(&[3, 2, 4]), None, none)), &["[3, 2, 4]"]);
     assert_says(&message(call(&xs, &zeros(&[3, 1, 0]), None, none)), &["conv_size is 0"]);
-    assert!(call(&xs, &zeros(&[3, 4]), None, none).is_err());
+    assert_says(&message(call(&xs, &zeros(&[3, 4]), None, none)), &["weight: shape is [3, 4]", "[C, 1, W]"]);
+    assert_says(&message(call(&zeros(&[5, 3]), &weight, None, none)), &["xs: shape is [5, 3]", "[B, T, C]"]);
     assert_says(&message(call(&xs, &weight, Some(&zeros(&[4])), none)), &["bias", "[3]"]);
     let packed = ShortConvOptions { cu_seqlens: Some(&[0, 5]), ..none };
     assert_says(&message(call(&xs, &weight, None, packed)), &["B = 2", "B = 1"]);

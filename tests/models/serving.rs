@@ -237,3 +237,47 @@ fn a_loaded_cache_does_not_change_with_the_pool() -> Result<()> {
     let expected = model.forward(&next, Some(&mut first))?;
     assert_close("loaded", &model.forward(&next, Some(&mut loaded))?, &expected, 0.)
 }
+
+/// What a pool holds is what decides which caches it takes, not what it was asked to hold before.
+#[test]
+fn an_empty_pool_takes_the_cache_of_any_call() -> Result<()> {
+    let cache_of = |name: &str, dtype| -> Result<Cache> {
+        let model = Model::load(golden_folder(name), Some(dtype), &CPU)?;
+        let mut cache = model.new_cache();
+        model.forward(&pseudo_tokens(2, 5, 90)?, Some(&mut cache))?;
+        Ok(cache)
+    };
+    let model = Model::load(golden_folder("gla"), None, &CPU)?;
+    let (own, other) = (cache_of("gla", DType::F32)?, cache_of("mamba2", DType::BF16)?);
+    let mut pool = model.new_pool(3);
+    pool.store(&[], &model.new_cache())?;
+    assert_eq!((pool.bytes(), pool.free()), (0, Some(0)));
+    pool.store(&[0, 1], &other)?;
+    assert_says(&message(pool.store(&[1, 2], &own)), &["cache: holds"]);
+    assert_eq!((pool.tokens(1), pool.tokens(2)), (Some(5), None));
+    pool.release(0)?;
+    pool.release(1)?;
+    pool.store(&[1, 2], &own)?;
+    assert_eq!((pool.free(), pool.bytes()), (Some(0), own.bytes() / 2 * 3));
+    assert_says(&message(pool.store(&[0, 1], &other)), &["cache: holds"]);
+    let next = Tensor::new(&[[3u32], [4]], &CPU)?;
+    let [found, expected] =
+        [pool.load(&[1, 2])?, own].map(|mut cache| model.forward(&next, Some(&mut cache)));
+    assert_close("gla", &found?, &expected?, 0.)
+}
+
+#[test]
+fn a_pool_larger_than_memory_is_refused_by_its_slots() -> Result<()> {
+    for name in ["gla", "qwen3_next"] {
+        let model = Model::load(golden_folder(name), None, &CPU)?;
+        let mut cache = model.new_cache();
+        model.forward(&pseudo_tokens(1, 5, 90)?, Some(&mut cache))?;
+        for slots in [10_000_000_000_000, usize::MAX] {
+            let mut pool = model.new_pool(slots);
+            let refusal = message(pool.store(&[7], &cache));
+            assert_says(&refusal, &[&format!("slots: the states of {slots} need"), "GiB of memory"]);
+            assert_eq!((pool.slots(), pool.free(), pool.tokens(7), pool.bytes()), (slots, Some(0), None, 0));
+        }
+    }
+    Ok(())
+}
