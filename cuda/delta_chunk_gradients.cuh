@@ -341,27 +341,40 @@ template <int R, int V> struct DeltaChunkGradients {
     }
   }
 
-  // acc, and what tokens read of what they write, which is `own` times the other key.
-  CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], int other) const {
-    if (!tensor.data) return;
-    const Rows to = rows_of(tensor);
-    const bool pairs = c.of.k_dim % 2 == 0;  // a result is contiguous
+  // What steps read of what they write: acc += own times the other key.
+  CLA_DEVICE void add_own(float (&acc)[TILES][4], const float *own, int other) const {
     CLA_UNROLL
     for (int h = 0; h < 2; h++) {
       const int row = rows + row0 + 8 * h;
-      if (row >= at.count) continue;
-      const float own = numbers(OWN)[row];
+      const float x = own[row];
+      CLA_UNROLL
+      for (int j = 0; j < TILES; j++) {
+        const uint32_t key = key_pair(other, row, j);
+        acc[j][2 * h] += x * low_bf16(key);
+        acc[j][2 * h + 1] += x * high_bf16(key);
+      }
+    }
+  }
+  CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], const SegmentSteps &steps) const {
+    if (!tensor.data) return;
+    const Rows to = rows_of(tensor);
+    const bool pairs = c.of.k_dim % 2 == 0 && to.dtype == CLA_BF16;  // a result is contiguous
+    CLA_UNROLL
+    for (int h = 0; h < 2; h++) {
+      const int row = rows + row0 + 8 * h;
+      if (row >= steps.count) continue;
       CLA_UNROLL
       for (int j = 0; j < TILES; j++) {
         const int at_channel = channel() + 8 * j + pair;
-        const uint32_t key = key_pair(other, row, j);
-        const float x[2] = {acc[j][2 * h] + own * low_bf16(key), acc[j][2 * h + 1] + own * high_bf16(key)};
-        if (pairs && to.dtype == CLA_BF16) {
-          if (at_channel < c.of.k_dim) *(uint32_t *)(to.row(at.token(row)) + 2 * at_channel) = pack_bf16(x[0], x[1]);
+        const float(&x)[4] = acc[j];
+        if (pairs) {
+          if (at_channel < c.of.k_dim) {
+            *(uint32_t *)(to.row(steps.token(row)) + 2 * at_channel) = pack_bf16(x[2 * h], x[2 * h + 1]);
+          }
         } else {
           CLA_UNROLL
           for (int i = 0; i < 2; i++) {
-            if (at_channel + i < c.of.k_dim) to.store(at.token(row), at_channel + i, x[i]);
+            if (at_channel + i < c.of.k_dim) to.store(steps.token(row), at_channel + i, x[2 * h + i]);
           }
         }
       }
@@ -425,7 +438,8 @@ template <int R, int V> struct DeltaChunkGradients {
     barrier();
     add_products(sum, of_q, Q, 1.f);
     add_products(sum, of_k, K, 1.f);
-    store(c.dq, of_q, K);
+    add_own(of_q, numbers(OWN), K);
+    store(c.dq, of_q, at);
     float behind = 0.f;
     split_state<true>(c.ends, [&](int, float x) { behind += x; });
     behind = sum_of_lanes(behind);
@@ -442,7 +456,8 @@ template <int R, int V> struct DeltaChunkGradients {
     give_sums(sum, SUMS);
     give_sums(first, FIRST);
     add(of_q, of_k);
-    store(c.dk, of_q, Q);
+    add_own(of_q, numbers(OWN), Q);
+    store(c.dk, of_q, at);
     barrier();
     if (c.dg.data && tid < 32) store_gate();
     store_beta();

@@ -21,8 +21,8 @@ template <int R> struct DecayedGradientsLayout {
 template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R, 128, DecayedGradientsLayout<R>> {
   using Base = DeltaChunkGradientsFaded<R, 128, DecayedGradientsLayout<R>>;
   using At = DecayedGradientsLayout<R>;
-  using Base::c, Base::tile, Base::numbers, Base::each, Base::each_with_key, Base::has_next, Base::store;
-  using Base::TILES, Base::A, Base::B, Base::K, Base::Q, Base::BETA;
+  using Base::c, Base::at, Base::tile, Base::numbers, Base::each, Base::each_with_key, Base::has_next, Base::add_own;
+  using Base::store, Base::TILES, Base::A, Base::B, Base::K, Base::Q, Base::BETA, Base::OWN;
   using Faded = typename Base::Faded;
   static constexpr int SHARED = At::SHARED;
 
@@ -54,7 +54,8 @@ template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R,
     barrier();
     each_with_key(reads[0], Q, [&](int j, int e, float x) { terms[j][e] = x; });
     each_with_key(reads[1], K, [&](int j, int e, float x) { terms[j][e] += x; });
-    store(c.dq, reads[0], K);
+    add_own(reads[0], numbers(OWN), K);
+    store(c.dq, reads[0], at);
     this->multiply_writes(writes[0]);
     Base::copy(first, writes);
     barrier();
@@ -68,7 +69,8 @@ template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R,
     // What the last token wrote is not in what the sums begin with.
     each_with_key(writes[0], K, [&](int j, int e, float x) { terms[j][e] -= has_next(e) ? x : 0.f; });
     Base::add(writes[0], reads[1]);
-    store(c.dk, writes[0], Q);
+    add_own(writes[0], numbers(OWN), Q);
+    store(c.dk, writes[0], at);
     this->store_beta();
     this->finish_gate(terms, first, {K});
   }

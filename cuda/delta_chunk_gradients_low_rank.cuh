@@ -32,8 +32,8 @@ template <int R> struct LowRankGradientsLayout {
 template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>> {
   using Base = DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>>;
   using At = LowRankGradientsLayout<R>;
-  using Base::c, Base::tid, Base::rows, Base::half, Base::row0, Base::pair, Base::v_steps, Base::at, Base::tile, Base::floats;
-  using Base::rows_of, Base::channel, Base::each, Base::each_with_key, Base::has_next, Base::key_pair, Base::zero;
+  using Base::c, Base::tid, Base::rows, Base::half, Base::v_steps, Base::at, Base::tile, Base::floats, Base::rows_of;
+  using Base::each, Base::each_with_key, Base::has_next, Base::zero;
   using Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
   using Faded = typename Base::Faded;
   static constexpr int SHARED = At::SHARED;
@@ -108,28 +108,12 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     }
   }
 
-  // acc, and what steps read of what they write, to the rows of `steps`.
-  CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], const SegmentSteps &steps, int own_x, int key_x,
-                        int own_y, int key_y) const {
-    if (!tensor.data) return;
-    const Rows to = rows_of(tensor);
-    CLA_UNROLL
-    for (int h = 0; h < 2; h++) {
-      const int row = rows + row0 + 8 * h;
-      if (row >= steps.count) continue;
-      const float x = own(own_x)[row], y = own(own_y)[row];
-      CLA_UNROLL
-      for (int j = 0; j < TILES; j++) {
-        const uint32_t of_x = key_pair(key_x, row, j), of_y = key_pair(key_y, row, j);
-        const float both[2] = {acc[j][2 * h] + x * low_bf16(of_x) + y * low_bf16(of_y),
-                               acc[j][2 * h + 1] + x * high_bf16(of_x) + y * high_bf16(of_y)};
-        CLA_UNROLL
-        for (int i = 0; i < 2; i++) {
-          const int at_channel = channel() + 8 * j + pair + i;
-          if (at_channel < c.of.k_dim) to.store(steps.token(row), at_channel, both[i]);
-        }
-      }
-    }
+  // acc, with what steps read of what they write by two keys, to the rows of `steps`.
+  CLA_DEVICE void store_with_own(const cla_tensor &tensor, float (&acc)[TILES][4], const SegmentSteps &steps, int own_x, int key_x,
+                                 int own_y, int key_y) const {
+    this->add_own(acc, own(own_x), key_x);
+    this->add_own(acc, own(own_y), key_y);
+    this->store(tensor, acc, steps);
   }
   // By the thread of a channel, for the first token of a sequence.
   CLA_DEVICE void store_first_read() const {
@@ -157,11 +141,11 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     barrier();
     this->add_earlier(reads, {{At::QV, At::QU}, {At::RV, At::RU}}, faded);
     this->add_own_earlier(reads, {{At::QV, At::QU}, {At::RV, At::RU}}, {At::K, At::B});
-    store(c.dq, reads[0], at, QV, At::K, QU, At::B);
-    store(c.da, reads[1], after, RV, At::K, RU, At::B);
-    store_first_read();
     each_with_key(reads[0], At::Q, [&](int j, int e, float x) { terms[j][e] = x; });
     each_with_key(reads[1], At::A, [&](int j, int e, float x) { terms[j][e] += x; });
+    store_with_own(c.dq, reads[0], at, QV, At::K, QU, At::B);
+    store_with_own(c.da, reads[1], after, RV, At::K, RU, At::B);
+    store_first_read();
     barrier();
     this->load_behind();
     this->fade_later(faded[0], At::Q);
@@ -184,8 +168,8 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     // What the last token wrote is not in what the sums begin with.
     each_with_key(writes[0], At::K, [&](int j, int e, float x) { terms[j][e] -= has_next(e) ? x : 0.f; });
     each_with_key(writes[1], At::B, [&](int j, int e, float x) { terms[j][e] -= has_next(e) ? x : 0.f; });
-    store(c.dk, writes[0], at, QV, At::Q, RV, At::A);
-    store(c.db, writes[1], at, QU, At::Q, RU, At::A);
+    store_with_own(c.dk, writes[0], at, QV, At::Q, RV, At::A);
+    store_with_own(c.db, writes[1], at, QU, At::Q, RU, At::A);
     this->finish_gate(terms, first, {At::K, At::B});
   }
 };

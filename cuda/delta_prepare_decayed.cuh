@@ -4,24 +4,33 @@
 
 namespace cla {
 
-template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R, 2> {
-  using Base = DeltaPrepareFaded<R, 2>;
+template <int R, bool REVERSE>
+struct DeltaPrepareDecayed : DeltaPrepareFaded<DeltaPrepareDecayed<R, REVERSE>, R, 2, 2> {
+  using Base = DeltaPrepareFaded<DeltaPrepareDecayed, R, 2, 2>;
   using Keys = PreparedKeys<R>;
-  using Base::s, Base::shared, Base::tid, Base::lane, Base::warp, Base::head, Base::at, Base::key, Base::decay, Base::factors;
-  using Base::prepared, Base::block, Base::row, Base::column, Base::token, Base::load_row, Base::store_scores, Base::write_key;
-  using Base::SIDE, Base::GROUPS;
-  static constexpr int DIAGONAL = Base::SHARED, SHARED = DIAGONAL + 2 * 4 * CHUNK * SIDE;
+  using Base::s, Base::tid, Base::lane, Base::head, Base::at, Base::key, Base::decay, Base::factors, Base::prepared;
+  using Base::column, Base::diagonal, Base::token, Base::load_row, Base::write_key, Base::SIDE, Base::GROUPS, Base::SYSTEM;
+  using Base::P;
   using Fade = typename Base::Fade;
+  using Operand = typename Base::Operand;
+  using Block = typename Base::Block;
 
   CLA_DEVICE DeltaPrepareDecayed(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
       : Base(s, of, index, head, Prepared::BYTES + Keys::BYTES) {}
 
   CLA_DEVICE Tile keys() const { return key(0); }
   CLA_DEVICE Tile queries() const { return key(1); }
-  CLA_DEVICE static Fade read() { return {true, false}; }
-  CLA_DEVICE static Fade written() { return {false, false}; }
-  // L, or P, of a step and those of its block.
-  CLA_DEVICE float *diagonal(bool of_p, int t) const { return (float *)(shared + DIAGONAL) + ((of_p ? CHUNK : 0) + t) * SIDE; }
+  CLA_DEVICE static Fade reads() { return {true, false}; }
+  CLA_DEVICE static Fade writes() { return {false, false}; }
+  CLA_DEVICE Operand read(int matrix) const { return {matrix == P && !REVERSE ? queries() : keys(), reads()}; }
+  CLA_DEVICE Operand written(int matrix) const { return {matrix == P && REVERSE ? queries() : keys(), writes()}; }
+  CLA_DEVICE Tile triangle(int) const { return prepared(2); }
+  // -A is L times -beta.
+  CLA_DEVICE void scale(float (&x)[8], const Block &of) const {
+    if (of.matrix != SYSTEM) return;
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) x[e] *= -factors()[Prepared::BETA + SIDE * of.j + column(e)];
+  }
 
   CLA_DEVICE void load() const {
     this->fetch_key(0, s.of.k);
@@ -35,11 +44,10 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
     barrier();
   }
   CLA_DEVICE void write_keys() const {
-    write_key(Keys::READS, keys(), read(), 1.f);
-    write_key(Keys::WRITES, keys(), written(), 1.f);
-    if (REVERSE) write_key(Keys::QUERIES, queries(), written(), s.of.scale);
-    else write_key(Keys::QUERIES, queries(), read(), 1.f);
-    this->write_whole();
+    write_key(Keys::READS, keys(), reads(), 1.f);
+    write_key(Keys::WRITES, keys(), writes(), 1.f);
+    if (REVERSE) write_key(Keys::QUERIES, queries(), writes(), s.of.scale);
+    else write_key(Keys::QUERIES, queries(), reads(), 1.f);
   }
 
   struct Carried {
@@ -77,7 +85,7 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
     for (int i = 0; i < COUNT; i++) {
       CLA_UNROLL
       for (int d = 8; d < 32; d *= 2) l[i] += shuffle_xor(l[i], d), p[i] += shuffle_xor(p[i], d);
-      if (quarter == i) diagonal(false, t)[token(i) % SIDE] = l[i], diagonal(true, t)[token(i) % SIDE] = p[i];
+      if (quarter == i) diagonal(SYSTEM, t)[token(i) % SIDE] = l[i], diagonal(P, t)[token(i) % SIDE] = p[i];
     }
   }
   CLA_DEVICE void score_block() const {
@@ -91,60 +99,6 @@ template <int R, bool REVERSE> struct DeltaPrepareDecayed : DeltaPrepareFaded<R,
       }
     }
     this->each_step_of_block([&](int t, auto count) { score<decltype(count)::value>(of, t); });
-  }
-
-  // A block of L, or of P: of the steps of block i with those of block j before it. Each warp has three of the twelve.
-  struct Block {
-    bool of_p;
-    int i, j;
-  };
-  CLA_DEVICE Block own_block(int which) const {
-    const int i = (warp & 1) * 2 + 1;
-    return which < 2 ? Block{which == 1, 2 + warp / 2, warp % 2} : Block{warp >= 2, i, i - 1};
-  }
-  CLA_DEVICE void multiply(float (&c)[8], const Block &of) const {
-    const Tile earlier = of.of_p && REVERSE ? queries() : keys(), later = of.of_p && !REVERSE ? queries() : keys();
-    Base::multiply(c, {later, read()}, of.i, {earlier, written()}, of.j, of.of_p);
-  }
-  CLA_DEVICE void multiply_beta(float (&x)[8], int j) const {
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) x[e] *= -factors()[Prepared::BETA + SIDE * j + column(e)];
-  }
-  CLA_DEVICE void store(float (&c)[8], const Block &of) const {
-    if (of.of_p) {
-      store_scores(prepared(2), prepared(3), c, of.i, of.j);
-      return;
-    }
-    multiply_beta(c, of.j);
-    Parts parts;
-    parts.split(c);
-    parts.transposed().store(block(of.i - of.j, of.j));
-  }
-
-  CLA_DEVICE void run() {
-    load();
-    score_block();
-    barrier();
-    this->multiply_decays();
-    barrier();
-    write_keys();
-    float c[3][8];
-    CLA_UNROLL
-    for (int i = 0; i < 3; i++) multiply(c[i], own_block(i));
-    barrier();
-    CLA_UNROLL
-    for (int i = 0; i < 3; i++) store(c[i], own_block(i));
-    float l[8], p[8];
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) {
-      l[e] = column(e) < row(e) ? diagonal(false, SIDE * warp + row(e))[column(e)] : 0.f;
-      p[e] = row(e) <= column(e) ? diagonal(true, SIDE * warp + column(e))[row(e)] : 0.f;
-    }
-    store_scores(prepared(2), prepared(3), p, warp, warp);
-    multiply_beta(l, warp);
-    Parts parts;
-    this->invert(parts, l);
-    this->finish(parts);
   }
 };
 

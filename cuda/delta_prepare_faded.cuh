@@ -8,18 +8,25 @@
 // T do. Within a block no step does that for all pairs: one of the factors would leave the range of numbers. There a lane carries
 // k_s along, from step s on, and lets it fade with every step, in f32 on ordinary cores. No two sums of logarithms are subtracted.
 //
-// Here is what families have in common: KEYS of them in shared memory, their decays, and the products between blocks.
+// Here is what families have in common: KEYS of them in shared memory, their decays, and the MATRICES of what is read of what is
+// written, the first of them the system's, the second P. A family says which keys those are of and what else they are times:
+//
+//     load(), write_keys(), score_block()       into shared memory, to memory, and what is within blocks into `diagonal`
+//     read(matrix), written(matrix)             keys and how they fade
+//     scale(x, block), triangle(matrix)         a block but for its products, and where all but the first go, in two parts
 #pragma once
 #include "delta_prepare.cuh"
 
 namespace cla {
 
-template <int R, int KEYS> struct DeltaPrepareFaded : DeltaPrepare<R> {
+template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded : DeltaPrepare<R> {
   using Base = DeltaPrepare<R>;
   using Base::s, Base::shared, Base::tid, Base::warp, Base::lane, Base::row0, Base::pair, Base::head, Base::at, Base::to;
-  using Base::factors, Base::column, Base::THREADS, Base::KEY, Base::SIDE;
+  using Base::factors, Base::block, Base::row, Base::column, Base::THREADS, Base::KEY, Base::SIDE;
+  enum { SYSTEM, P };
   static constexpr int PITCH = R + 8, BLOCKS = CHUNK / SIDE, PAIRS = R / 2, EVERY = THREADS / PAIRS;
-  static constexpr int K = Base::SHARED, DECAYS = K + KEYS * KEY, SHARED = DECAYS + 4 * (CHUNK + 1) * PITCH;
+  static constexpr int K = Base::SHARED, DECAYS = K + KEYS * KEY, DIAGONAL = DECAYS + 4 * (CHUNK + 1) * PITCH;
+  static constexpr int SHARED = DIAGONAL + MATRICES * 4 * CHUNK * SIDE;
   static_assert(4 * CHUNK * PITCH <= Base::FACTORS, "what is left has room where L and P will be");
 
   CLA_DEVICE DeltaPrepareFaded(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head, int bytes)
@@ -34,6 +41,9 @@ template <int R, int KEYS> struct DeltaPrepareFaded : DeltaPrepare<R> {
   CLA_DEVICE const float *whole(int block) const { return decay(block * SIDE + SIDE - 1); }
   // What is left of each step at the end of its block.
   CLA_DEVICE float *left(int row) const { return (float *)shared + row * PITCH; }
+
+  // Of a step and those of its block.
+  CLA_DEVICE float *diagonal(int matrix, int t) const { return (float *)(shared + DIAGONAL) + (matrix * CHUNK + t) * SIDE; }
 
   // ---- loading ----
 
@@ -163,29 +173,84 @@ template <int R, int KEYS> struct DeltaPrepareFaded : DeltaPrepare<R> {
     }
     parts.split(x);
   }
-  // What the steps of block i read of what those of block j write, or its transpose.
-  CLA_DEVICE void multiply(float (&c)[8], const Operand &read, int i, const Operand &written, int j, bool transposed) const {
+  // A block of a matrix: of the steps of block i with those of block j before it, or its own.
+  struct Block {
+    int matrix, i, j;
+  };
+  // Each warp has as many of those between blocks: of all matrices one across the middle, of half of them one within a half.
+  static constexpr int OWN = MATRICES + MATRICES / 2;
+  CLA_DEVICE Block own_block(int which) const {
+    const int i = (warp & 1) * 2 + 1;
+    if (which < MATRICES) return {which, 2 + warp / 2, warp % 2};
+    return {warp / 2 * (MATRICES / 2) + which - MATRICES, i, i - 1};
+  }
+  // All but the system's are transposed.
+  CLA_DEVICE void multiply(float (&c)[8], const Block &of) const {
+    const Operand read = family().read(of.matrix), written = family().written(of.matrix);
     // Halves meet in the middle: their outer blocks have the inner ones between.
-    const bool halves = i / 2 != j / 2;
-    const float *behind = halves && j == 0 ? whole(1) : nullptr, *before = halves && i == 3 ? whole(2) : nullptr;
+    const bool halves = of.i / 2 != of.j / 2;
+    const float *behind = halves && of.j == 0 ? whole(1) : nullptr, *before = halves && of.i == 3 ? whole(2) : nullptr;
     CLA_UNROLL
     for (int e = 0; e < 8; e++) c[e] = 0.f;
     CLA_NO_UNROLL
     for (int d = 0; d < R / 16; d++) {
       Parts earlier, later;
-      load(earlier, written, j, behind, d);
-      load(later, read, i, before, d);
-      if (transposed) add_product(c, earlier, later.transposed());
-      else add_product(c, later, earlier.transposed());
+      load(earlier, written, of.j, behind, d);
+      load(later, read, of.i, before, d);
+      if (of.matrix == SYSTEM) add_product(c, later, earlier.transposed());
+      else add_product(c, earlier, later.transposed());
     }
   }
-  // A block of a triangle of scores, from its transpose, as the sum of two tiles.
-  CLA_DEVICE static void store_scores(Tile to, Tile rest, const float (&x)[8], int i, int j) {
+  CLA_DEVICE void store(float (&x)[8], const Block &of) const {
+    family().scale(x, of);
+    if (of.matrix == SYSTEM) {
+      Parts parts;
+      parts.split(x);
+      parts.transposed().store(block(of.i - of.j, of.j));
+      return;
+    }
+    const Tile to = family().triangle(of.matrix);
     uint32_t high[4], low[4];
     split(high, low, x);
-    store_transposed(to, SIDE * i, SIDE * j, high);
-    store_transposed(rest, SIDE * i, SIDE * j, low);
+    store_transposed(to, SIDE * of.i, SIDE * of.j, high);
+    store_transposed({to.base + SUBTILE}, SIDE * of.i, SIDE * of.j, low);
   }
+
+  CLA_DEVICE void run() {
+    family().load();
+    family().score_block();
+    barrier();
+    multiply_decays();
+    barrier();
+    family().write_keys();
+    write_whole();
+    float c[OWN][8], x[8];
+    CLA_UNROLL
+    for (int i = 0; i < OWN; i++) multiply(c[i], own_block(i));
+    barrier();
+    CLA_UNROLL
+    for (int i = 0; i < OWN; i++) store(c[i], own_block(i));
+    CLA_UNROLL
+    for (int m = P; m < MATRICES; m++) {
+      CLA_UNROLL
+      for (int e = 0; e < 8; e++) x[e] = row(e) <= column(e) ? diagonal(m, SIDE * warp + column(e))[row(e)] : 0.f;
+      store(x, {m, warp, warp});
+    }
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) x[e] = column(e) < row(e) ? diagonal(SYSTEM, SIDE * warp + row(e))[column(e)] : 0.f;
+    family().scale(x, {SYSTEM, warp, warp});
+    Parts parts;
+    this->invert(parts, x);
+    this->finish(parts);
+    // Those that there is no place for beside T and P.
+    CLA_UNROLL
+    for (int m = P + 1; m < MATRICES; m++) {
+      Base::template write<THREADS>(to + Prepared::BYTES + (m - P - 1) * 2 * SUBTILE, family().triangle(m).base, tid);
+    }
+  }
+
+ private:
+  CLA_DEVICE const Family &family() const { return *static_cast<const Family *>(this); }
 };
 
 }  // namespace cla

@@ -7,17 +7,19 @@
 
 namespace cla {
 
-template <int R, bool REVERSE> struct DeltaPrepareLowRank : DeltaPrepareFaded<R, 4> {
-  using Base = DeltaPrepareFaded<R, 4>;
+template <int R, bool REVERSE>
+struct DeltaPrepareLowRank : DeltaPrepareFaded<DeltaPrepareLowRank<R, REVERSE>, R, 4, 4> {
+  using Base = DeltaPrepareFaded<DeltaPrepareLowRank, R, 4, 4>;
   using Keys = PreparedLowRank<R>;
-  using Base::s, Base::shared, Base::tid, Base::lane, Base::warp, Base::key, Base::decay, Base::prepared, Base::block;
-  using Base::row, Base::column, Base::token, Base::load_row, Base::store_scores, Base::write_key, Base::SIDE, Base::GROUPS;
+  using Base::s, Base::shared, Base::lane, Base::key, Base::decay, Base::prepared, Base::diagonal, Base::token, Base::load_row;
+  using Base::write_key, Base::SIDE, Base::GROUPS, Base::SYSTEM, Base::P;
+  using Operand = typename Base::Operand;
+  using Block = typename Base::Block;
   enum Key { R1, R2, X1, X2 };
-  // The matrices of the system and of P: what is read of m by m and by the output. L and N: of the value.
-  enum Matrix { SYSTEM, P, L, N, MATRICES };
-  static constexpr int DIAGONAL = Base::SHARED, SHARED = DIAGONAL + MATRICES * 4 * CHUNK * SIDE;
+  // The system and P are what is read of m, by m and by the output; L and N what is read of the value.
+  enum Matrix { L = P + 1, N, MATRICES };
   static constexpr int TRIANGLES = Base::K;  // L and N, when keys and decays are not needed any more
-  static_assert(TRIANGLES + 4 * SUBTILE <= DIAGONAL, "they fit");
+  static_assert(TRIANGLES + 4 * SUBTILE <= Base::DIAGONAL && Keys::L == 0 && Keys::N == 2 * SUBTILE, "they fit, and follow P");
 
   CLA_DEVICE DeltaPrepareLowRank(const cla_delta_sweep &s, const SegmentOf &of, int64_t index, int head)
       : Base(s, of, index, head, Prepared::BYTES + Keys::BYTES) {}
@@ -25,17 +27,19 @@ template <int R, bool REVERSE> struct DeltaPrepareLowRank : DeltaPrepareFaded<R,
   CLA_DEVICE static typename Base::Fade fade(int which) {
     return {which == R1 || which == R2, which == R1 || (REVERSE && which != X2)};
   }
-  CLA_DEVICE typename Base::Operand operand(int which) const { return {key(which), fade(which)}; }
-  CLA_DEVICE static int reads(int matrix) { return matrix == SYSTEM || matrix == L ? R1 : R2; }
-  CLA_DEVICE static int written(int matrix) { return matrix == SYSTEM || matrix == P ? X2 : X1; }
-  // What a value is multiplied by has the scale in reverse; forwards outputs have it.
-  CLA_DEVICE float scale_of(int matrix) const { return REVERSE && written(matrix) == X1 ? s.of.scale : 1.f; }
+  CLA_DEVICE Operand operand(int which) const { return {key(which), fade(which)}; }
+  CLA_DEVICE Operand read(int matrix) const { return operand(matrix == SYSTEM || matrix == L ? R1 : R2); }
+  CLA_DEVICE static bool of_value(int matrix) { return matrix == L || matrix == N; }
+  CLA_DEVICE Operand written(int matrix) const { return operand(of_value(matrix) ? X1 : X2); }
   CLA_DEVICE Tile triangle(int matrix) const {
     return matrix == P ? prepared(2) : Tile{shared + TRIANGLES + (matrix == L ? 0 : 2 * SUBTILE)};
   }
-  // Of a step and those of its block.
-  CLA_DEVICE float *diagonal(int matrix, int t) const {
-    return (float *)(shared + DIAGONAL) + (matrix * CHUNK + t) * SIDE;
+  // What a value is multiplied by has the scale in reverse; forwards outputs have it.
+  CLA_DEVICE float value_scale() const { return REVERSE ? s.of.scale : 1.f; }
+  CLA_DEVICE void scale(float (&x)[8], const Block &of) const {
+    if (!of_value(of.matrix)) return;
+    CLA_UNROLL
+    for (int e = 0; e < 8; e++) x[e] *= value_scale();
   }
 
   CLA_DEVICE void load() const {
@@ -51,9 +55,8 @@ template <int R, bool REVERSE> struct DeltaPrepareLowRank : DeltaPrepareFaded<R,
   CLA_DEVICE void write_keys() const {
     write_key(Keys::R1, key(R1), fade(R1), 1.f);
     write_key(Keys::R2, key(R2), fade(R2), 1.f);
-    write_key(Keys::X1, key(X1), fade(X1), scale_of(L));
+    write_key(Keys::X1, key(X1), fade(X1), value_scale());
     write_key(Keys::X2, key(X2), fade(X2), 1.f);
-    this->write_whole();
   }
 
   struct Carried {
@@ -108,65 +111,6 @@ template <int R, bool REVERSE> struct DeltaPrepareLowRank : DeltaPrepareFaded<R,
       }
     }
     this->each_step_of_block([&](int t, auto count) { score<decltype(count)::value>(of, t); });
-  }
-
-  // A block of a matrix: of the steps of block i with those of block j before it. Each warp has six of the 24.
-  struct Block {
-    int matrix, i, j;
-  };
-  static constexpr int OWN = MATRICES + 2;
-  CLA_DEVICE Block own_block(int which) const {
-    const int i = (warp & 1) * 2 + 1;
-    return which < MATRICES ? Block{which, 2 + warp / 2, warp % 2} : Block{warp / 2 * 2 + which - MATRICES, i, i - 1};
-  }
-  CLA_DEVICE void multiply(float (&c)[8], const Block &of) const {
-    Base::multiply(c, operand(reads(of.matrix)), of.i, operand(written(of.matrix)), of.j, of.matrix != SYSTEM);
-  }
-  CLA_DEVICE void store(float (&c)[8], const Block &of) const {
-    if (of.matrix != SYSTEM) {
-      store_triangle(c, of);
-      return;
-    }
-    Parts parts;
-    parts.split(c);
-    parts.transposed().store(block(of.i - of.j, of.j));
-  }
-  CLA_DEVICE void store_triangle(float (&c)[8], const Block &of) const {
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) c[e] *= scale_of(of.matrix);
-    const Tile to = triangle(of.matrix);
-    store_scores(to, {to.base + SUBTILE}, c, of.i, of.j);
-  }
-
-  CLA_DEVICE void run() {
-    load();
-    score_block();
-    barrier();
-    this->multiply_decays();
-    barrier();
-    write_keys();
-    float c[OWN][8];
-    CLA_UNROLL
-    for (int i = 0; i < OWN; i++) multiply(c[i], own_block(i));
-    barrier();
-    CLA_UNROLL
-    for (int i = 0; i < OWN; i++) store(c[i], own_block(i));
-    CLA_UNROLL
-    for (int m = P; m < MATRICES; m++) {
-      float x[8];
-      CLA_UNROLL
-      for (int e = 0; e < 8; e++) x[e] = row(e) <= column(e) ? diagonal(m, SIDE * warp + column(e))[row(e)] : 0.f;
-      store_triangle(x, {m, warp, warp});
-    }
-    float own[8];
-    CLA_UNROLL
-    for (int e = 0; e < 8; e++) own[e] = column(e) < row(e) ? diagonal(SYSTEM, SIDE * warp + row(e))[column(e)] : 0.f;
-    Parts parts;
-    this->invert(parts, own);
-    this->finish(parts);
-    unsigned char *to = this->to + Prepared::BYTES;
-    Base::template write<Base::THREADS>(to + Keys::L, triangle(L).base, tid);
-    Base::template write<Base::THREADS>(to + Keys::N, triangle(N).base, tid);
   }
 };
 
