@@ -38,6 +38,16 @@ typedef struct {
   int64_t each, all;
 } cla_delta_states;
 
+// A sweep over few states has few blocks. Divided in time, each sequence is `count` spans of `length` segments (the last ones
+// fewer, or none), and a block sweeps one. Of the state X before it a span makes A X + B, whatever X is: A and B are found first,
+// by sweeps that begin with the identity, without values, and with zeros; then the states before all spans.
+typedef struct {
+  int32_t count;  // 1: not divided
+  int64_t length;
+  float *changes;  // [sequences, count - 1, heads, V + K, K], contiguous: B and A, transposed
+  float *starts;   // [sequences, count, heads, V, K], contiguous: states, transposed
+} cla_delta_spans;
+
 // What a problem of these families is, whichever kernels work on it.
 typedef struct {
   cla_tensor q, k, gate, a, b;   // a and b are null but in the low-rank family
@@ -65,6 +75,7 @@ typedef struct {
   // has data or not. Blocks have 64 or 128 columns of the state.
   int32_t columns;
   unsigned char *prepared;
+  cla_delta_spans spans;
   // Token by token only: whether twice as many blocks are to have room, which makes each slower.
   int32_t crowded;
 } cla_delta_sweep;
@@ -77,6 +88,9 @@ int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
 int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep);
 int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
 int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
+// Between the two where time is divided: what spans make of states, and the states that they start from.
+int32_t cla_delta_changes(const cla_delta_sweep *sweep, void *stream);
+int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream);
 // The shared memory that these need for a block of so many columns; -1 if they do not take the sweep.
 int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep);
 

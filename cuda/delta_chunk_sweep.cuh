@@ -1,5 +1,5 @@
-// What the kernels have in common that go over the segments of a delta sweep: a block has one sequence and head, and 64 columns
-// of the state a warpgroup, in f32 registers from the first segment to the last.
+// What the kernels have in common that go over the segments of a delta sweep: a block has one sequence and head, or a span of it,
+// and 64 columns of the state a warpgroup, in f32 registers from the first segment to the last.
 //
 // As in the chunked sweep of the additive families, warpgroups hold X^T, and all that they compute has columns of the state as
 // rows: what one product accumulates is, as the sum of two bf16, the A operand of the next in the same registers. So products
@@ -17,28 +17,49 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   const cla_delta_sweep &s;
   unsigned char *shared;
   int tid, warp, group, row0, pair, head, first_column;  // tid: among those that move rows
-  int64_t sequence, segments, first_segment;
+  bool identity;  // columns are those that began as the identity's
+  Place place;
+  int64_t sequence, segments, begin, end, first_segment;  // begin and end: of the segments, in the order of the sweep
   Steps steps;
   float state[R / 8][4];
 
   CLA_DEVICE DeltaChunkSweep(const cla_delta_sweep &s)
-      : s(s), shared(shared_memory()), steps(s.of.cu_seqlens, s.of.tokens, block_x() / tiles(s) / s.of.heads, REVERSE) {
+      : s(s), shared(shared_memory()), place(block_x() / tiles(s), s.of.heads, spans(s)),
+        steps(s.of.cu_seqlens, s.of.tokens, place.sequence, REVERSE) {
     tid = thread_index() % MOVING;
     warp = (tid >> 5) & 3;
     group = thread_index() >> 7;
     row0 = (tid & 31) >> 2;
     pair = (tid & 3) * 2;
-    head = block_x() / tiles(s) % s.of.heads;
-    sequence = block_x() / tiles(s) / s.of.heads;
-    first_column = block_x() % tiles(s) * COLUMNS;
+    head = place.head;
+    sequence = place.sequence;
+    const unsigned tile = block_x() % tiles(s), of_values = tiles(s.of.v_dim);
+    identity = tile >= of_values;
+    first_column = (identity ? tile - of_values : tile) * COLUMNS;
     segments = (steps.count + CHUNK - 1) / CHUNK;
+    begin = place.segment * s.spans.length;
+    if (begin > segments) begin = segments;
+    end = segments - begin < s.spans.length ? segments : begin + s.spans.length;
     first_segment = segment_index(s.anchors, sequence, 0);
   }
 
-  // Blocks that share a state.
-  CLA_DEVICE static unsigned tiles(const cla_delta_sweep &s) { return (s.of.v_dim + COLUMNS - 1) / COLUMNS; }
-  CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
+  // Whether what spans make of a state is to be found, by blocks that are told of no states.
+  CLA_ANYWHERE static bool finds_changes(const cla_delta_sweep &s) { return s.spans.count > 1 && !s.spans.starts; }
+  CLA_ANYWHERE static unsigned tiles(int columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+  // Blocks that share a state, and a sequence.
+  CLA_ANYWHERE static unsigned tiles(const cla_delta_sweep &s) {
+    return tiles(s.of.v_dim) + (finds_changes(s) ? tiles(s.of.k_dim) : 0);
+  }
+  CLA_ANYWHERE static int spans(const cla_delta_sweep &s) { return s.spans.count - finds_changes(s); }
+  CLA_DEVICE int columns() const {
+    const int left = (identity ? s.of.k_dim : s.of.v_dim) - first_column;
+    return left < COLUMNS ? left : COLUMNS;
+  }
   CLA_DEVICE int64_t segment(int64_t i) const { return REVERSE ? segments - 1 - i : i; }
+  // The steps before the first segment: in reverse a segment that is cut short comes first.
+  CLA_DEVICE int64_t first_step() const {
+    return REVERSE && begin > 0 ? steps.count - (segments - begin) * CHUNK : begin * CHUNK;
+  }
   // A sequence is cut from its first token on, either way.
   CLA_DEVICE int count_at(int64_t i) const {
     const int64_t left = steps.count - segment(i) * CHUNK;
@@ -47,6 +68,7 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   // The rows of a tensor whose columns are those of the state, from the block's first on.
   CLA_DEVICE Rows of_columns(const cla_tensor &x) const {
     Rows rows(x, steps.batch, head);
+    if (identity) rows.data = nullptr;
     if (rows.data) rows.data += first_column * rows.element * rows.size();
     return rows;
   }
@@ -71,14 +93,26 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
       }
     }
   }
-  CLA_DEVICE void load_state() {
-    zero(state);
-    if (!s.first.data) return;
-    float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
-    each_of_state(from, s.first.row, s.first.col, [](float &x, const float *at) { x = *at; });
+  CLA_DEVICE void load_state(const float *from, int64_t row, int64_t col) {
+    each_of_state(const_cast<float *>(from), row, col, [](float &x, const float *at) { x = *at; });
   }
   CLA_DEVICE void store_state(float *to, int64_t row, int64_t col) {
     each_of_state(to, row, col, [](float x, float *at) { *at = x; });
+  }
+  CLA_DEVICE void load_state() {
+    zero(state);
+    if (identity) {
+      CLA_UNROLL
+      for (int j = 0; j < R / 8; j++) {
+        CLA_UNROLL
+        for (int e = 0; e < 4; e++) state[j][e] = 8 * j + pair + (e & 1) == first_column + column(e >> 1) ? 1.f : 0.f;
+      }
+    } else if (s.spans.starts) {
+      load_state(s.spans.starts + (place.index(s.of.heads, spans(s)) * s.of.v_dim + first_column) * s.of.k_dim, 1, s.of.k_dim);
+    } else if (s.first.data) {
+      load_state(s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col, s.first.row,
+                 s.first.col);
+    }
   }
   // The state as an anchor of the i-th segment.
   CLA_DEVICE void keep(int64_t i) {
@@ -87,9 +121,13 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
     store_state(s.anchors.data + prepared_index(i) * size + first_column, s.of.v_dim, 1);
   }
   CLA_DEVICE void store_last() {
-    if (!s.last.data) return;
-    store_state(s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
-                s.last.col);
+    if (finds_changes(s)) {
+      const int64_t before = place.index(s.of.heads, spans(s)) * (s.of.v_dim + s.of.k_dim) + (identity ? s.of.v_dim : 0);
+      store_state(s.spans.changes + (before + first_column) * s.of.k_dim, 1, s.of.k_dim);
+    } else if (s.last.data && end == segments && (begin < end || place.segment == 0)) {
+      store_state(s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
+                  s.last.col);
+    }
   }
 
   // ---- rows and what is prepared ----
@@ -105,7 +143,7 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
 
     CLA_DEVICE Pieces(const DeltaChunkSweep &sweep, const Rows &rows, int width) : tid(sweep.tid), width(width) {
       row_bytes = (REVERSE ? -2 : 2) * rows.token;
-      data = rows.data + 16 * piece() + sweep.steps.token(0) * rows.token * 2 + row() * row_bytes;
+      data = rows.data + 16 * piece() + sweep.steps.token(sweep.first_step()) * rows.token * 2 + row() * row_bytes;
     }
     CLA_DEVICE int row() const { return tid / PER_ROW; }
     CLA_DEVICE int piece() const { return tid % PER_ROW; }
@@ -173,6 +211,8 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
       if (c < sweep.columns()) out.store(at.token(row), c, from_bf16(*from.element(row, c)));
     }
   }
+
+  static Dims grid(const cla_delta_sweep &s) { return {(int64_t)s.of.sequences * spans(s) * s.of.heads * tiles(s), 1}; }
 
   // ---- numbers ----
 

@@ -31,7 +31,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   using Base = SweepOf<R, W, LEAVES>;
   using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
   using Keys = PreparedKeys<R>;
-  using Base::s, Base::shared, Base::tid, Base::group, Base::head, Base::segments, Base::steps, Base::state, Base::columns;
+  using Base::s, Base::shared, Base::tid, Base::group, Base::head, Base::begin, Base::end, Base::steps, Base::state, Base::columns;
   using Base::segment, Base::count_at, Base::of_columns, Base::prepared_index, Base::zero, Base::each_pair;
   using Base::scale, Base::with_values, Base::add_by_triangle, Base::store_inner, Base::wait_with;
   using Base::COLUMNS, Base::STEPS, Base::WGMMA;
@@ -84,7 +84,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
   // A stage.
   CLA_DEVICE void fetch(Moved &of, int64_t i) const {
-    if (i < segments) {
+    if (i < end) {
       unsigned char *to = stage(i);
       const int count = count_at(i);
       if (of.in_pieces) {
@@ -100,7 +100,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   }
   // Decayed keys that are read, q among them but in reverse, and those that are written.
   CLA_DEVICE void fetch_reads(int64_t i) const {
-    if (i < segments) {
+    if (i < end) {
       const unsigned char *from = s.prepared + prepared_index(i) * PREPARED_BYTES + Prepared::BYTES;
       this->template copy<Keys::EACH>(shared + Keys::READS, from + Keys::READS);
       if (OUTPUT) this->template copy<Keys::EACH>(shared + Keys::QUERIES, from + Keys::QUERIES);
@@ -235,8 +235,8 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   }
   CLA_DEVICE void start(Moved &of) {
     for (int i = 0; i < 2; i++) this->template clear_unused<Prepared::FACTORS>(stage(i) + L::PREPARED);
-    fetch(of, 0);
-    if (BY_CHANNEL) fetch_reads(0);
+    fetch(of, begin);
+    if (BY_CHANNEL) fetch_reads(begin);
   }
   template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int64_t i) {
     copies_wait<WHICH == SECOND ? 1 : 0>();
@@ -247,7 +247,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
       if (BY_CHANNEL) fetch_writes(i);
       fetch(of, i + 1);
     }
-    if (s.out.data && i > 0) flush(of, i - 1);
+    if (s.out.data && i > begin) flush(of, i - 1);
   }
   // As one that solves.
   template <Meeting WHICH> CLA_DEVICE void arrive(Company &of, int64_t i) {
@@ -259,23 +259,23 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     Moved of(*this);
     start(of);
     CLA_NO_UNROLL
-    for (int64_t i = 0; i < segments; i++) {
+    for (int64_t i = begin; i < end; i++) {
       meet_moving<FIRST>(of, i);
       if (BY_CHANNEL) meet_moving<SECOND>(of, i);
     }
-    meet_moving<LAST>(of, segments);
+    meet_moving<LAST>(of, end);
   }
   CLA_DEVICE void solve() {
     Company of(*this);
     if constexpr (!APART) start(of);
     this->load_state();
     CLA_NO_UNROLL
-    for (int64_t i = 0; i < segments; i++) {
+    for (int64_t i = begin; i < end; i++) {
       arrive<FIRST>(of, i);
       if (!OUTPUT) this->keep(i);
       solve(i, of);
     }
-    arrive<LAST>(of, segments);
+    arrive<LAST>(of, end);
     this->store_last();
   }
 
@@ -293,9 +293,7 @@ void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
 
 template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
   using Kernel = DeltaChunked<R, W, BY_CHANNEL, LEAVES>;
-  const int64_t tiles = (s.of.v_dim + Kernel::COLUMNS - 1) / Kernel::COLUMNS;
-  const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, grid, Kernel::THREADS, Kernel::L::SHARED, stream, s);
+  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, Kernel::grid(s), Kernel::THREADS, Kernel::L::SHARED, stream, s);
 }
 template <int R, int W, bool BY_CHANNEL>
 int32_t launch_delta_chunked(DeltaChunkLayout<R, W, BY_CHANNEL>, const cla_delta_sweep &s, void *stream) {
@@ -317,10 +315,78 @@ template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
   return s.of.k_dim <= 64 ? by_family(std::integral_constant<int, 64>()) : by_family(std::integral_constant<int, 128>());
 }
 
+// The states before spans, one after another: a thread has one row and EACH columns of a state. What a span makes of them is a
+// product in f32.
+struct SpanStarts {
+  static constexpr int ROWS = 128, EACH = 8, COLUMNS = 16, THREADS = ROWS * COLUMNS / EACH;
+};
+CLA_KERNEL(SpanStarts::THREADS, 1) void delta_starts_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+  using L = SpanStarts;
+  const int row = thread_index() % L::ROWS, own = thread_index() / L::ROWS * L::EACH, column = block_y() * L::COLUMNS + own;
+  const int head = block_x() % s.of.heads, k_dim = s.of.k_dim, v_dim = s.of.v_dim;
+  const int64_t sequence = block_x() / s.of.heads;
+  float(*state)[L::COLUMNS] = (float(*)[L::COLUMNS])shared_memory();  // [K][COLUMNS]
+  const bool used = row < k_dim;
+  auto has = [&](int c) { return used && column + c < v_dim; };
+  float x[L::EACH];
+  CLA_UNROLL
+  for (int c = 0; c < L::EACH; c++) {
+    x[c] = 0.f;
+    if (s.first.data && has(c)) {
+      x[c] = s.first.data[sequence * s.first.sequence + head * s.first.head + row * s.first.row + (column + c) * s.first.col];
+    }
+  }
+  CLA_NO_UNROLL
+  for (int span = 0; span < s.spans.count; span++) {
+    float *start = s.spans.starts + ((sequence * s.spans.count + span) * s.of.heads + head) * v_dim * k_dim;
+    CLA_UNROLL
+    for (int c = 0; c < L::EACH; c++) {
+      if (has(c)) start[(column + c) * k_dim + row] = x[c];
+    }
+    if (span + 1 == s.spans.count) break;
+    if (used) {
+      CLA_UNROLL
+      for (int c = 0; c < L::EACH; c += 4) store4(&state[row][own + c], {x[c], x[c + 1], x[c + 2], x[c + 3]});
+    }
+    barrier();
+    const float *added = s.spans.changes + ((sequence * (s.spans.count - 1) + span) * s.of.heads + head) * (v_dim + k_dim) * k_dim;
+    const float *factors = added + v_dim * k_dim + row;
+    CLA_UNROLL
+    for (int c = 0; c < L::EACH; c++) x[c] = has(c) ? added[(column + c) * k_dim + row] : 0.f;
+    CLA_UNROLL_EIGHT
+    for (int j = 0; j < k_dim; j++) {
+      const float factor = used ? factors[j * k_dim] : 0.f;
+      CLA_UNROLL
+      for (int c = 0; c < L::EACH; c += 4) {
+        float of_state[4];
+        load4(of_state, &state[j][own + c]);
+        CLA_UNROLL
+        for (int n = 0; n < 4; n++) x[c + n] += factor * of_state[n];
+      }
+    }
+    barrier();
+  }
+}
+
 }  // namespace cla
 
 extern "C" int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream) {
   return cla::with_layout(*sweep, [&](auto layout) { return cla::launch_delta_chunked(layout, *sweep, stream); });
+}
+
+extern "C" int32_t cla_delta_changes(const cla_delta_sweep *sweep, void *stream) {
+  cla_delta_sweep s = *sweep;
+  s.inner.data = s.out.data = nullptr;
+  s.first.data = s.last.data = s.anchors.data = s.spans.starts = nullptr;
+  return cla_delta_chunked(&s, stream);
+}
+
+extern "C" int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream) {
+  using L = cla::SpanStarts;
+  const cla_delta_problem &of = sweep->of;
+  const cla::Dims grid = {(int64_t)of.sequences * of.heads, (of.v_dim + L::COLUMNS - 1) / L::COLUMNS};
+  const int64_t shared = of.k_dim * L::COLUMNS * sizeof(float);
+  return cla::launch(cla::delta_starts_kernel, grid, L::THREADS, shared, stream, *sweep);
 }
 
 extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {

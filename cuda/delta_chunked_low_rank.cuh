@@ -20,8 +20,8 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
   using Base = DeltaChunkSweep<R, 1, REVERSE, 128>;
   using At = LowRankLayout<R>;
   using Keys = PreparedLowRank<R>;
-  using Base::s, Base::shared, Base::pair, Base::segments, Base::state, Base::columns, Base::count_at, Base::of_columns;
-  using Base::prepared_index, Base::zero, Base::add_by_triangle, Base::COLUMNS, Base::STEPS, Base::WGMMA;
+  using Base::s, Base::shared, Base::pair, Base::segments, Base::begin, Base::end, Base::state, Base::columns, Base::count_at;
+  using Base::of_columns, Base::prepared_index, Base::zero, Base::add_by_triangle, Base::COLUMNS, Base::STEPS, Base::WGMMA;
   template <int N> using Operand = typename Base::template Operand<N>;
   using Pieces = typename Base::template Pieces<COLUMNS>;
 
@@ -48,7 +48,7 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     }
   };
   CLA_DEVICE void fetch_read(Moved &of, int64_t i) const {
-    if (i < segments) {
+    if (i < end) {
       if (of.in_pieces) of.value.fetch(values(i), count_at(i));
       else Base::fetch_values_apart(s, values(i), i);
       const unsigned char *from = prepared(i) + Prepared::BYTES;
@@ -154,19 +154,19 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
   CLA_DEVICE void run() {
     Moved moved(*this);
     clear();
-    fetch_read(moved, 0);
+    fetch_read(moved, begin);
     this->load_state();
-    if (REVERSE && segments > 0) this->keep(0);
+    if (REVERSE && begin == 0 && end > 0) this->keep(0);
     CLA_NO_UNROLL
-    for (int64_t i = 0; i < segments; i++) {
+    for (int64_t i = begin; i < end; i++) {
       meet();
       fetch_rest(i);
-      if (i > 0) flush(moved, i - 1);
+      if (i > begin) flush(moved, i - 1);
       if (!REVERSE) this->keep(i);
       solve(moved, i);
     }
     barrier();
-    if (segments > 0) flush(moved, segments - 1);
+    if (begin < end) flush(moved, end - 1);
     this->store_last();
   }
 };
@@ -177,9 +177,7 @@ template <int R, bool REVERSE> CLA_KERNEL(128, 1) void low_rank_chunked_kernel(c
 
 template <int R, bool REVERSE> int32_t launch_low_rank_chunked(const cla_delta_sweep &s, void *stream) {
   using At = LowRankLayout<R>;
-  const int64_t tiles = (s.of.v_dim + At::COLUMNS - 1) / At::COLUMNS;
-  const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(low_rank_chunked_kernel<R, REVERSE>, grid, At::THREADS, At::SHARED, stream, s);
+  return launch(low_rank_chunked_kernel<R, REVERSE>, LowRankChunked<R, REVERSE>::grid(s), At::THREADS, At::SHARED, stream, s);
 }
 
 template <int R> int32_t launch_delta_chunked(LowRankLayout<R>, const cla_delta_sweep &s, void *stream) {

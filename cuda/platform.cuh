@@ -12,6 +12,7 @@
 #include <cuda_runtime.h>
 
 #define CLA_DEVICE __device__ __forceinline__
+#define CLA_ANYWHERE __host__ __device__ __forceinline__  // on the side of the launch too
 #define CLA_COLD __device__ __noinline__
 #define CLA_CONSTANT __grid_constant__  // a parameter that can be referred to without a copy of it
 #define CLA_KERNEL(threads, blocks_per_sm) __global__ __launch_bounds__(threads, blocks_per_sm)

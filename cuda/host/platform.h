@@ -17,6 +17,7 @@
 #include <utility>
 
 #define CLA_DEVICE inline
+#define CLA_ANYWHERE inline
 #define CLA_COLD inline
 #define CLA_CONSTANT
 #define CLA_KERNEL(threads, blocks_per_sm)

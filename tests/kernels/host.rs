@@ -162,6 +162,25 @@ fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
     Ok(())
 }
 
+/// Where they are few, blocks of the chunked delta kernels share a sequence in time, in spans of which short sequences have none.
+#[test]
+fn spans_of_the_chunked_delta_kernels() -> Result<()> {
+    for (n, op) in DELTA.into_iter().enumerate() {
+        for (multiprocessors, k, v) in [(132, 16, 70), (132, 100, 130), (1, 70, 40)] {
+            let cu_seqlens = (n % 2 == 0).then(|| vec![0, 0, 64, 600, 600, 601, 1130]);
+            let seed = n as u64;
+            let case = Case { op, k, v, seed, cu_seqlens, h: 1, dtype: DType::BF16, ..Case::default() };
+            let case = Case { t: 1130, scale: Some(-0.37), ..case };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            let run = || case.run(Mode::Chunk, &inputs, Graph::ALL);
+            let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// K = 300 is refused by the kernels and not by the CPU backend: which of them is at work shows.
 #[test]
 fn the_kernels_are_for_the_thread_and_time_that_asked_for_them() {

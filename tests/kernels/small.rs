@@ -182,8 +182,10 @@ fn gates_of_every_strength() {
 fn gates_across_segments() {
     for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
         for op in Op::GATED {
-            let case = Case { op, gates, t: 600, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
-            check(&case, &[Mode::Chunk, Mode::Auto], Graph::ALL);
+            for dtype in [DType::F32, DType::BF16] {
+                let case = Case { op, gates, dtype, t: 600, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
+                check(&case, &[Mode::Chunk, Mode::Auto], Graph::ALL);
+            }
         }
     }
 }

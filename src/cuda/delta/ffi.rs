@@ -20,6 +20,15 @@ pub(super) struct SegmentStates {
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
+pub(super) struct Spans {
+    pub count: i32,
+    pub length: i64,
+    pub changes: *mut f32,
+    pub starts: *mut f32,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
 pub(super) struct Problem {
     pub q: Tensor,
     pub k: Tensor,
@@ -51,6 +60,7 @@ pub(super) struct Sweep {
     pub reverse: i32,
     pub columns: i32,
     pub prepared: *mut u8,
+    pub spans: Spans,
     pub crowded: i32,
 }
 
@@ -77,6 +87,8 @@ unsafe extern "C" {
     pub(super) fn cla_delta_recurrent(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_delta_prepare(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_delta_chunked(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_changes(sweep: *const Sweep, stream: *mut c_void) -> i32;
+    pub(super) fn cla_delta_starts(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_delta_prepared_bytes(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_shared_memory(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_gradients(call: *const Gradient, stream: *mut c_void) -> i32;

@@ -8,9 +8,14 @@ use crate::options::Mode;
 
 /// Steps up to which a chunk of 64 would be mostly padding.
 const SHORT: usize = 16;
-/// Columns of the state that a block of the chunked kernel can have, and about how long it takes with them. More share what
-/// they read, fewer make more blocks.
+/// Columns of the state that a block of the chunked kernel can have, and about how long a segment takes with them, in
+/// microseconds. More share what they read, fewer make more blocks.
 const COLUMNS: [(usize, usize); 2] = [(128, 3), (64, 2)];
+/// Segments in a span of [`Mode::Chunk`].
+const SPAN: usize = 4;
+/// What it takes, in the same unit, to launch what a division of time needs besides, and to find where a span starts.
+const LAUNCHES: usize = 6;
+const START: usize = 2;
 
 /// What a sweep is, as far as the choice goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +24,8 @@ pub(super) struct Size {
     pub states: usize,
     /// Steps in the longest sequence.
     pub longest: usize,
+    /// K and V.
+    pub rows: usize,
     pub cols: usize,
 }
 
@@ -28,7 +35,15 @@ pub(super) enum Route {
     /// Token by token.
     Recurrent,
     /// In chunks, so many columns of the state a block.
-    Chunked { columns: usize },
+    Chunked { columns: usize, spans: Option<Spans> },
+}
+
+/// A division of time: `count` spans of `length` segments at once, from states that are found by blocks of so many columns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Spans {
+    pub length: usize,
+    pub count: usize,
+    pub columns: usize,
 }
 
 /// The kernels for a sweep; `needs` is the shared memory of the chunked kernel with so many columns, if it takes the sweep.
@@ -37,13 +52,36 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
     if mode == Mode::Recurrent || short {
         return Route::Recurrent;
     }
-    // A block has a multiprocessor to itself.
-    let rounds = |columns: usize| (size.states * size.cols.div_ceil(columns)).div_ceil(card.multiprocessors);
-    COLUMNS
-        .into_iter()
-        .filter(|(columns, _)| needs(*columns).is_some_and(|bytes| bytes <= card.shared_memory))
-        .min_by_key(|(columns, time)| time * rounds(*columns))
-        .map_or(Route::Recurrent, |(columns, _)| Route::Chunked { columns })
+    let fitting = COLUMNS.into_iter().filter(|(columns, _)| needs(*columns).is_some_and(|b| b <= card.shared_memory));
+    // The columns of the blocks that go over `states` of such widths the soonest, and how long a segment takes them all. A
+    // block has a multiprocessor to itself.
+    let soonest = |states: usize, widths: &[usize]| {
+        let rounds = |columns| {
+            let tiles: usize = widths.iter().map(|width: &usize| width.div_ceil(columns)).sum();
+            (states * tiles).div_ceil(card.multiprocessors)
+        };
+        fitting.clone().map(|(columns, time)| (columns, time * rounds(columns))).min_by_key(|(_, time)| *time)
+    };
+    let segments = size.longest.div_ceil(ffi::SEGMENT).max(1);
+    // How long a division into spans of so many segments takes, and what it is.
+    let divided = |length: usize| {
+        let count = segments.div_ceil(length);
+        let (columns, time) = soonest(size.states * count, &[size.cols])?;
+        if count == 1 {
+            return Some((length * time, Route::Chunked { columns, spans: None }));
+        }
+        let (of_changes, more) = soonest(size.states * (count - 1), &[size.cols, size.rows])?;
+        let spans = Some(Spans { length, count, columns: of_changes });
+        Some((length * (time + more) + START * count + LAUNCHES, Route::Chunked { columns, spans }))
+    };
+    let chosen = match mode {
+        Mode::Chunk => divided(SPAN.min(segments)),
+        Mode::Auto => (1..=card.multiprocessors.min(segments))
+            .filter_map(|count| divided(segments.div_ceil(count)))
+            .min_by_key(|(time, _)| *time),
+        _ => divided(segments),
+    };
+    chosen.map_or(Route::Recurrent, |(_, route)| route)
 }
 
 /// Whether a sweep token by token waits so much for memory, or has so many blocks, that it is better off with room for twice
@@ -60,7 +98,8 @@ mod tests {
     use super::*;
 
     const H200: Card = Card { multiprocessors: 132, shared_memory: 227 * 1024, major: 9, minor: 0 };
-    const LONG: Size = Size { states: 16, longest: 32768, cols: 128 };
+    const LONG: Size = Size { states: 16, longest: 32768, rows: 128, cols: 128 };
+    const NARROW: Route = Route::Chunked { columns: 64, spans: None };
 
     fn needs(columns: usize) -> Option<usize> {
         Some(1024 * columns)
@@ -72,7 +111,7 @@ mod tests {
             (0, Route::Recurrent),
             (1, Route::Recurrent),
             (16, Route::Recurrent),
-            (17, Route::Chunked { columns: 64 }),
+            (17, NARROW),
         ] {
             assert_eq!(route(Mode::Auto, &Size { longest, ..LONG }, &H200, needs), wanted, "{longest}");
         }
@@ -83,21 +122,43 @@ mod tests {
         assert_eq!(route(Mode::Recurrent, &LONG, &H200, needs), Route::Recurrent);
         let short = Size { longest: 1, ..LONG };
         for mode in [Mode::Chunk, Mode::FusedChunk] {
-            assert_eq!(route(mode, &short, &H200, needs), Route::Chunked { columns: 64 });
+            assert_eq!(route(mode, &short, &H200, needs), NARROW);
         }
+        assert_eq!(route(Mode::FusedChunk, &LONG, &H200, needs), NARROW);
+        let longer = Size { longest: 257, ..LONG };
+        let spans = Some(Spans { length: 4, count: 2, columns: 64 });
+        assert_eq!(route(Mode::Chunk, &longer, &H200, needs), Route::Chunked { columns: 64, spans });
     }
 
     #[test]
     fn blocks_have_all_columns_where_halves_would_take_turns() {
         for (states, columns) in [(16, 64), (66, 64), (67, 128), (132, 128), (256, 128)] {
             let size = Size { states, ..LONG };
-            assert_eq!(route(Mode::Auto, &size, &H200, needs), Route::Chunked { columns }, "{states}");
+            let spans = None;
+            let wanted = Route::Chunked { columns, spans };
+            assert_eq!(route(Mode::FusedChunk, &size, &H200, needs), wanted, "{states}");
         }
         let few = Size { cols: 64, states: 256, ..LONG };
-        assert_eq!(route(Mode::Auto, &few, &H200, needs), Route::Chunked { columns: 64 });
+        assert_eq!(route(Mode::Auto, &few, &H200, needs), NARROW);
         let small = Card { shared_memory: 99 * 1024, ..H200 };
         let many = Size { states: 256, ..LONG };
-        assert_eq!(route(Mode::Auto, &many, &small, needs), Route::Chunked { columns: 64 });
+        assert_eq!(route(Mode::Auto, &many, &small, needs), NARROW);
+    }
+
+    #[test]
+    fn auto_divides_time_where_multiprocessors_are_idle() {
+        let spans = |size: &Size| match route(Mode::Auto, size, &H200, needs) {
+            Route::Chunked { spans, .. } => spans,
+            Route::Recurrent => panic!("{size:?}"),
+        };
+        assert_eq!(spans(&LONG), Some(Spans { length: 128, count: 4, columns: 128 }));
+        for states in [33, 66, 132, 256] {
+            assert_eq!(spans(&Size { states, ..LONG }), None, "{states}");
+        }
+        // The shorter, the less there is to gain.
+        assert_eq!(spans(&Size { longest: 512, ..LONG }), None);
+        let one = spans(&Size { states: 1, ..LONG }).unwrap();
+        assert!(one.count > 8 && one.count * one.length >= 512 && (one.count - 1) * one.length < 512, "{one:?}");
     }
 
     #[test]
