@@ -42,6 +42,10 @@ CLA_DEVICE void store4(float *to, const float (&x)[4]) {
   store16(to, {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])});
 }
 
+struct alignas(8) Vec2 {
+  uint32_t x, y;
+};
+
 // Four neighbours of any dtype, moved at once.
 struct alignas(8) Halves {
   uint16_t x[4];

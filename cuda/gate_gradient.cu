@@ -1,7 +1,9 @@
 // The gradient of the log decay, from dq and dk of exclusive sweeps (see cla.h for the sums): first the terms of every
 // token, then their sums from the end of the sequence, a segment of tokens a thread. In double: over thousands of tokens
 // the terms of one sign nearly cancel those of the other.
-#include "elements.cuh"
+#include <type_traits>
+
+#include "vectors.cuh"
 
 namespace cla {
 
@@ -17,17 +19,6 @@ CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
   return t + 1 == end || (c.anchored && (t + 1 - start) % c.segment == 0);
 }
 
-// Elements d to d + 3 of a row of `width`, zeros behind its end.
-template <bool IN_FOURS> CLA_DEVICE void load_four(float (&x)[4], const Rows &rows, int64_t t, int d, int width) {
-  CLA_UNROLL
-  for (int i = 0; i < 4; i++) x[i] = 0.f;
-  if (!rows.data) return;
-  if (IN_FOURS) return load_four(x, rows.data, rows.dtype, t * rows.token + d);
-  CLA_UNROLL
-  for (int i = 0; i < 4; i++) {
-    if (d + i < width) x[i] = rows.load(t, d + i);
-  }
-}
 template <bool IN_FOURS> CLA_DEVICE void store_four(const Rows &rows, int64_t t, int d, int width, const float (&x)[4]) {
   if (IN_FOURS) return store_four(rows.data, rows.dtype, t * rows.token + d, x);
   CLA_UNROLL
@@ -43,8 +34,10 @@ CLA_DEVICE cla_tensor f32_of(float *data, const cla_gate_gradient &c) {
 }
 
 // A warp for each token and value head: its terms, and its dq and dk with what it adds to them itself. A token's rows are
-// read once: what a lane has of dq, dk, q and k waits in registers until the warp knows v . do.
-template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_gate_gradient c) {
+// read once, all at the same time: what a lane has of them waits in registers until the warp knows v . do.
+template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_gate_gradient c) {
+  using Input = Vector<DTYPE, 4, IN_FOURS>;
+  using Gradient = Vector<CLA_F32, 4, IN_FOURS>;
   constexpr int MOST = 2;  // of K = 256, four elements a lane
   const int64_t index = block_x() * (int64_t)(TERM_THREADS / 32) + thread_index() / 32;
   const int first = (thread_index() & 31) * 4;
@@ -54,24 +47,27 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
   const Rows q(c.q, batch, head), k(c.k, batch, head), v(c.v, batch, head), grad_out(c.grad_out, batch, head);
   const Rows dq(f32_of(c.dq, c), batch, head), dk(f32_of(c.dk, c), batch, head);
   const Rows dq_out = c.dq_out.data ? Rows(c.dq_out, batch, head) : dq, dk_out = c.dk_out.data ? Rows(c.dk_out, batch, head) : dk;
-  float of_q[MOST][4], of_k[MOST][4], of_dq[MOST][4], of_dk[MOST][4];
-  float own = 0.f;
+  Input of_q[MOST], of_k[MOST], of_v[MOST], of_out[MOST];
+  Gradient of_dq[MOST], of_dk[MOST];
   CLA_UNROLL
   for (int j = 0; j < MOST; j++) {
     const int i = first + 128 * j;
-    if (i < c.k_dim) {
-      load_four<IN_FOURS>(of_q[j], q, t, i, c.k_dim);
-      load_four<IN_FOURS>(of_k[j], k, t, i, c.k_dim);
-      load_four<IN_FOURS>(of_dq[j], dq, t, i, c.k_dim);
-      load_four<IN_FOURS>(of_dk[j], dk, t, i, c.k_dim);
-    }
-    if (i < c.v_dim) {
-      float x[4], y[4];
-      load_four<IN_FOURS>(x, v, t, i, c.v_dim);
-      load_four<IN_FOURS>(y, grad_out, t, i, c.v_dim);
-      CLA_UNROLL
-      for (int e = 0; e < 4; e++) own += x[e] * y[e];
-    }
+    auto load = [&](auto &x, const Rows &rows, int width) {
+      x.clear();
+      if (rows.data && i < width) x.load(rows, t, i, width);
+    };
+    load(of_v[j], v, c.v_dim);
+    load(of_out[j], grad_out, c.v_dim);
+    load(of_q[j], q, c.k_dim);
+    load(of_k[j], k, c.k_dim);
+    load(of_dq[j], dq, c.k_dim);
+    load(of_dk[j], dk, c.k_dim);
+  }
+  float own = 0.f;
+  CLA_UNROLL
+  for (int j = 0; j < MOST; j++) {
+    CLA_UNROLL
+    for (int e = 0; e < 4; e++) own += of_v[j][e] * of_out[j][e];
   }
   own = c.scale * sum_of_lanes(own);
   // What a last token's k dk has is not in `after`.
@@ -81,24 +77,26 @@ template <bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_
   for (int j = 0; j < MOST; j++) {
     const int i = first + 128 * j;
     if (i >= c.k_dim) continue;
-    float term[4];
+    float term[4], with_own_q[4], with_own_k[4];
     CLA_UNROLL
     for (int e = 0; e < 4; e++) {
       term[e] = of_q[j][e] * of_dq[j][e] - behind * (of_k[j][e] * of_dk[j][e]);
       if (c.summed) sum += (double)of_q[j][e] * of_dq[j][e] - behind * ((double)of_k[j][e] * of_dk[j][e]);
-      of_dq[j][e] += own * of_k[j][e];
-      of_dk[j][e] += own * of_q[j][e];
+      with_own_q[e] = of_dq[j][e] + own * of_k[j][e];
+      with_own_k[e] = of_dk[j][e] + own * of_q[j][e];
     }
     if (!c.summed) store_four<IN_FOURS>(Rows(f32_of(c.terms, c), batch, head), t, i, c.k_dim, term);
-    store_four<IN_FOURS>(dq_out, t, i, c.k_dim, of_dq[j]);
-    store_four<IN_FOURS>(dk_out, t, i, c.k_dim, of_dk[j]);
+    store_four<IN_FOURS>(dq_out, t, i, c.k_dim, with_own_q);
+    store_four<IN_FOURS>(dk_out, t, i, c.k_dim, with_own_k);
   }
   sum = sum_of_lanes(sum);
   if (c.summed && first == 0) c.terms[index] = (float)sum;
 }
 
 // One thread has a column (head and channel) of one segment of a sequence.
-struct Column {
+template <int DTYPE> struct Column {
+  using Gate = std::conditional_t<DTYPE == CLA_F32, float, uint16_t>;
+
   Steps steps;
   Rows gate;
   int64_t width, at, begin, end, plane;
@@ -120,22 +118,28 @@ struct Column {
     terms = c.terms + (steps.batch * c.tokens + steps.start) * width + at;
   }
 
+  CLA_DEVICE static float number(Gate x) {
+    if constexpr (DTYPE == CLA_F32) return x;
+    else return DTYPE == CLA_BF16 ? from_bf16(x) : from_f16(x);
+  }
   // Adds up the terms from the last to the first onto `sum`, showing each sum to `use`; returns whether a token forgot.
   template <class F> CLA_DEVICE bool sum_up(double &sum, F use) const {
     bool forgot = false;
     for (int64_t last = end - 1; last >= begin; last -= AHEAD) {
-      float term[AHEAD], g[AHEAD];
+      // As they lie in memory, so that all loads are under way before one is looked at.
+      float term[AHEAD];
+      Gate g[AHEAD];
       CLA_UNROLL
       for (int i = 0; i < AHEAD; i++) {
         const bool valid = last - i >= begin;
         term[i] = valid ? terms[(last - i) * width] : 0.f;
-        g[i] = valid ? gate.load(steps.start + last - i, channel) : 0.f;
+        g[i] = valid ? ((const Gate *)gate.data)[(steps.start + last - i) * gate.token + channel * gate.element] : Gate(0);
       }
       CLA_UNROLL
       for (int i = 0; i < AHEAD; i++) {
         if (last - i < begin) continue;
         sum += term[i];
-        if (exp_fast(g[i]) == 0.f) {
+        if (exp_fast(number(g[i])) == 0.f) {
           sum = 0.;
           forgot = true;
         }
@@ -146,21 +150,21 @@ struct Column {
   }
 };
 
-CLA_KERNEL(SUM_THREADS, 4) void partial_sums_kernel(cla_gate_gradient c) {
+template <int DTYPE> CLA_KERNEL(SUM_THREADS, 4) void partial_sums_kernel(cla_gate_gradient c) {
   const int64_t at = block_y() * (int64_t)SUM_THREADS + thread_index();
   if (at >= c.heads * (int64_t)(c.summed ? 1 : c.k_dim)) return;
-  const Column column(c, block_x() / c.segments, block_x() % c.segments, at);
+  const Column<DTYPE> column(c, block_x() / c.segments, block_x() % c.segments, at);
   double sum = 0.;
   const bool forgot = column.sum_up(sum, [](int64_t, double) {});
   c.partial[column.index] = (float)sum;
   c.partial[column.plane + column.index] = forgot ? 1.f : 0.f;
 }
 
-CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
+template <int DTYPE> CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
   const int64_t sequence = block_x() / c.segments, segment = block_x() % c.segments;
   const int64_t at = block_y() * (int64_t)SUM_THREADS + thread_index();
   if (at >= c.heads * (int64_t)(c.summed ? 1 : c.k_dim)) return;
-  const Column column(c, sequence, segment, at);
+  const Column<DTYPE> column(c, sequence, segment, at);
   double sum = 0.;
   if (c.anchored) {
     sum = c.after[column.index];
@@ -179,6 +183,15 @@ CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradient c) {
   });
 }
 
+// Calls `f` with the dtype as a type.
+template <class F> int32_t by_dtype(int32_t dtype, F f) {
+  switch (dtype) {
+    case CLA_F32: return f(std::integral_constant<int, CLA_F32>());
+    case CLA_F16: return f(std::integral_constant<int, CLA_F16>());
+    default: return f(std::integral_constant<int, CLA_BF16>());
+  }
+}
+
 }  // namespace cla
 
 extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream) {
@@ -189,10 +202,16 @@ extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *strea
   const Dims tokens = {(rows + warps - 1) / warps, 1};
   auto in_fours = [](const cla_tensor &x, int width) { return !x.data || in_groups(x, width, 4); };
   const bool fast = in_fours(c.q, c.k_dim) && in_fours(c.k, c.k_dim) && in_fours(c.v, c.v_dim) && in_fours(c.grad_out, c.v_dim);
-  int32_t code = fast ? launch(gate_terms_kernel<true>, tokens, TERM_THREADS, 0, stream, c)
-                      : launch(gate_terms_kernel<false>, tokens, TERM_THREADS, 0, stream, c);
+  int32_t code = by_dtype(c.q.dtype, [&](auto dtype) {
+    constexpr int DTYPE = decltype(dtype)::value;
+    return fast ? launch(gate_terms_kernel<DTYPE, true>, tokens, TERM_THREADS, 0, stream, c)
+                : launch(gate_terms_kernel<DTYPE, false>, tokens, TERM_THREADS, 0, stream, c);
+  });
   const Dims grid = {(int64_t)c.sequences * c.segments, (width + SUM_THREADS - 1) / SUM_THREADS};
-  if (code == 0 && !c.anchored) code = launch(partial_sums_kernel, grid, SUM_THREADS, 0, stream, c);
-  if (code == 0) code = launch(sums_kernel, grid, SUM_THREADS, 0, stream, c);
-  return code;
+  if (code != 0) return code;
+  return by_dtype(c.gate.dtype, [&](auto dtype) {
+    constexpr int DTYPE = decltype(dtype)::value;
+    int32_t code = c.anchored ? 0 : launch(partial_sums_kernel<DTYPE>, grid, SUM_THREADS, 0, stream, c);
+    return code == 0 ? launch(sums_kernel<DTYPE>, grid, SUM_THREADS, 0, stream, c) : code;
+  });
 }

@@ -6,10 +6,6 @@
 
 namespace cla {
 
-struct alignas(8) Vec2 {
-  uint32_t x, y;
-};
-
 // How many numbers of a dtype are 16 bytes.
 template <int DTYPE> constexpr int IN_16_BYTES = DTYPE == CLA_F32 ? 4 : 8;
 
