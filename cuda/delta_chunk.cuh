@@ -77,39 +77,89 @@ template <int THREADS, class F> CLA_DEVICE void each_fade(const float *gates, in
   }
 }
 
-// The rows of a segment, `width` of up to WIDTH columns, to a tile; zeros elsewhere. By THREADS threads, of which this is `tid`.
-// Copies are to be committed and waited for.
-template <int WIDTH, int THREADS>
-CLA_DEVICE void fetch_tile(Tile tile, const Rows &rows, const SegmentSteps &at, int width, int tid) {
-  // A thread has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
-  constexpr int EVERY = THREADS / (WIDTH / 8);
-  static_assert(EVERY % 8 == 0 && CHUNK % EVERY == 0, "pieces cover the rows");
-  const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
-  unsigned char *to = tile.piece(first, c / 8);
-  if (rows.in_pieces(width)) {
-    const unsigned char *from = rows.data + (at.token(first) * rows.token + c) * 2;
-    const int64_t stride = (at.steps.reverse ? -2 : 2) * EVERY * rows.token;
-    CLA_UNROLL
-    for (int i = 0; i < CHUNK / EVERY; i++) {
-      copy16_async(to + i * EVERY * 128, from + i * stride, c < width && first + i * EVERY < at.count);
+// What gates with a number for each of up to R channels leave at each step of a segment, or at the one so many steps before it, to
+// the floats of row(step): 1 where there is none. By THREADS threads.
+template <int R, int THREADS, class Row>
+CLA_DEVICE void load_decays(const Rows &gate, const SegmentSteps &at, int before, int width, int tid, Row row) {
+  constexpr int PER_ROW = R / 4, EVERY = THREADS / PER_ROW, BATCH = CHUNK / EVERY < 8 ? CHUNK / EVERY : 8;
+  const int own = tid / PER_ROW, channel = tid % PER_ROW * 4, size = gate.size();
+  const bool wide = gate.dtype == CLA_F32;
+  auto valid = [&](int step) { return step >= before && step < at.count; };
+  if (gate.dtype == CLA_F16 || !gate.in_pieces(width)) {
+    CLA_NO_UNROLL
+    for (int n = 4 * own; n < 4 * CHUNK; n += n % 4 == 3 ? 4 * EVERY - 3 : 1) {
+      const int step = n / 4, c = channel + n % 4;
+      row(step)[c] = valid(step) && c < width ? exp_fast(gate.load(at.token(step - before), c)) : 1.f;
     }
     return;
   }
+  const unsigned char *from = gate.data + channel * size;
   CLA_NO_UNROLL
-  for (int i = 0; i < CHUNK / EVERY; i++) {
-    const int row = first + i * EVERY;
-    uint32_t x[4];
+  for (int first = own; first < CHUNK; first += BATCH * EVERY) {
+    // As they lie in memory, so that all loads are under way before one is looked at.
+    Vec4 x[BATCH];
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) {
+    for (int i = 0; i < BATCH; i++) {
+      const int step = first + i * EVERY;
+      x[i] = Vec4{0, 0, 0, 0};
+      if (!valid(step) || channel >= width) continue;
+      const unsigned char *p = from + at.token(step - before) * gate.token * size;
+      if (wide) {
+        x[i] = load16(p);
+      } else {
+        const Vec2 two = *(const Vec2 *)p;
+        x[i].x = two.x, x[i].y = two.y;
+      }
+    }
+    CLA_UNROLL
+    for (int i = 0; i < BATCH; i++) {
+      const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
+      float left[4];
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) {
+        left[k] = exp_fast(wide ? bits_to_float(words[k]) : k % 2 ? high_bf16(words[k / 2]) : low_bf16(words[k / 2]));
+      }
+      store4(row(first + i * EVERY) + channel, left);
+    }
+  }
+}
+
+// The rows of a segment, `width` of up to WIDTH columns, to a tile; zeros elsewhere. By THREADS threads, of which this is `tid`, each
+// of which has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
+template <int WIDTH, int THREADS> struct TileRows {
+  static constexpr int EVERY = THREADS / (WIDTH / 8), EACH = CHUNK / EVERY;
+  static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK, "pieces cover the rows");
+
+  // Whatever lies between elements: rare, and out of the way of other instructions.
+  CLA_COLD static void fetch_apart(Tile tile, Rows rows, SegmentSteps at, int width, int tid) {
+    const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
+    CLA_NO_UNROLL
+    for (int n = 0; n < 4 * EACH; n++) {
+      const int row = first + n / 4 * EVERY, column = c + n % 4 * 2;
       float pair[2];
       CLA_UNROLL
       for (int j = 0; j < 2; j++) {
-        pair[j] = row < at.count && c + 2 * k + j < width ? rows.load(at.token(row), c + 2 * k + j) : 0.f;
+        pair[j] = row < at.count && column + j < width ? rows.load(at.token(row), column + j) : 0.f;
       }
-      x[k] = pack_bf16(pair[0], pair[1]);
+      *(uint32_t *)tile.element(row, column) = pack_bf16(pair[0], pair[1]);
     }
-    store16(to + i * EVERY * 128, {x[0], x[1], x[2], x[3]});
   }
+  // Copies are to be committed and waited for.
+  CLA_DEVICE static void fetch(Tile tile, const Rows &rows, const SegmentSteps &at, int width, int tid) {
+    if (!rows.in_pieces(width)) return fetch_apart(tile, rows, at, width, tid);
+    const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
+    unsigned char *to = tile.piece(first, c / 8);
+    const unsigned char *from = rows.data + (at.token(first) * rows.token + c) * 2;
+    const int64_t stride = (at.steps.reverse ? -2 : 2) * EVERY * rows.token;
+    CLA_UNROLL
+    for (int i = 0; i < EACH; i++) {
+      copy16_async(to + i * EVERY * 128, from + i * stride, c < width && first + i * EVERY < at.count);
+    }
+  }
+};
+template <int WIDTH, int THREADS>
+CLA_DEVICE void fetch_tile(Tile tile, const Rows &rows, const SegmentSteps &at, int width, int tid) {
+  TileRows<WIDTH, THREADS>::fetch(tile, rows, at, width, tid);
 }
 
 }  // namespace cla

@@ -85,6 +85,14 @@ template <int R, int V> struct DeltaChunkGradients {
   CLA_DEVICE int own_row() const { return tid / (V / 8); }
   CLA_DEVICE int own_column() const { return tid % (V / 8) * 8; }
 
+  // M and U.
+  CLA_DEVICE void split_rows(const SegmentSteps &of_m, const SegmentSteps &of_u) const {
+    CLA_NO_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const SegmentSteps at = i == 0 ? of_m : of_u;
+      split_rows(i == 0 ? M : U, rows_of(i == 0 ? c.written : c.of_written), at);
+    }
+  }
   CLA_DEVICE void split_rows(int to, const Rows &rows, const SegmentSteps &at) const {
     const float *from = (const float *)rows.row(at.token(own_row())) + own_column();
     const int left = c.of.v_dim - own_column();
@@ -143,8 +151,7 @@ template <int R, int V> struct DeltaChunkGradients {
     if (tid < CHUNK) {
       numbers(BETA)[tid] = tid < at.count ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;
     }
-    split_rows(M, rows_of(c.written), at);
-    split_rows(U, rows_of(c.of_written), at);
+    split_rows(at, at);
     split_state<false>(c.starts, [](int, float) {});
     copies_wait<0>();
     barrier();
@@ -358,24 +365,34 @@ template <int R, int V> struct DeltaChunkGradients {
   CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], const SegmentSteps &steps) const {
     if (!tensor.data) return;
     const Rows to = rows_of(tensor);
-    const bool pairs = c.of.k_dim % 2 == 0 && to.dtype == CLA_BF16;  // a result is contiguous
+    // A result is contiguous: pairs lie well.
+    if (to.dtype == CLA_BF16) {
+      each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(uint32_t *)at = pack_bf16(x, y); },
+                [](unsigned char *at, float x) { *(uint16_t *)at = to_bf16(x); });
+    } else {
+      each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(Vec2 *)at = {float_to_bits(x), float_to_bits(y)}; },
+                [](unsigned char *at, float x) { *(float *)at = x; });
+    }
+  }
+  // pair(address, two neighbours), or one(address, number) for either, of all that is accumulated.
+  template <class Pair, class One>
+  CLA_DEVICE void each_pair(const Rows &to, const float (&acc)[TILES][4], const SegmentSteps &steps, Pair of_two, One of_one) const {
+    const bool pairs = c.of.k_dim % 2 == 0;
+    const int left = c.of.k_dim - channel() - pair;
     CLA_UNROLL
     for (int h = 0; h < 2; h++) {
       const int row = rows + row0 + 8 * h;
       if (row >= steps.count) continue;
+      unsigned char *at = to.row(steps.token(row)) + (channel() + pair) * to.size();
       CLA_UNROLL
       for (int j = 0; j < TILES; j++) {
-        const int at_channel = channel() + 8 * j + pair;
-        const float(&x)[4] = acc[j];
+        const float x = acc[j][2 * h], y = acc[j][2 * h + 1];
+        unsigned char *p = at + 8 * j * to.size();
         if (pairs) {
-          if (at_channel < c.of.k_dim) {
-            *(uint32_t *)(to.row(steps.token(row)) + 2 * at_channel) = pack_bf16(x[2 * h], x[2 * h + 1]);
-          }
+          if (8 * j < left) of_two(p, x, y);
         } else {
-          CLA_UNROLL
-          for (int i = 0; i < 2; i++) {
-            if (at_channel + i < c.of.k_dim) to.store(steps.token(row), at_channel + i, x[2 * h + i]);
-          }
+          if (8 * j < left) of_one(p, x);
+          if (8 * j + 1 < left) of_one(p + to.size(), y);
         }
       }
     }

@@ -31,20 +31,7 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
   // ---- decays, and keys with them, by all threads ----
 
   CLA_DEVICE void load_decays() const {
-    constexpr int EVERY = THREADS / R, BATCH = 16;
-    const Rows gate = rows_of(c.of.gate);
-    const int channel = tid % R;
-    CLA_NO_UNROLL
-    for (int first = tid / R; first < CHUNK; first += BATCH * EVERY) {
-      float x[BATCH];
-      CLA_UNROLL
-      for (int i = 0; i < BATCH; i++) {
-        const int row = first + i * EVERY;
-        x[i] = row < at.count && channel < c.of.k_dim ? gate.load(at.token(row), channel) : 0.f;
-      }
-      CLA_UNROLL
-      for (int i = 0; i < BATCH; i++) decay(first + i * EVERY)[channel] = exp_fast(x[i]);
-    }
+    cla::load_decays<R, THREADS>(rows_of(c.of.gate), at, 0, c.of.k_dim, tid, [this](int step) { return decay(step); });
   }
   // Two channels of a block's steps each.
   CLA_DEVICE int own_block() const { return tid / (R / 2); }
@@ -52,7 +39,7 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
   CLA_DEVICE void multiply_decays() const {
     if (own_block() >= BLOCKS) return;
     float x[2] = {1.f, 1.f};
-    CLA_UNROLL
+    CLA_UNROLL_TWICE
     for (int i = 0; i < BLOCK; i++) {
       const float *of = decay(own_block() * BLOCK + i) + own_pair();
       x[0] *= of[0], x[1] *= of[1];
@@ -69,28 +56,24 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
     const float x[2] = {left[0] * low_bf16(of_key), left[1] * high_bf16(of_key)};
     store_parts(to.high, to.rest, slot * BLOCK + t % BLOCK, own_pair(), x);
   }
-  // A key of each block but the last with the decays to its end, and in its place that of the first with the decays to the end
-  // of the second.
+  // A key of each block but the last with the decays to its end.
   CLA_DEVICE void fade_earlier(const Faded &to, int key) const {
-    const int slot = own_block(), of = slot == BLOCKS - 1 ? 0 : slot;
-    if (slot >= BLOCKS) return;
+    const int slot = own_block();
+    if (slot >= BLOCKS - 1) return;
     float left[2] = {1.f, 1.f};
-    if (slot != of) left[0] = whole(1)[own_pair()], left[1] = whole(1)[own_pair() + 1];
-    CLA_UNROLL
-    for (int t = of * BLOCK + BLOCK - 1; t >= of * BLOCK; t--) {
+    CLA_UNROLL_TWICE
+    for (int t = slot * BLOCK + BLOCK - 1; t >= slot * BLOCK; t--) {
       store_faded(to, slot, key, t, left);
       left[0] *= decay(t)[own_pair()], left[1] *= decay(t)[own_pair() + 1];
     }
   }
-  // A key of each block but the first with the decays from its start on, and in its place that of the last with the decays from
-  // the start of the third.
+  // A key of each block but the first with the decays from its start on.
   CLA_DEVICE void fade_later(const Faded &to, int key) const {
-    const int slot = own_block(), of = slot == 0 ? BLOCKS - 1 : slot;
-    if (slot >= BLOCKS) return;
+    const int slot = own_block();
+    if (slot == 0 || slot >= BLOCKS) return;
     float left[2] = {1.f, 1.f};
-    if (slot != of) left[0] = whole(2)[own_pair()], left[1] = whole(2)[own_pair() + 1];
-    CLA_UNROLL
-    for (int t = of * BLOCK; t < of * BLOCK + BLOCK; t++) {
+    CLA_UNROLL_TWICE
+    for (int t = slot * BLOCK; t < slot * BLOCK + BLOCK; t++) {
       left[0] *= decay(t)[own_pair()], left[1] *= decay(t)[own_pair() + 1];
       store_faded(to, slot, key, t, left);
     }
@@ -152,34 +135,21 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
   // What earlier blocks add to what acc has from before the segment, all of it faded to the start of the warp's block.
   template <int M, int N>
   CLA_DEVICE void add_earlier(float (&acc)[M][TILES][4], const int (&scores)[M][N], const Faded (&keys)[N]) const {
-    if (block() >= 2) {
-      fade_by(acc, whole(0));
-      fade_by(acc, whole(1));
-      add_blocks<false>(acc, scores, 0, keys, 3);
-      add_blocks<false>(acc, scores, BLOCK, keys, 1);
-    }
-    if (block() % 2 == 1) {
-      fade_by(acc, whole(block() - 1));
-      add_blocks<false>(acc, scores, (block() - 1) * BLOCK, keys, block() - 1);
+    CLA_NO_UNROLL
+    for (int from = 0; from < block(); from++) {
+      fade_by(acc, whole(from));
+      add_blocks<false>(acc, scores, from * BLOCK, keys, from);
     }
   }
   // The same of later blocks, faded back to the end of the warp's. `first` only fades.
   template <int M, int N>
   CLA_DEVICE void add_later(float (&acc)[M][TILES][4], float (&first)[M][TILES][4], const int (&scores)[M][N],
                             const Faded (&keys)[N]) const {
-    auto fade = [&](int block) {
-      fade_by(acc, whole(block));
-      fade_by(first, whole(block));
-    };
-    if (block() < 2) {
-      fade(3);
-      fade(2);
-      add_blocks<true>(acc, scores, 2 * BLOCK, keys, 2);
-      add_blocks<true>(acc, scores, 3 * BLOCK, keys, 0);
-    }
-    if (block() % 2 == 0) {
-      fade(block() + 1);
-      add_blocks<true>(acc, scores, (block() + 1) * BLOCK, keys, block() + 1);
+    CLA_NO_UNROLL
+    for (int from = BLOCKS - 1; from > block(); from--) {
+      fade_by(acc, whole(from));
+      fade_by(first, whole(from));
+      add_blocks<true>(acc, scores, from * BLOCK, keys, from);
     }
   }
   // The thread's two channels of a tile and of step t or s, by h: acc = decay (acc + the scores times the keys' step).

@@ -58,8 +58,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     fetch_tile<R, THREADS>(tile(At::Q), rows_of(c.of.q), at, c.of.k_dim, tid);
     fetch_tile<R, THREADS>(tile(At::A), rows_of(c.of.a), after, c.of.k_dim, tid);
     copies_commit();
-    this->split_rows(M, rows_of(c.written), at);
-    this->split_rows(U, rows_of(c.of_written), after);
+    this->split_rows(at, after);
     this->template split_state<false>(c.starts, [](int, float) {});
     this->load_decays();
     copies_wait<0>();

@@ -68,7 +68,7 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   // The rows of a tensor whose columns are those of the state, from the block's first on.
   CLA_DEVICE Rows of_columns(const cla_tensor &x) const {
     Rows rows(x, steps.batch, head);
-    if (identity) rows.data = nullptr;
+    if (identity) rows.data = nullptr, rows.token = 0;
     if (rows.data) rows.data += first_column * rows.element * rows.size();
     return rows;
   }

@@ -319,13 +319,14 @@ template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
 // product in f32.
 struct SpanStarts {
   static constexpr int ROWS = 128, EACH = 8, COLUMNS = 16, THREADS = ROWS * COLUMNS / EACH;
+  static constexpr int AHEAD = 32;  // loads under way
 };
 CLA_KERNEL(SpanStarts::THREADS, 1) void delta_starts_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   using L = SpanStarts;
   const int row = thread_index() % L::ROWS, own = thread_index() / L::ROWS * L::EACH, column = block_y() * L::COLUMNS + own;
   const int head = block_x() % s.of.heads, k_dim = s.of.k_dim, v_dim = s.of.v_dim;
   const int64_t sequence = block_x() / s.of.heads;
-  float(*state)[L::COLUMNS] = (float(*)[L::COLUMNS])shared_memory();  // [K][COLUMNS]
+  float(*state)[L::COLUMNS] = (float(*)[L::COLUMNS])shared_memory();  // [ROWS][COLUMNS]
   const bool used = row < k_dim;
   auto has = [&](int c) { return used && column + c < v_dim; };
   float x[L::EACH];
@@ -344,24 +345,27 @@ CLA_KERNEL(SpanStarts::THREADS, 1) void delta_starts_kernel(const CLA_CONSTANT c
       if (has(c)) start[(column + c) * k_dim + row] = x[c];
     }
     if (span + 1 == s.spans.count) break;
-    if (used) {
-      CLA_UNROLL
-      for (int c = 0; c < L::EACH; c += 4) store4(&state[row][own + c], {x[c], x[c + 1], x[c + 2], x[c + 3]});
-    }
+    CLA_UNROLL
+    for (int c = 0; c < L::EACH; c += 4) store4(&state[row][own + c], {x[c], x[c + 1], x[c + 2], x[c + 3]});
     barrier();
     const float *added = s.spans.changes + ((sequence * (s.spans.count - 1) + span) * s.of.heads + head) * (v_dim + k_dim) * k_dim;
     const float *factors = added + v_dim * k_dim + row;
     CLA_UNROLL
     for (int c = 0; c < L::EACH; c++) x[c] = has(c) ? added[(column + c) * k_dim + row] : 0.f;
-    CLA_UNROLL_EIGHT
-    for (int j = 0; j < k_dim; j++) {
-      const float factor = used ? factors[j * k_dim] : 0.f;
+    CLA_NO_UNROLL
+    for (int first = 0; first < k_dim; first += L::AHEAD) {
+      float factor[L::AHEAD];
       CLA_UNROLL
-      for (int c = 0; c < L::EACH; c += 4) {
-        float of_state[4];
-        load4(of_state, &state[j][own + c]);
+      for (int j = 0; j < L::AHEAD; j++) factor[j] = used && first + j < k_dim ? factors[(first + j) * k_dim] : 0.f;
+      CLA_UNROLL
+      for (int j = 0; j < L::AHEAD; j++) {
         CLA_UNROLL
-        for (int n = 0; n < 4; n++) x[c + n] += factor * of_state[n];
+        for (int c = 0; c < L::EACH; c += 4) {
+          float of_state[4];
+          load4(of_state, &state[first + j][own + c]);
+          CLA_UNROLL
+          for (int n = 0; n < 4; n++) x[c + n] += factor[j] * of_state[n];
+        }
       }
     }
     barrier();
@@ -385,7 +389,7 @@ extern "C" int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream) 
   using L = cla::SpanStarts;
   const cla_delta_problem &of = sweep->of;
   const cla::Dims grid = {(int64_t)of.sequences * of.heads, (of.v_dim + L::COLUMNS - 1) / L::COLUMNS};
-  const int64_t shared = of.k_dim * L::COLUMNS * sizeof(float);
+  const int64_t shared = L::ROWS * L::COLUMNS * sizeof(float);
   return cla::launch(cla::delta_starts_kernel, grid, L::THREADS, shared, stream, *sweep);
 }
 

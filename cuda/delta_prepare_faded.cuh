@@ -52,22 +52,9 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
   }
   // Of each step the decay of the token that is so many steps before.
   CLA_DEVICE void load_decays(int before) const {
-    constexpr int ROWS = THREADS / R, BATCH = 16;
     const Rows gate(s.of.gate, at.steps.batch, head);
-    const int channel = tid % R, width = s.of.k_dim;
-    CLA_NO_UNROLL
-    for (int first = tid / R; first < CHUNK; first += BATCH * ROWS) {
-      float due[BATCH];
-      CLA_UNROLL
-      for (int i = 0; i < BATCH; i++) {
-        const int row = first + i * ROWS - before;
-        const bool valid = row >= 0 && row + before < at.count && channel < width;
-        due[i] = valid ? gate.load(at.token(row), channel) : 0.f;
-      }
-      CLA_UNROLL
-      for (int i = 0; i < BATCH; i++) decay(first + i * ROWS)[channel] = exp_fast(due[i]);
-    }
-    if (tid < R) last()[tid] = before && tid < width ? exp_fast(gate.load(at.token(at.count - 1), tid)) : 1.f;
+    cla::load_decays<R, THREADS>(gate, at, before, s.of.k_dim, tid, [this](int step) { return decay(step); });
+    if (tid < R) last()[tid] = before && tid < s.of.k_dim ? exp_fast(gate.load(at.token(at.count - 1), tid)) : 1.f;
   }
 
   // ---- keys with their decays ----

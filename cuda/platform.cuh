@@ -105,7 +105,7 @@ CLA_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-CLA_DEVICE float exp_fast(float x) { return exp2f(x * 1.4426950408889634f); }
+CLA_DEVICE float exp_fast(float x) { return exp2_fast(x * 1.4426950408889634f); }
 // To the last bit or two; 0 from 2^126 on.
 CLA_DEVICE float reciprocal_fast(float x) { return __fdividef(1.f, x); }
 

@@ -10,12 +10,12 @@ use crate::options::Mode;
 const SHORT: usize = 16;
 /// Columns of the state that a block of the chunked kernel can have, and about how long a segment takes with them, in
 /// microseconds. More share what they read, fewer make more blocks.
-const COLUMNS: [(usize, usize); 2] = [(128, 3), (64, 2)];
+const COLUMNS: [(usize, usize); 2] = [(128, 4), (64, 2)];
 /// Segments in a span of [`Mode::Chunk`].
 const SPAN: usize = 4;
 /// What it takes, in the same unit, to launch what a division of time needs besides, and to find where a span starts.
-const LAUNCHES: usize = 6;
-const START: usize = 2;
+const LAUNCHES: usize = 10;
+const START: usize = 3;
 
 /// What a sweep is, as far as the choice goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -151,7 +151,7 @@ mod tests {
             Route::Chunked { spans, .. } => spans,
             Route::Recurrent => panic!("{size:?}"),
         };
-        assert_eq!(spans(&LONG), Some(Spans { length: 128, count: 4, columns: 128 }));
+        assert_eq!(spans(&LONG), Some(Spans { length: 171, count: 3, columns: 64 }));
         for states in [33, 66, 132, 256] {
             assert_eq!(spans(&Size { states, ..LONG }), None, "{states}");
         }
