@@ -23,6 +23,23 @@ pub(crate) fn solve(problem: Problem, inputs: Inputs<Tensor>) -> Result<Output> 
     }
 }
 
+/// Keeps memory of a CUDA device that has been freed for the next tensor there, until the process ends.
+///
+/// Candle allocates from CUDA's memory pool, which by default gives all that is free back to the driver whenever the host
+/// waits for the device, as once a step of training; to get it again takes as long as kernels do that use it. What other
+/// processes can have of the device is less by what this one keeps. On any other device there is nothing to keep.
+///
+/// # Errors
+///
+/// If the driver refuses.
+pub fn keep_freed_memory(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(all(feature = "cuda", not(feature = "cuda-host")))]
+        Device::Cuda(device) => cuda::keep_freed_memory(device),
+        _ => Ok(()),
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Backend {
     /// Also for a device without kernels of ours: tensors are copied to the CPU and back.

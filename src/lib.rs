@@ -13,6 +13,7 @@ mod ops;
 mod options;
 mod problem;
 
+pub use backend::keep_freed_memory;
 #[cfg(feature = "cuda-host")]
 #[doc(hidden)]
 pub use cuda::cuda_host;

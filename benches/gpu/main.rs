@@ -12,7 +12,7 @@ mod timing;
 use anyhow::{Context, Result};
 use candle_core::{D, DType, Device, Tensor, Var};
 use candle_linear_attn::{Mode, Options, Output, State, gla, linear_attn, retention, simple_gla};
-use candle_linear_attn::{delta_rule, gated_delta_rule, kda, rwkv7};
+use candle_linear_attn::{delta_rule, gated_delta_rule, kda, keep_freed_memory, rwkv7};
 use clap::Parser;
 use timing::Clock;
 
@@ -151,6 +151,7 @@ impl Problem {
 fn main() -> Result<()> {
     let args = Args::parse();
     let device = Device::new_cuda(0).context("this bench needs a GPU")?;
+    keep_freed_memory(&device)?;
     let clock = Clock::new(&device)?;
     let rate = clock.copy_rate()?;
     println!("{}: a copy within its memory moves {:.2} TB/s, reads plus writes", clock.card()?, rate / 1e12);

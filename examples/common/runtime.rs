@@ -89,7 +89,12 @@ pub fn device(force_cpu: bool) -> Result<Device> {
     if force_cpu {
         return Ok(Device::Cpu);
     }
-    Device::cuda_if_available(0).context("cannot open the CUDA device; --cpu runs on the CPU instead")
+    let open = || {
+        let device = Device::cuda_if_available(0)?;
+        candle_linear_attn::keep_freed_memory(&device)?;
+        Ok::<_, candle_core::Error>(device)
+    };
+    open().context("cannot open the CUDA device; --cpu runs on the CPU instead")
 }
 
 /// `--quantize`

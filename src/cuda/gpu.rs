@@ -3,7 +3,9 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute as Attribute;
+use candle_core::cuda_backend::cudarc::driver::result::device::get_mem_pool as mem_pool_of;
+use candle_core::cuda_backend::cudarc::driver::result::mem_pool;
+use candle_core::cuda_backend::cudarc::driver::sys::{CUdevice_attribute as Attribute, CUmemPool_attribute};
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DevicePtrMut, SyncOnDrop};
 use candle_core::cuda_backend::{CudaStorageSlice, WrapErr};
 use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, bail};
@@ -12,6 +14,23 @@ use super::route::Card;
 
 /// To be kept until the kernel that uses the address is queued: then other streams learn what they have to wait for.
 pub(super) type Guard<'a> = SyncOnDrop<'a>;
+
+/// See [`crate::keep_freed_memory`].
+pub(crate) fn keep_freed_memory(device: &CudaDevice) -> Result<()> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    context.bind_to_thread().w()?;
+    let mut most = u64::MAX;
+    // SAFETY: the device is an open one, its pool lives as long as the process, and the attribute is a u64.
+    unsafe {
+        let pool = mem_pool_of(context.cu_device()).w()?;
+        let release = CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        mem_pool::set_attribute(pool, release, (&raw mut most).cast()).w()
+    }
+}
 
 /// A device and the stream that Candle uses there.
 pub(super) struct Machine {

@@ -20,6 +20,8 @@ use candle_core::{Device, Result, Storage, Tensor};
 use crate::problem::{Inputs, Problem, Role, Update};
 #[cfg(feature = "cuda-host")]
 pub use machine::cuda_host;
+#[cfg(not(feature = "cuda-host"))]
+pub(crate) use machine::keep_freed_memory;
 use sweep::Pass;
 
 /// Whether the kernels are for tensors on `device`.

@@ -52,7 +52,8 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
     if mode == Mode::Recurrent || short {
         return Route::Recurrent;
     }
-    let fitting = COLUMNS.into_iter().filter(|(columns, _)| needs(*columns).is_some_and(|b| b <= card.shared_memory));
+    let fitting =
+        COLUMNS.into_iter().filter(|(columns, _)| needs(*columns).is_some_and(|b| b <= card.shared_memory));
     // The columns of the blocks that go over `states` of such widths the soonest, and how long a segment takes them all. A
     // block has a multiprocessor to itself.
     let soonest = |states: usize, widths: &[usize]| {
@@ -107,12 +108,9 @@ mod tests {
 
     #[test]
     fn auto_decodes_token_by_token() {
-        for (longest, wanted) in [
-            (0, Route::Recurrent),
-            (1, Route::Recurrent),
-            (16, Route::Recurrent),
-            (17, NARROW),
-        ] {
+        for (longest, wanted) in
+            [(0, Route::Recurrent), (1, Route::Recurrent), (16, Route::Recurrent), (17, NARROW)]
+        {
             assert_eq!(route(Mode::Auto, &Size { longest, ..LONG }, &H200, needs), wanted, "{longest}");
         }
     }
@@ -158,7 +156,10 @@ mod tests {
         // The shorter, the less there is to gain.
         assert_eq!(spans(&Size { longest: 512, ..LONG }), None);
         let one = spans(&Size { states: 1, ..LONG }).unwrap();
-        assert!(one.count > 8 && one.count * one.length >= 512 && (one.count - 1) * one.length < 512, "{one:?}");
+        assert!(
+            one.count > 8 && one.count * one.length >= 512 && (one.count - 1) * one.length < 512,
+            "{one:?}"
+        );
     }
 
     #[test]
