@@ -127,7 +127,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         for (int i = 0; i < 2; i++) {
           const int at = first + i;
           x[i] = at < seen ? p[j][2 * h + i] : 0.f;
-          if (SCALAR && at < t) x[i] *= exp_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
+          if (SCALAR && at < t) x[i] *= exp2_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
         }
         store_parts(scores(set, 0), scores(set, 1), t, first, x);
       }

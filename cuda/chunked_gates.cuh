@@ -4,10 +4,12 @@
 
 namespace cla {
 
-// How far the decay along rows or columns may go, in natural logarithms, within the steps that are solved at once: each
+// Sums of log decays are in binary logarithms: a factor, and what divides by it, is then one instruction.
+constexpr double LOG2_E = 1.4426950408889634;
+// How far the decay along rows or columns may go, as such a sum, within the steps that are solved at once: e^40. Each
 // factor is taken relative to a step in the middle and must stay far from the ends of f32 and bf16.
-constexpr float DECAY_RANGE = 40.f;
-// exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
+constexpr float DECAY_RANGE = (float)(40 * LOG2_E);
+// exp of it is 0 in f32. A stronger gate, -inf too, is taken for this one, which leaves the sums finite.
 constexpr float STRONGEST_DECAY = -110.f;
 
 template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGates : ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE> {
@@ -25,7 +27,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   // ---- one decay for the whole state ----
   // A chunk's are in one of several sets.
 
-  CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t
+  CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t log2(e)
   CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
   CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
   CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
@@ -43,7 +45,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   }
   // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
   CLA_DEVICE void sum_gates(int set, Pair g) {
-    double x = g.x < STRONGEST_DECAY ? STRONGEST_DECAY : g.x, y = g.y < STRONGEST_DECAY ? STRONGEST_DECAY : g.y;
+    const double x = LOG2_E * larger(g.x, STRONGEST_DECAY), y = LOG2_E * larger(g.y, STRONGEST_DECAY);
     double sum = x + y;
     CLA_UNROLL
     for (int d = 1; d < 32; d *= 2) {
@@ -57,11 +59,11 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
       int t = 2 * lane + i;
       sums(set)[t] = (float)at[i];
       sums_rest(set)[t] = (float)(at[i] - (float)at[i]);
-      from_start(set)[t] = exp_fast((float)at[i]);
-      to_end(set)[t] = exp_fast((float)(all - at[i]));
+      from_start(set)[t] = exp2_fast((float)at[i]);
+      to_end(set)[t] = exp2_fast((float)(all - at[i]));
     }
     if (lane == 0) {
-      whole(set) = exp_fast((float)all);
+      whole(set) = exp2_fast((float)all);
       total() *= whole(set);
     }
   }
@@ -82,7 +84,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     this->template each8<GATES>(gate, first, count, gates(), [&](int row) { return steps.token(step + row - shift); },
                  [&](int row, int c, float(&x)[8]) {
                    CLA_UNROLL
-                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
+                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = (float)LOG2_E * x[k];
                  });
     barrier();
     for (int c = tid; c < GATES; c += THREADS) {
@@ -119,8 +121,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     for (int c = tid; c < GATES; c += THREADS) {
       float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
       anchor()[c] = at;
-      start_factor()[c] = exp_fast(start_factor()[c] + at);
-      end_factor()[c] = exp_fast(last - at);
+      start_factor()[c] = exp2_fast(start_factor()[c] + at);
+      end_factor()[c] = exp2_fast(last - at);
       total_of()[c] *= start_factor()[c] * end_factor()[c];
     }
     barrier();
@@ -147,7 +149,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     float x[4];
     unpack(x, four_of(from, row, c));
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
+    for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
     Two h, l;
     split(h.x, l.x, x);
     four_of(high, row, c) = h;
@@ -158,7 +160,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     float g[4];
     staged_gates(g, row, c);
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += g[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g[k];
+    for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
   }
 
   // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
@@ -186,17 +188,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     for (int k = 0; k < 4; k++) {
       sum[k] -= middle[k];
       if (of != 0) continue;
-      start_factor()[c + k] = exp_fast(middle[k]);
-      end_factor()[c + k] = exp_fast(all[k] - middle[k]);
+      start_factor()[c + k] = exp2_fast(middle[k]);
+      end_factor()[c + k] = exp2_fast(all[k] - middle[k]);
       anchor()[c + k] = 0.f;  // the sums below are relative to it already
     }
-    bool inside = true;
+    float most = 0.f;
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEPS_EACH; i++) {
       const int row = first + i;
       add_gates(sum, row, c);
       CLA_UNROLL
-      for (int k = 0; k < 4; k++) inside = inside && sum[k] <= DECAY_RANGE && sum[k] >= -DECAY_RANGE;
+      for (int k = 0; k < 4; k++) most = larger(most, fabsf(sum[k]));
       if constexpr (BY_ROW) {
         decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
         decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
@@ -205,7 +207,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
         store4(decays() + row * PITCH + c, sum);
       }
     }
-    if (!inside) limit() = 0;
+    if (!(most <= DECAY_RANGE)) limit() = 0;
   }
   CLA_DEVICE void count_decay() {
     for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
@@ -220,7 +222,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
                    if (SIGN != 0 && row >= from && row < to && c < width) {
                      CLA_UNROLL
                      for (int k = 0; k < 8; k++) {
-                       x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
+                       x[k] *= exp2_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
                      }
                    }
                    store_parts(high, low, row, c, x);
