@@ -137,28 +137,32 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   struct alignas(8) Two {
     uint32_t x[2];
   };
-  CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
+  // Where in a tile the i-th of a thread's steps is, from where the first is: those are aligned in blocks of 8 rows, within
+  // which the swizzle is an exclusive or.
+  static_assert(STEPS_EACH % 8 == 0 || 8 % STEPS_EACH == 0, "a thread's steps are part of a block of 8 rows or some of them");
+  CLA_DEVICE static int step_in_tile(int first, int i) { return (first ^ (i & 7) << 4) + i * 128; }
+  CLA_DEVICE Two &four_at(Tile tile, int at) const { return *(Two *)(tile.base + at); }
   CLA_DEVICE void unpack(float (&x)[4], Two two) const {
     x[0] = low_bf16(two.x[0]), x[1] = high_bf16(two.x[0]), x[2] = low_bf16(two.x[1]), x[3] = high_bf16(two.x[1]);
   }
-  CLA_DEVICE void staged_gates(float (&g)[4], int row, int c) const {
-    if (gates_in_tile()) unpack(g, four_of(raw_gates(), row, c));
+  CLA_DEVICE void staged_gates(float (&g)[4], int at, int row, int c) const {
+    if (gates_in_tile()) unpack(g, four_at(raw_gates(), at));
     else load4(g, raw_gate_row(row) + c);
   }
-  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
+  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int at, const float (&decay)[4], float sign) const {
     float x[4];
-    unpack(x, four_of(from, row, c));
+    unpack(x, four_at(from, at));
     CLA_UNROLL
     for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
     Two h, l;
     split(h.x, l.x, x);
-    four_of(high, row, c) = h;
-    four_of(low, row, c) = l;
+    four_at(high, at) = h;
+    four_at(low, at) = l;
   }
 
-  CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
+  CLA_DEVICE void add_gates(float (&sum)[4], int at, int row, int c) const {
     float g[4];
-    staged_gates(g, row, c);
+    staged_gates(g, at, row, c);
     CLA_UNROLL
     for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
   }
@@ -167,9 +171,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   CLA_DEVICE void decay_chunk() {
     const int tid = opaque(this->tid);
     const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
+    const int begins = (int)((unsigned char *)raw_gates().element(first, c) - raw_gates().base);
     float own[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL_TWICE
-    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
+    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, step_in_tile(begins, i), first + i, c);
     store4(totals() + of * GATES + c, own);
     barrier();
     float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
@@ -195,15 +200,15 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     float most = 0.f;
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEPS_EACH; i++) {
-      const int row = first + i;
-      add_gates(sum, row, c);
+      const int row = first + i, at = step_in_tile(begins, i);
+      add_gates(sum, at, row, c);
       CLA_UNROLL
       for (int k = 0; k < 4; k++) most = larger(most, fabsf(sum[k]));
       if constexpr (BY_ROW) {
-        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
-        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
+        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), at, sum, 1.f);
+        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), at, sum, -1.f);
       } else {
-        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
+        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), at, sum, -1.f);
         store4(decays() + row * PITCH + c, sum);
       }
     }
