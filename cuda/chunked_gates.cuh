@@ -70,11 +70,14 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
 
   // ---- a decay for each row or column ----
 
-  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to the anchor
+  // The state is decayed from anchor to anchor, and up to its end after the last.
+
+  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to it, from the last
   CLA_DEVICE float *end_factor() const { return factors() + GATES; }       // exp of what follows it
   CLA_DEVICE float *anchor() const { return factors() + 2 * GATES; }       // G at the step in the middle
-  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all since the segment's start
+  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all from the segment's start to the anchor
   CLA_DEVICE int &limit() const { return *(int *)(factors() + 4 * GATES); }
+  CLA_DEVICE float *last_end_factor() const { return factors() + 4 * GATES + 4; }  // of the chunk before, where it is staged
 
   // Sums the decays of the chunk's steps from `from` on, until they leave the range. Returns where that is.
   CLA_DEVICE int sum_vector_gates(int64_t step, int from, int count) {
@@ -119,11 +122,11 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     barrier();
     const int to = limit(), middle = (from + to) / 2;
     for (int c = tid; c < GATES; c += THREADS) {
-      float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
+      const float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
       anchor()[c] = at;
-      start_factor()[c] = exp2_fast(start_factor()[c] + at);
+      start_factor()[c] = end_factor()[c] * exp2_fast(start_factor()[c] + at);
       end_factor()[c] = exp2_fast(last - at);
-      total_of()[c] *= start_factor()[c] * end_factor()[c];
+      total_of()[c] *= start_factor()[c];
     }
     barrier();
     if (tid == 0) limit() = CHUNK;
@@ -190,12 +193,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
       }
     }
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) {
-      sum[k] -= middle[k];
-      if (of != 0) continue;
-      start_factor()[c + k] = exp2_fast(middle[k]);
-      end_factor()[c + k] = exp2_fast(all[k] - middle[k]);
-      anchor()[c + k] = 0.f;  // the sums below are relative to it already
+    for (int k = 0; k < 4; k++) sum[k] -= middle[k];
+    if (of == 0) {
+      float last[4], start[4], after[4];
+      load4(last, end_factor() + c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) start[k] = last[k] * exp2_fast(middle[k]), after[k] = exp2_fast(all[k] - middle[k]);
+      store4(last_end_factor() + c, last);
+      store4(start_factor() + c, start);
+      store4(end_factor() + c, after);
+      // The sums below are relative to it already.
+      if (BY_COLUMN) store4(anchor() + c, {0.f, 0.f, 0.f, 0.f});
     }
     float most = 0.f;
     CLA_UNROLL_TWICE
@@ -214,8 +222,13 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     }
     if (!(most <= DECAY_RANGE)) limit() = 0;
   }
+  // After a chunk whose decay left the range.
+  CLA_DEVICE void take_back_decay() {
+    for (int c = tid; c < GATES; c += THREADS) end_factor()[c] = last_end_factor()[c];
+    if (tid == 0) limit() = CHUNK;
+  }
   CLA_DEVICE void count_decay() {
-    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
+    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c];
   }
 
   // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
