@@ -24,7 +24,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start;
   using Base::to_end, Base::whole, Base::total, Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor;
   using Base::total_of;
-  using Base::limit, Base::decay_chunk, Base::count_decay, Base::fill_part;
+  using Base::limit, Base::decay_chunk, Base::take_back_decay, Base::count_decay, Base::fill_part;
   using Fetched = typename Base::Fetched;
   static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
@@ -91,12 +91,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     if (VECTOR && (BY_COLUMN || block_y() == 0)) {
       int width = BY_ROW ? s.rows : s.cols;
       float *totals = s.totals + place.index(s.heads, s.segments) * width + (BY_COLUMN ? first_column : 0);
-      for (int c = tid; c < gates(); c += THREADS) totals[c] = total_of()[c];
+      for (int c = tid; c < gates(); c += THREADS) totals[c] = total_of()[c] * end_factor()[c];
     }
   }
 
+  // Beyond the state's rows and columns the factors are 1.
   CLA_DEVICE void scale_state(const float *factor) {
-    each_state([&](float &x, int r, int c) { x *= factor[BY_ROW ? r : c]; });
+    CLA_UNROLL
+    for (int j = 0; j < R / 8; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) state[j][e] *= factor[BY_ROW ? state_row(j, e) : column(e >> 1)];
+    }
   }
 
   // ---- one chunk ----
@@ -127,7 +132,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         for (int i = 0; i < 2; i++) {
           const int at = first + i;
           x[i] = at < seen ? p[j][2 * h + i] : 0.f;
-          if (SCALAR && at < t) x[i] *= exp_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
+          if (SCALAR && at < t) x[i] *= exp2_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
         }
         store_parts(scores(set, 0), scores(set, 1), t, first, x);
       }
@@ -240,7 +245,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       products_commit<WGMMA>();
       meanwhile();
       products_wait<WGMMA, 0>();
-      if (VECTOR) scale_state(end_factor());
       return;
     }
     float p[SCORE_COLUMNS / 8][4], acc[8][4];
@@ -270,7 +274,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     products_wait<WGMMA, 1>();
     finish(acc, step, from, to);
     products_wait<WGMMA, 0>();
-    if (VECTOR) scale_state(end_factor());
   }
 
   // ---- the sweep ----
@@ -279,18 +282,15 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     only_state ? zero(state) : load_state();
     if (SCALAR && tid == 0) total() = 1.f;
     if (VECTOR) {
-      for (int c = tid; c < GATES; c += THREADS) total_of()[c] = 1.f;
+      for (int c = tid; c < GATES; c += THREADS) total_of()[c] = end_factor()[c] = 1.f;
       if (tid == 0) limit() = CHUNK;
     }
     if constexpr (L::AHEAD) only_state || !out.data ? run_ahead<false>() : run_ahead<true>();
     else if constexpr (NARROW) run_staged(only_state);
     else run_filled(only_state);
-    if (only_state) {
-      barrier();
-      store_segment();
-    } else {
-      store_state();
-    }
+    if (only_state || VECTOR) barrier();
+    if (VECTOR) scale_state(end_factor());
+    only_state ? store_segment() : store_state();
   }
 
   // Chunks that are copied to shared memory ahead of their turn, the scores of each computed in its predecessor's: the tensor
@@ -392,7 +392,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         if (whole && only_state) count_decay();
         if (!whole) {
           barrier();
-          if (tid == 0) limit() = CHUNK;
+          take_back_decay();
         }
       }
       if (whole) fetch_chunk(f, stage ^ 1, step + CHUNK);

@@ -4,10 +4,12 @@
 
 namespace cla {
 
-// How far the decay along rows or columns may go, in natural logarithms, within the steps that are solved at once: each
+// Sums of log decays are in binary logarithms: a factor, and what divides by it, is then one instruction.
+constexpr double LOG2_E = 1.4426950408889634;
+// How far the decay along rows or columns may go, as such a sum, within the steps that are solved at once: e^40. Each
 // factor is taken relative to a step in the middle and must stay far from the ends of f32 and bf16.
-constexpr float DECAY_RANGE = 40.f;
-// exp of it is 0 in f32. A stronger decay, -inf too, is taken for this one, which leaves the sums finite.
+constexpr float DECAY_RANGE = (float)(40 * LOG2_E);
+// exp of it is 0 in f32. A stronger gate, -inf too, is taken for this one, which leaves the sums finite.
 constexpr float STRONGEST_DECAY = -110.f;
 
 template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGates : ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE> {
@@ -25,7 +27,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   // ---- one decay for the whole state ----
   // A chunk's are in one of several sets.
 
-  CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t
+  CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t log2(e)
   CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
   CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
   CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
@@ -43,7 +45,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   }
   // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
   CLA_DEVICE void sum_gates(int set, Pair g) {
-    double x = g.x < STRONGEST_DECAY ? STRONGEST_DECAY : g.x, y = g.y < STRONGEST_DECAY ? STRONGEST_DECAY : g.y;
+    const double x = LOG2_E * larger(g.x, STRONGEST_DECAY), y = LOG2_E * larger(g.y, STRONGEST_DECAY);
     double sum = x + y;
     CLA_UNROLL
     for (int d = 1; d < 32; d *= 2) {
@@ -57,22 +59,25 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
       int t = 2 * lane + i;
       sums(set)[t] = (float)at[i];
       sums_rest(set)[t] = (float)(at[i] - (float)at[i]);
-      from_start(set)[t] = exp_fast((float)at[i]);
-      to_end(set)[t] = exp_fast((float)(all - at[i]));
+      from_start(set)[t] = exp2_fast((float)at[i]);
+      to_end(set)[t] = exp2_fast((float)(all - at[i]));
     }
     if (lane == 0) {
-      whole(set) = exp_fast((float)all);
+      whole(set) = exp2_fast((float)all);
       total() *= whole(set);
     }
   }
 
   // ---- a decay for each row or column ----
 
-  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to the anchor
+  // The state is decayed from anchor to anchor, and up to its end after the last.
+
+  CLA_DEVICE float *start_factor() const { return factors(); }             // exp of what is due up to it, from the last
   CLA_DEVICE float *end_factor() const { return factors() + GATES; }       // exp of what follows it
   CLA_DEVICE float *anchor() const { return factors() + 2 * GATES; }       // G at the step in the middle
-  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all since the segment's start
+  CLA_DEVICE float *total_of() const { return factors() + 3 * GATES; }     // exp of all from the segment's start to the anchor
   CLA_DEVICE int &limit() const { return *(int *)(factors() + 4 * GATES); }
+  CLA_DEVICE float *last_end_factor() const { return factors() + 4 * GATES + 4; }  // of the chunk before, where it is staged
 
   // Sums the decays of the chunk's steps from `from` on, until they leave the range. Returns where that is.
   CLA_DEVICE int sum_vector_gates(int64_t step, int from, int count) {
@@ -82,7 +87,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     this->template each8<GATES>(gate, first, count, gates(), [&](int row) { return steps.token(step + row - shift); },
                  [&](int row, int c, float(&x)[8]) {
                    CLA_UNROLL
-                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = x[k];
+                   for (int k = 0; k < 8; k++) decays()[row * PITCH + c + k] = (float)LOG2_E * x[k];
                  });
     barrier();
     for (int c = tid; c < GATES; c += THREADS) {
@@ -117,11 +122,11 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     barrier();
     const int to = limit(), middle = (from + to) / 2;
     for (int c = tid; c < GATES; c += THREADS) {
-      float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
+      const float at = decays()[middle * PITCH + c], last = decays()[(to - 1) * PITCH + c];
       anchor()[c] = at;
-      start_factor()[c] = exp_fast(start_factor()[c] + at);
-      end_factor()[c] = exp_fast(last - at);
-      total_of()[c] *= start_factor()[c] * end_factor()[c];
+      start_factor()[c] = end_factor()[c] * exp2_fast(start_factor()[c] + at);
+      end_factor()[c] = exp2_fast(last - at);
+      total_of()[c] *= start_factor()[c];
     }
     barrier();
     if (tid == 0) limit() = CHUNK;
@@ -135,39 +140,44 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   struct alignas(8) Two {
     uint32_t x[2];
   };
-  CLA_DEVICE Two &four_of(Tile tile, int row, int c) const { return *(Two *)tile.element(row, c); }
+  // Where in a tile the i-th of a thread's steps is, from where the first is: those are aligned in blocks of 8 rows, within
+  // which the swizzle is an exclusive or.
+  static_assert(STEPS_EACH % 8 == 0 || 8 % STEPS_EACH == 0, "a thread's steps are part of a block of 8 rows or some of them");
+  CLA_DEVICE static int step_in_tile(int first, int i) { return (first ^ (i & 7) << 4) + i * 128; }
+  CLA_DEVICE Two &four_at(Tile tile, int at) const { return *(Two *)(tile.base + at); }
   CLA_DEVICE void unpack(float (&x)[4], Two two) const {
     x[0] = low_bf16(two.x[0]), x[1] = high_bf16(two.x[0]), x[2] = low_bf16(two.x[1]), x[3] = high_bf16(two.x[1]);
   }
-  CLA_DEVICE void staged_gates(float (&g)[4], int row, int c) const {
-    if (gates_in_tile()) unpack(g, four_of(raw_gates(), row, c));
+  CLA_DEVICE void staged_gates(float (&g)[4], int at, int row, int c) const {
+    if (gates_in_tile()) unpack(g, four_at(raw_gates(), at));
     else load4(g, raw_gate_row(row) + c);
   }
-  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int row, int c, const float (&decay)[4], float sign) const {
+  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int at, const float (&decay)[4], float sign) const {
     float x[4];
-    unpack(x, four_of(from, row, c));
+    unpack(x, four_at(from, at));
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) x[k] *= exp_fast(sign * decay[k]);
+    for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
     Two h, l;
     split(h.x, l.x, x);
-    four_of(high, row, c) = h;
-    four_of(low, row, c) = l;
+    four_at(high, at) = h;
+    four_at(low, at) = l;
   }
 
-  CLA_DEVICE void add_gates(float (&sum)[4], int row, int c) const {
+  CLA_DEVICE void add_gates(float (&sum)[4], int at, int row, int c) const {
     float g[4];
-    staged_gates(g, row, c);
+    staged_gates(g, at, row, c);
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += g[k] < STRONGEST_DECAY ? STRONGEST_DECAY : g[k];
+    for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
   }
 
   // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
   CLA_DEVICE void decay_chunk() {
     const int tid = opaque(this->tid);
     const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
+    const int begins = (int)((unsigned char *)raw_gates().element(first, c) - raw_gates().base);
     float own[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL_TWICE
-    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, first + i, c);
+    for (int i = 0; i < STEPS_EACH; i++) add_gates(own, step_in_tile(begins, i), first + i, c);
     store4(totals() + of * GATES + c, own);
     barrier();
     float sum[4] = {0.f, 0.f, 0.f, 0.f}, middle[4] = {0.f, 0.f, 0.f, 0.f}, all[4] = {0.f, 0.f, 0.f, 0.f};
@@ -183,32 +193,42 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
       }
     }
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) {
-      sum[k] -= middle[k];
-      if (of != 0) continue;
-      start_factor()[c + k] = exp_fast(middle[k]);
-      end_factor()[c + k] = exp_fast(all[k] - middle[k]);
-      anchor()[c + k] = 0.f;  // the sums below are relative to it already
+    for (int k = 0; k < 4; k++) sum[k] -= middle[k];
+    if (of == 0) {
+      float last[4], start[4], after[4];
+      load4(last, end_factor() + c);
+      CLA_UNROLL
+      for (int k = 0; k < 4; k++) start[k] = last[k] * exp2_fast(middle[k]), after[k] = exp2_fast(all[k] - middle[k]);
+      store4(last_end_factor() + c, last);
+      store4(start_factor() + c, start);
+      store4(end_factor() + c, after);
+      // The sums below are relative to it already.
+      if (BY_COLUMN) store4(anchor() + c, {0.f, 0.f, 0.f, 0.f});
     }
-    bool inside = true;
+    float most = 0.f;
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEPS_EACH; i++) {
-      const int row = first + i;
-      add_gates(sum, row, c);
+      const int row = first + i, at = step_in_tile(begins, i);
+      add_gates(sum, at, row, c);
       CLA_UNROLL
-      for (int k = 0; k < 4; k++) inside = inside && sum[k] <= DECAY_RANGE && sum[k] >= -DECAY_RANGE;
+      for (int k = 0; k < 4; k++) most = larger(most, fabsf(sum[k]));
       if constexpr (BY_ROW) {
-        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), row, c, sum, 1.f);
-        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), row, c, sum, -1.f);
+        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), at, sum, 1.f);
+        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), at, sum, -1.f);
       } else {
-        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), row, c, sum, -1.f);
+        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), at, sum, -1.f);
         store4(decays() + row * PITCH + c, sum);
       }
     }
-    if (!inside) limit() = 0;
+    if (!(most <= DECAY_RANGE)) limit() = 0;
+  }
+  // After a chunk whose decay left the range.
+  CLA_DEVICE void take_back_decay() {
+    for (int c = tid; c < GATES; c += THREADS) end_factor()[c] = last_end_factor()[c];
+    if (tid == 0) limit() = CHUNK;
   }
   CLA_DEVICE void count_decay() {
-    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c] * end_factor()[c];
+    for (int c = tid; c < GATES; c += THREADS) total_of()[c] *= start_factor()[c];
   }
 
   // Steps from..to of the chunk into the parts of a tile, zeros in its other rows. SIGN: the decay since the anchor is
@@ -220,7 +240,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
                    if (SIGN != 0 && row >= from && row < to && c < width) {
                      CLA_UNROLL
                      for (int k = 0; k < 8; k++) {
-                       x[k] *= exp_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
+                       x[k] *= exp2_fast(SIGN * (decays()[row * PITCH + c + k] - anchor()[c + k]));
                      }
                    }
                    store_parts(high, low, row, c, x);

@@ -122,19 +122,24 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
   CLA_DEVICE void fetch_gates(int64_t step) {
     if (step >= end) return;
+    gates_in_tile() ? fetch_gates_as<8>(step) : fetch_gates_as<4>(step);
+  }
+  // EACH: elements of a piece. A thread's are as in Pieces, but found anew for every chunk.
+  template <int EACH> CLA_DEVICE void fetch_gates_as(int64_t step) {
+    constexpr int PER_ROW = GATES / EACH, EVERY = THREADS / PER_ROW;
+    constexpr bool TILE = EACH == 8;
+    static_assert(!TILE || EVERY % 8 == 0, "the period of the swizzle");
     const int count = count_at(step);
     // The decay before a step of a reverse sweep is that of the step before.
     const int shift = s.reverse ? 1 : 0, first = step == 0 ? shift : 0;
-    const int tid = opaque(this->tid);
-    const bool tile = gates_in_tile();
-    const int each = tile ? 8 : 4, pieces = GATES / each;
-    CLA_NO_UNROLL
-    for (int at = tid; at < CHUNK * pieces; at += THREADS) {
-      const int row = at / pieces, c = at % pieces * each;
-      const bool valid = row >= first && row < count && c < gates();
-      const int64_t token = valid ? steps.token(step + row - shift) : 0;
-      void *to = tile ? (void *)raw_gates().piece(row, c / 8) : (void *)(raw_gate_row(row) + c);
-      copy16_async(to, gate.data + (valid ? token * gate.token + c : 0) * gate.size(), valid);
+    const int tid = opaque(this->tid), row = tid / PER_ROW, c = tid % PER_ROW * EACH;
+    const int64_t bytes = gate.token * (16 / EACH), stride = EVERY * (s.reverse ? -bytes : bytes);
+    const unsigned char *data = gate.data + steps.token(step + row - shift) * bytes + c * (16 / EACH);
+    unsigned char *to = TILE ? raw_gates().piece(row, c / 8) : (unsigned char *)(raw_gate_row(row) + c);
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK / EVERY; i++) {
+      const int at = row + i * EVERY;
+      copy16_async(to + i * EVERY * (TILE ? 128 : 4 * GATES), data + i * stride, c < gates() && at >= first && at < count);
     }
   }
 

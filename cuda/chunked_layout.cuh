@@ -47,7 +47,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   // Sums of a thread's steps.
   static constexpr int TOTALS = (AFTER_OUT + 15) / 16 * 16;
   static constexpr int FACTORS = TOTALS + (STAGED_DECAY ? 16 * THREADS : 0);
-  static constexpr int FACTOR_COUNT = SCALAR ? FACTOR_SETS * (4 * CHUNK + 4) : VECTOR ? 4 * GATES + 4 : 0;
+  static constexpr int FACTOR_COUNT = SCALAR ? FACTOR_SETS * (4 * CHUNK + 4) : VECTOR ? (STAGED_DECAY ? 5 : 4) * GATES + 4 : 0;
   static constexpr int SHARED = FACTORS + 4 * FACTOR_COUNT;
 };
 

@@ -29,7 +29,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
         const int t = 8 * j + pair + (e & 1), c = column(e >> 1);
         acc[j][e] *= s.out_scale;
         if (BY_COLUMN && t >= from && t < to && c < columns()) {
-          acc[j][e] *= exp_fast(decays()[t * PITCH + c] - anchor()[c]);
+          acc[j][e] *= exp2_fast(decays()[t * PITCH + c] - anchor()[c]);
         }
         if (L::WIDE_OUT) {
           wide_out()[t * L::OUT_PITCH + c] = acc[j][e];

@@ -106,6 +106,12 @@ CLA_DEVICE float exp2_fast(float x) {
   return r;
 }
 CLA_DEVICE float exp_fast(float x) { return exp2_fast(x * 1.4426950408889634f); }
+// NaN if one of them is.
+CLA_DEVICE float larger(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
 // To the last bit or two; 0 from 2^126 on.
 CLA_DEVICE float reciprocal_fast(float x) { return __fdividef(1.f, x); }
 
