@@ -201,6 +201,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   CLA_DEVICE void update_state(int stage, int set) {
     const Tile v = own_values(stage, 0), w = write_tile(stage, 0);
     if constexpr (SCALAR) {
+      if (tid == 0) total() *= whole(set);
       CLA_UNROLL
       for (int j = 0; j < R / 8; j++) {
         CLA_UNROLL
@@ -298,10 +299,12 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   template <bool RESULTS> CLA_DEVICE void run_ahead() {
     if (begin >= end) return;
     typename Base::Pair gates_ahead = {0.f, 0.f};
-    if (SCALAR && tid < 32) {
-      sum_gates(0, gate_pair(begin));
-      sum_gates(1, gate_pair(begin + CHUNK));
-      gates_ahead = gate_pair(begin + 2 * CHUNK);
+    // Each warp sums up the gates of one of as many chunks as there are warps, two chunks before the first of them is due.
+    constexpr int WARPS = THREADS / 32;
+    const int own = tid / 32;
+    if (SCALAR) {
+      if (own < 2) sum_gates(own, gate_pair(begin + own * CHUNK));
+      gates_ahead = gate_pair(begin + (2 + own) * CHUNK);
     }
     Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
     fetch_keys(f, 0, begin);
@@ -351,9 +354,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       }
       update_state(n, n);
       products_commit<WGMMA>();
-      if (SCALAR && tid < 32) {
-        sum_gates(n + 2, gates_ahead);
-        gates_ahead = gate_pair(step + 3 * CHUNK);
+      if (SCALAR && n % WARPS == 0) {
+        sum_gates(n + 2 + own, gates_ahead);
+        gates_ahead = gate_pair(step + (2 + WARPS + own) * CHUNK);
       }
       if (RESULTS) {
         products_wait<WGMMA, 2>();

@@ -32,7 +32,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
   CLA_DEVICE float *from_start(int set) const { return sums(set) + 2 * CHUNK; }                // exp(G_t)
   CLA_DEVICE float *to_end(int set) const { return sums(set) + 3 * CHUNK; }                    // exp(G_C - G_t)
   CLA_DEVICE float &whole(int set) const { return sums(set)[4 * CHUNK]; }                      // exp(G_C)
-  CLA_DEVICE float &total() const { return sums(0)[4 * CHUNK + 1]; }                           // exp of all of them
+  CLA_DEVICE float &total() const { return sums(0)[4 * CHUNK + 1]; }                           // exp of all chunks' so far
 
   struct Pair {
     float x, y;
@@ -43,7 +43,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
     if (step + 2 * lane + 1 < end) g.y = steps.decay_before(gate, step + 2 * lane + 1, 0);
     return g;
   }
-  // By the first warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
+  // By one warp. The sums reach thousands where decay is strong and their differences matter: double, then two f32.
   CLA_DEVICE void sum_gates(int set, Pair g) {
     const double x = LOG2_E * larger(g.x, STRONGEST_DECAY), y = LOG2_E * larger(g.y, STRONGEST_DECAY);
     double sum = x + y;
@@ -62,10 +62,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGat
       from_start(set)[t] = exp2_fast((float)at[i]);
       to_end(set)[t] = exp2_fast((float)(all - at[i]));
     }
-    if (lane == 0) {
-      whole(set) = exp2_fast((float)all);
-      total() *= whole(set);
-    }
+    if (lane == 0) whole(set) = exp2_fast((float)all);
   }
 
   // ---- a decay for each row or column ----

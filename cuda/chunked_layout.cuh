@@ -22,8 +22,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   // What is not copied but computed into shared memory has no second stage.
   static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 ? 2 : 1;
   static constexpr int SCORE_SETS = AHEAD ? 2 : 1;
-  // Sets of factors of a decay for the whole state: those of a chunk are written while those of others are still read.
-  static constexpr int FACTOR_SETS = AHEAD ? 3 : 2;
+  // Sets of factors of a decay for the whole state: those of chunks to come are written while those of a chunk, and ahead of
+  // their turn those of the next, are still read. There each warp writes one.
+  static constexpr int FACTOR_SETS = AHEAD ? THREADS / 32 + 2 : 2;
 
   // A row of f32 numbers: 16 bytes more than there are, so that rows begin at different banks.
   static constexpr int PITCH = GATES + 4, OUT_PITCH = COLUMNS + 4;
