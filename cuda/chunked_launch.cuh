@@ -41,8 +41,11 @@ template <int R, bool BF16_OUT, int GATE> int32_t choose_width(const Call &call)
 }
 
 template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
-  if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
-  if (call.sweep.rows <= 128) return choose_width<128, BF16_OUT, GATE>(call);
+  // Results in f32 are dq and dk, whose states have the channels of keys as columns.
+  if constexpr (BF16_OUT || GATE != CLA_GATE_ROWS) {
+    if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
+    if (call.sweep.rows <= 128) return choose_width<128, BF16_OUT, GATE>(call);
+  }
   // Copies of 256 rows to be decayed do not fit any machine beside the rest; those rows go the other way.
   if constexpr (BF16_OUT && GATE != CLA_GATE_ROWS) return choose_width<256, BF16_OUT, GATE>(call);
   return NONE_FITS;

@@ -53,12 +53,13 @@ struct SegmentSteps {
   int64_t first;
   int count;
 
-  CLA_DEVICE SegmentSteps(const cla_delta_problem &of, int64_t sequence, int64_t segment, bool reverse)
-      : steps(of.cu_seqlens, of.tokens, sequence, reverse) {
+  CLA_DEVICE SegmentSteps(const Steps &steps, int64_t segment) : steps(steps) {
     const int64_t begin = segment * CHUNK, left = steps.count - begin;
     count = left < CHUNK ? (int)left : CHUNK;
-    first = steps.start + (reverse ? begin + count - 1 : begin);
+    first = steps.start + (steps.reverse ? begin + count - 1 : begin);
   }
+  CLA_DEVICE SegmentSteps(const cla_delta_problem &of, int64_t sequence, int64_t segment, bool reverse)
+      : SegmentSteps(Steps(of.cu_seqlens, of.tokens, sequence, reverse), segment) {}
   CLA_DEVICE int64_t token(int row) const { return steps.reverse ? first - row : first + row; }
 };
 

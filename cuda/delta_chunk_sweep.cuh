@@ -16,31 +16,28 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
 
   const cla_delta_sweep &s;
   unsigned char *shared;
-  int tid, warp, group, row0, pair, head, first_column;  // tid: among those that move rows
-  bool identity;  // columns are those that began as the identity's
-  Place place;
-  int64_t sequence, segments, begin, end, first_segment;  // begin and end: of the segments, in the order of the sweep
+  int tid, warp, group, row0, pair, head, first_column, width;  // tid: among those that move rows; width: columns of the state
+  int segments, begin, end;  // begin and end: of the block's, in the order of the sweep
+  int64_t first_segment;
   Steps steps;
   float state[R / 8][4];
 
   CLA_DEVICE DeltaChunkSweep(const cla_delta_sweep &s)
-      : s(s), shared(shared_memory()), place(block_x() / tiles(s), s.of.heads, spans(s)),
-        steps(s.of.cu_seqlens, s.of.tokens, place.sequence, REVERSE) {
+      : s(s), shared(shared_memory()), steps(s.of.cu_seqlens, s.of.tokens, sequence(s), REVERSE) {
     tid = thread_index() % MOVING;
     warp = (tid >> 5) & 3;
     group = thread_index() >> 7;
     row0 = (tid & 31) >> 2;
     pair = (tid & 3) * 2;
-    head = place.head;
-    sequence = place.sequence;
-    const unsigned tile = block_x() % tiles(s), of_values = tiles(s.of.v_dim);
-    identity = tile >= of_values;
-    first_column = (identity ? tile - of_values : tile) * COLUMNS;
-    segments = (steps.count + CHUNK - 1) / CHUNK;
-    begin = place.segment * s.spans.length;
-    if (begin > segments) begin = segments;
-    end = segments - begin < s.spans.length ? segments : begin + s.spans.length;
-    first_segment = segment_index(s.anchors, sequence, 0);
+    head = index(s) % s.of.heads;
+    first_column = (block_x() % tiles(s) - (identity(s) ? tiles(s.of.v_dim) : 0)) * COLUMNS;
+    const int left = (identity(s) ? s.of.k_dim : s.of.v_dim) - first_column;
+    width = left < COLUMNS ? left : COLUMNS;
+    segments = (int)((steps.count + CHUNK - 1) / CHUNK);
+    const int64_t before = span(s) * s.spans.length;
+    begin = before < segments ? (int)before : segments;
+    end = segments - begin < s.spans.length ? segments : begin + (int)s.spans.length;
+    first_segment = segment_index(s.anchors, sequence(s), 0);
   }
 
   // Whether what spans make of a state is to be found, by blocks that are told of no states.
@@ -51,31 +48,39 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
     return tiles(s.of.v_dim) + (finds_changes(s) ? tiles(s.of.k_dim) : 0);
   }
   CLA_ANYWHERE static int spans(const cla_delta_sweep &s) { return s.spans.count - finds_changes(s); }
-  CLA_DEVICE int columns() const {
-    const int left = (identity ? s.of.k_dim : s.of.v_dim) - first_column;
-    return left < COLUMNS ? left : COLUMNS;
-  }
-  CLA_DEVICE int64_t segment(int64_t i) const { return REVERSE ? segments - 1 - i : i; }
+  // The block's head of a span of a sequence, by all three, and which they are.
+  CLA_DEVICE static unsigned index(const cla_delta_sweep &s) { return block_x() / tiles(s); }
+  CLA_DEVICE static unsigned span(const cla_delta_sweep &s) { return index(s) / s.of.heads % spans(s); }
+  CLA_DEVICE static int64_t sequence(const cla_delta_sweep &s) { return index(s) / s.of.heads / spans(s); }
+  // Whether columns are those that began as the identity's.
+  CLA_DEVICE static bool identity(const cla_delta_sweep &s) { return block_x() % tiles(s) >= tiles(s.of.v_dim); }
+  CLA_DEVICE int columns() const { return width; }
+  CLA_DEVICE int segment(int i) const { return REVERSE ? segments - 1 - i : i; }
   // The steps before the first segment: in reverse a segment that is cut short comes first.
   CLA_DEVICE int64_t first_step() const {
-    return REVERSE && begin > 0 ? steps.count - (segments - begin) * CHUNK : begin * CHUNK;
+    return REVERSE && begin > 0 ? steps.count - (int64_t)(segments - begin) * CHUNK : (int64_t)begin * CHUNK;
   }
   // A sequence is cut from its first token on, either way.
-  CLA_DEVICE int count_at(int64_t i) const {
-    const int64_t left = steps.count - segment(i) * CHUNK;
+  CLA_DEVICE int count_at(int i) const {
+    const int64_t left = steps.count - (int64_t)segment(i) * CHUNK;
     return left < CHUNK ? (int)left : CHUNK;
   }
   // The rows of a tensor whose columns are those of the state, from the block's first on.
   CLA_DEVICE Rows of_columns(const cla_tensor &x) const {
     Rows rows(x, steps.batch, head);
-    if (identity) rows.data = nullptr, rows.token = 0;
     if (rows.data) rows.data += first_column * rows.element * rows.size();
+    return rows;
+  }
+  // There are none where columns began as the identity's.
+  CLA_DEVICE Rows of_values() const {
+    Rows rows = of_columns(s.value);
+    if (identity(s)) rows.data = nullptr, rows.token = 0;
     return rows;
   }
   // The thread's columns of the state within the block, h = 0 or 1.
   CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
 
-  CLA_DEVICE int64_t prepared_index(int64_t i) const { return (first_segment + segment(i)) * s.of.heads + head; }
+  CLA_DEVICE int64_t prepared_index(int i) const { return (first_segment + segment(i)) * s.of.heads + head; }
 
   // ---- the state ----
 
@@ -101,31 +106,31 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   }
   CLA_DEVICE void load_state() {
     zero(state);
-    if (identity) {
+    if (identity(s)) {
       CLA_UNROLL
       for (int j = 0; j < R / 8; j++) {
         CLA_UNROLL
         for (int e = 0; e < 4; e++) state[j][e] = 8 * j + pair + (e & 1) == first_column + column(e >> 1) ? 1.f : 0.f;
       }
     } else if (s.spans.starts) {
-      load_state(s.spans.starts + (place.index(s.of.heads, spans(s)) * s.of.v_dim + first_column) * s.of.k_dim, 1, s.of.k_dim);
+      load_state(s.spans.starts + ((int64_t)index(s) * s.of.v_dim + first_column) * s.of.k_dim, 1, s.of.k_dim);
     } else if (s.first.data) {
-      load_state(s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col, s.first.row,
+      load_state(s.first.data + sequence(s) * s.first.sequence + head * s.first.head + first_column * s.first.col, s.first.row,
                  s.first.col);
     }
   }
   // The state as an anchor of the i-th segment.
-  CLA_DEVICE void keep(int64_t i) {
+  CLA_DEVICE void keep(int i) {
     if (!s.anchors.data) return;
     const int64_t size = (int64_t)s.of.k_dim * s.of.v_dim;
     store_state(s.anchors.data + prepared_index(i) * size + first_column, s.of.v_dim, 1);
   }
   CLA_DEVICE void store_last() {
     if (finds_changes(s)) {
-      const int64_t before = place.index(s.of.heads, spans(s)) * (s.of.v_dim + s.of.k_dim) + (identity ? s.of.v_dim : 0);
+      const int64_t before = (int64_t)index(s) * (s.of.v_dim + s.of.k_dim) + (identity(s) ? s.of.v_dim : 0);
       store_state(s.spans.changes + (before + first_column) * s.of.k_dim, 1, s.of.k_dim);
-    } else if (s.last.data && end == segments && (begin < end || place.segment == 0)) {
-      store_state(s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
+    } else if (s.last.data && end == segments && (begin < end || span(s) == 0)) {
+      store_state(s.last.data + sequence(s) * s.last.sequence + head * s.last.head + first_column * s.last.col, s.last.row,
                   s.last.col);
     }
   }
@@ -197,14 +202,14 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
     });
   }
   // Rows that lie otherwise, out of the way of the loop over segments.
-  CLA_COLD static void fetch_values_apart(const cla_delta_sweep &s, Tile to, int64_t i) {
+  CLA_COLD static void fetch_values_apart(const cla_delta_sweep &s, Tile to, int i) {
     const DeltaChunkSweep sweep(s);
-    const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
-    fetch_tile<COLUMNS, MOVING>(to, sweep.of_columns(s.value), at, sweep.columns(), sweep.tid);
+    const SegmentSteps at(sweep.steps, sweep.segment(i));
+    fetch_tile<COLUMNS, MOVING>(to, sweep.of_values(), at, sweep.columns(), sweep.tid);
   }
-  CLA_COLD static void flush_apart(const cla_delta_sweep &s, Tile from, int64_t i) {
+  CLA_COLD static void flush_apart(const cla_delta_sweep &s, Tile from, int i) {
     const DeltaChunkSweep sweep(s);
-    const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
+    const SegmentSteps at(sweep.steps, sweep.segment(i));
     const Rows out = sweep.of_columns(s.out);
     for (int n = sweep.tid; n < at.count * COLUMNS; n += MOVING) {
       const int row = n / COLUMNS, c = n % COLUMNS;
@@ -296,9 +301,9 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
 
   // ---- results ----
 
-  CLA_DEVICE void store_inner(int64_t i, const float (&acc)[8][4]) const {
+  CLA_DEVICE void store_inner(int i, const float (&acc)[8][4]) const {
     const Rows inner = of_columns(s.inner);
-    const SegmentSteps at(s.of, sequence, segment(i), REVERSE);
+    const SegmentSteps at(steps, segment(i));
     const int64_t row = REVERSE ? -inner.token : inner.token;
     float *to = (float *)inner.row(at.first) + pair * row + column(0);
     const bool inside[2] = {column(0) < columns(), column(1) < columns()};

@@ -43,7 +43,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
   CLA_DEVICE DeltaChunked(const cla_delta_sweep &s) : Base(s) {}
 
-  CLA_DEVICE unsigned char *stage(int64_t i) const { return shared + L::STAGES + (i & 1) * L::STAGE; }
+  CLA_DEVICE unsigned char *stage(int i) const { return shared + L::STAGES + (i & 1) * L::STAGE; }
   CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
   CLA_DEVICE static Tile prepared(unsigned char *stage, int which) { return {stage + L::PREPARED + which}; }
   // What is read of the state, written to it, and which of these q is.
@@ -51,7 +51,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   CLA_DEVICE Tile writes(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::WRITES : stage + L::K}; }
   CLA_DEVICE Tile queries(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::QUERIES : stage + L::Q}; }
   CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(64 * group); }
-  CLA_DEVICE Tile out_tile(int64_t i) const { return {shared + L::OUT + (i & 1) * L::VALUES}; }
+  CLA_DEVICE Tile out_tile(int i) const { return {shared + L::OUT + (i & 1) * L::VALUES}; }
   CLA_DEVICE static const float *factors(unsigned char *stage, int which) {
     return (const float *)(stage + L::PREPARED + Prepared::FACTORS) + which;
   }
@@ -65,7 +65,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
     CLA_DEVICE Moved(const DeltaChunked &sweep)
         : Moved(sweep, Rows(sweep.s.of.k, sweep.steps.batch, sweep.head), Rows(sweep.s.of.q, sweep.steps.batch, sweep.head),
-                sweep.of_columns(sweep.s.value), sweep.of_columns(sweep.s.out)) {}
+                sweep.of_values(), sweep.of_columns(sweep.s.out)) {}
     CLA_DEVICE Moved(const DeltaChunked &sweep, const Rows &k, const Rows &q, const Rows &value, const Rows &out)
         : k(sweep, k, sweep.s.of.k_dim), q(sweep, q, sweep.s.of.k_dim), value(sweep, value, value.data ? sweep.columns() : 0),
           out(sweep, out, sweep.columns()) {
@@ -83,7 +83,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   }
 
   // A stage.
-  CLA_DEVICE void fetch(Moved &of, int64_t i) const {
+  CLA_DEVICE void fetch(Moved &of, int i) const {
     if (i < end) {
       unsigned char *to = stage(i);
       const int count = count_at(i);
@@ -99,7 +99,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     copies_commit();
   }
   // Decayed keys that are read, q among them but in reverse, and those that are written.
-  CLA_DEVICE void fetch_reads(int64_t i) const {
+  CLA_DEVICE void fetch_reads(int i) const {
     if (i < end) {
       const unsigned char *from = s.prepared + prepared_index(i) * PREPARED_BYTES + Prepared::BYTES;
       this->template copy<Keys::EACH>(shared + Keys::READS, from + Keys::READS);
@@ -107,16 +107,16 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     }
     copies_commit();
   }
-  CLA_DEVICE void fetch_writes(int64_t i) const {
+  CLA_DEVICE void fetch_writes(int i) const {
     const unsigned char *from = s.prepared + prepared_index(i) * PREPARED_BYTES + Prepared::BYTES;
     this->template copy<Keys::EACH>(shared + Keys::WRITES, from + Keys::WRITES);
     if (REVERSE) this->template copy<Keys::EACH>(shared + Keys::QUERIES, from + Keys::QUERIES);
     copies_commit();
   }
   // Rows that lie otherwise, out of the way of the loop over segments.
-  CLA_COLD static void fetch_apart(const cla_delta_sweep &s, int64_t i) {
+  CLA_COLD static void fetch_apart(const cla_delta_sweep &s, int i) {
     const DeltaChunked sweep(s);
-    const SegmentSteps at(s.of, sweep.sequence, sweep.segment(i), REVERSE);
+    const SegmentSteps at(sweep.steps, sweep.segment(i));
     unsigned char *to = sweep.stage(i);
     const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
     if (!BY_CHANNEL) {
@@ -142,7 +142,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   }
   CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) { Base::template add_to_state<BY_CHANNEL>(a, b); }
 
-  CLA_DEVICE void solve(int64_t i, Company &company) {
+  CLA_DEVICE void solve(int i, Company &company) {
     unsigned char *of = stage(i);
     const Tile p = prepared(of, Prepared::P);
     const float *from_start = factors(of, Prepared::FROM_START), *to_end = factors(of, Prepared::TO_END);
@@ -229,7 +229,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
   // ---- the sweep ----
 
-  CLA_DEVICE void flush(Moved &of, int64_t i) const {
+  CLA_DEVICE void flush(Moved &of, int i) const {
     if (of.in_pieces) of.out.store(out_tile(i), count_at(i));
     else Base::flush_apart(s, out_tile(i), i);
   }
@@ -238,7 +238,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     fetch(of, begin);
     if (BY_CHANNEL) fetch_reads(begin);
   }
-  template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int64_t i) {
+  template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int i) {
     copies_wait<WHICH == SECOND ? 1 : 0>();
     shared_fence();
     meet(WHICH);
@@ -250,7 +250,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     if (s.out.data && i > begin) flush(of, i - 1);
   }
   // As one that solves.
-  template <Meeting WHICH> CLA_DEVICE void arrive(Company &of, int64_t i) {
+  template <Meeting WHICH> CLA_DEVICE void arrive(Company &of, int i) {
     if constexpr (APART) meet(WHICH);
     else meet_moving<WHICH>(of, i);
   }
@@ -259,7 +259,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     Moved of(*this);
     start(of);
     CLA_NO_UNROLL
-    for (int64_t i = begin; i < end; i++) {
+    for (int i = begin; i < end; i++) {
       meet_moving<FIRST>(of, i);
       if (BY_CHANNEL) meet_moving<SECOND>(of, i);
     }
@@ -270,7 +270,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     if constexpr (!APART) start(of);
     this->load_state();
     CLA_NO_UNROLL
-    for (int64_t i = begin; i < end; i++) {
+    for (int i = begin; i < end; i++) {
       arrive<FIRST>(of, i);
       if (!OUTPUT) this->keep(i);
       solve(i, of);

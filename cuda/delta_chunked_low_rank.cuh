@@ -28,8 +28,8 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
   CLA_DEVICE LowRankChunked(const cla_delta_sweep &s) : Base(s) {}
 
   CLA_DEVICE Tile tile(int at) const { return {shared + at}; }
-  CLA_DEVICE Tile values(int64_t i) const { return tile(At::VALUES + (i & 1) * SUBTILE); }
-  CLA_DEVICE const unsigned char *prepared(int64_t i) const {
+  CLA_DEVICE Tile values(int i) const { return tile(At::VALUES + (i & 1) * SUBTILE); }
+  CLA_DEVICE const unsigned char *prepared(int i) const {
     return s.prepared + prepared_index(i) * (Prepared::BYTES + Keys::BYTES);
   }
 
@@ -40,14 +40,14 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     bool in_pieces;
 
     CLA_DEVICE Moved(const LowRankChunked &sweep)
-        : Moved(sweep, sweep.of_columns(sweep.s.value), sweep.of_columns(sweep.s.out)) {}
+        : Moved(sweep, sweep.of_values(), sweep.of_columns(sweep.s.out)) {}
     CLA_DEVICE Moved(const LowRankChunked &sweep, const Rows &value, const Rows &out)
         : value(sweep, value, value.data ? sweep.columns() : 0), out(sweep, out, sweep.columns()) {
       auto whole = [&](const Rows &x) { return !x.data || x.in_pieces(sweep.columns()); };
       in_pieces = whole(value) && whole(out);
     }
   };
-  CLA_DEVICE void fetch_read(Moved &of, int64_t i) const {
+  CLA_DEVICE void fetch_read(Moved &of, int i) const {
     if (i < end) {
       if (of.in_pieces) of.value.fetch(values(i), count_at(i));
       else Base::fetch_values_apart(s, values(i), i);
@@ -57,7 +57,7 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     }
     copies_commit();
   }
-  CLA_DEVICE void fetch_rest(int64_t i) const {
+  CLA_DEVICE void fetch_rest(int i) const {
     const unsigned char *from = prepared(i), *more = from + Prepared::BYTES;
     constexpr int FACTORS = Prepared::FACTORS;
     this->template copy_triangles<FACTORS>(shared + At::PREPARED, from);
@@ -77,7 +77,7 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     shared_fence();
     barrier();
   }
-  CLA_DEVICE void flush(Moved &of, int64_t i) const {
+  CLA_DEVICE void flush(Moved &of, int i) const {
     if (!s.out.data) return;
     if (of.in_pieces) of.out.store(tile(At::OUT), count_at(i));
     else Base::flush_apart(s, tile(At::OUT), i);
@@ -101,7 +101,7 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     }
   }
 
-  CLA_DEVICE void solve(Moved &moved, int64_t i) {
+  CLA_DEVICE void solve(Moved &moved, int i) {
     float acc[8][4], result[8][4];
     zero(acc);
     zero(result);
@@ -158,7 +158,7 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     this->load_state();
     if (REVERSE && begin == 0 && end > 0) this->keep(0);
     CLA_NO_UNROLL
-    for (int64_t i = begin; i < end; i++) {
+    for (int i = begin; i < end; i++) {
       meet();
       fetch_rest(i);
       if (i > begin) flush(moved, i - 1);
