@@ -14,9 +14,8 @@
 
 namespace cla {
 
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked : ChunkOutputs<ROWS, W, NARROW, BF16_OUT, GATE> {
-  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
-  using Base = ChunkOutputs<ROWS, W, NARROW, BF16_OUT, GATE>;
+template <class L> struct Chunked : ChunkOutputs<L> {
+  using Base = ChunkOutputs<L>;
   using Base::s, Base::shared, Base::place, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::out;
   using Base::tid, Base::warp, Base::group, Base::row0, Base::pair, Base::first_column, Base::begin, Base::end;
   using Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
@@ -26,9 +25,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   using Base::total_of;
   using Base::limit, Base::decay_chunk, Base::take_back_decay, Base::count_decay, Base::fill_part;
   using Fetched = typename Base::Fetched;
-  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+  static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
-  static constexpr bool WGMMA = HAS_WGMMA && ROWS <= 128;
+  static constexpr bool WGMMA = HAS_WGMMA && R <= 128;
 
   float state[R / 8][4];
 
@@ -106,7 +105,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
 
   // ---- one chunk ----
 
-  static constexpr int SCORE_COLUMNS = CHUNK / W;
+  static constexpr int SCORE_COLUMNS = CHUNK / L::W;
 
   CLA_DEVICE void store_scores(const float (&p)[SCORE_COLUMNS / 8][4], int set) {
     const float *sum = sums(set), *rest = sums_rest(set);
@@ -164,16 +163,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   // The state as A operands. Where the machine reads them while the warps go on, as many as there are registers for are held
   // at a time; otherwise each is packed as it is needed.
   static constexpr int STATE_STEPS = R / 16;
-  static constexpr int HELD = !WGMMA ? 1 : R < 128 || L::AHEAD ? STATE_STEPS : W == 1 ? 2 : 4;
+  static constexpr int HELD = !WGMMA ? 1 : R < 128 || L::AHEAD ? STATE_STEPS : L::W == 1 ? 2 : 4;
   struct StateOperand {
     uint32_t high[HELD][4], rest[HELD][4];
   };
+  CLA_DEVICE void pack_step(StateOperand &a, int held, int step) const {
+    to_a<R>(a.high[held], state, 16 * step);
+    to_a_rest<R>(a.rest[held], a.high[held], state, 16 * step);
+  }
   CLA_DEVICE void pack_state(StateOperand &a, int first) const {
     CLA_UNROLL
-    for (int k = 0; k < HELD; k++) {
-      to_a<R>(a.high[k], state, 16 * (first + k));
-      to_a_rest<R>(a.rest[k], a.high[k], state, 16 * (first + k));
-    }
+    for (int k = 0; k < HELD; k++) pack_step(a, k, first + k);
   }
   // The first are packed already.
   CLA_DEVICE void add_state_times_read(float (&acc)[8][4], StateOperand &a, int stage) {
@@ -235,6 +235,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       if (L::VALUE_PARTS == 2) add_columns_by_columns<WGMMA, R>(state, own_values(stage, 1), w);
       if (L::KEY_PARTS == 2) add_columns_by_columns<WGMMA, R>(state, v, write_tile(stage, 1));
     }
+    products_commit<WGMMA>();
   }
 
   // Steps from..to of the chunk at `step`, whose tiles are in `stage`; `meanwhile` runs while
@@ -243,7 +244,6 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     if (VECTOR) scale_state(start_factor());
     if (only_state || !out.data) {
       update_state(stage, set);
-      products_commit<WGMMA>();
       meanwhile();
       products_wait<WGMMA, 0>();
       return;
@@ -271,9 +271,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     add_scored_values(acc, stage, set);
     products_commit<WGMMA>();
     update_state(stage, set);
-    products_commit<WGMMA>();
     products_wait<WGMMA, 1>();
-    finish(acc, step, from, to);
+    finish(acc, stage, step, from, to);
     products_wait<WGMMA, 0>();
   }
 
@@ -286,8 +285,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       for (int c = tid; c < GATES; c += THREADS) total_of()[c] = end_factor()[c] = 1.f;
       if (tid == 0) limit() = CHUNK;
     }
-    if constexpr (L::AHEAD) only_state || !out.data ? run_ahead<false>() : run_ahead<true>();
-    else if constexpr (NARROW) run_staged(only_state);
+    const bool results = !only_state && out.data;
+    if constexpr (L::COMPACT) results ? run_compact<true>() : run_compact<false>();
+    else if constexpr (L::AHEAD) results ? run_ahead<true>() : run_ahead<false>();
+    else if constexpr (L::NARROW) run_staged(only_state);
     else run_filled(only_state);
     if (only_state || VECTOR) barrier();
     if (VECTOR) scale_state(end_factor());
@@ -325,21 +326,27 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       store_scores(p, 0);
     }
     int n = 0;
-    for (int64_t step = begin; step < end; step += CHUNK, n++) {
+    int64_t step = begin;
+    for (; step < end; step += CHUNK, n++) {
       copies_wait<0>();
       shared_fence();
       barrier();
-      fetch_keys(f, n + 2, step + 2 * CHUNK);
-      fetch_values(f, n + 1, step + CHUNK);
-      copies_commit();
-      if (RESULTS) {
+      if (!RESULTS) {
+        fetch_ahead(f, n, step);
+      } else {
+        // A part of the state is packed while the product of the one before runs.
         StateOperand a;
-        pack_state(a, 0);
         zero(acc);
-        products_fence<WGMMA>();
-        add_state_times_read(acc, a, n);
+        CLA_UNROLL
+        for (int k = 0; k < STATE_STEPS; k++) {
+          const int held = k % HELD;
+          pack_step(a, held, k);
+          products_fence<WGMMA>();
+          add_parts_by_rows<WGMMA>(acc, read_tile(n, 0), 16 * k, 0, a.high[held], a.rest[held]);
+          if (k == STATE_STEPS / 2) fetch_ahead(f, n, step);
+        }
         products_commit<WGMMA>();
-        if (step > begin) flush(f.out, step - CHUNK);
+        if (!SCALAR && n > 0) flush(f.out, n - 1, step - CHUNK);
         if (SCALAR) {
           products_wait<WGMMA, 0>();
           decay_from_start(acc, n);
@@ -353,7 +360,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         products_commit<WGMMA>();
       }
       update_state(n, n);
-      products_commit<WGMMA>();
+      // With a decay it is the values that products wait for.
+      if (SCALAR && RESULTS && n > 0) flush(f.out, n - 1, step - CHUNK);
       if (SCALAR && n % WARPS == 0) {
         sum_gates(n + 2 + own, gates_ahead);
         gates_ahead = gate_pair(step + (2 + WARPS + own) * CHUNK);
@@ -363,14 +371,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
         store_scores(p, n + 1);
         barrier();  // what waited has gone out
         products_wait<WGMMA, 1>();
-        finish(acc, step, 0, count_at(step));
+        finish(acc, n, step, 0, count_at(step));
       }
       products_wait<WGMMA, 0>();
     }
-    if (RESULTS) {
-      barrier();
-      flush(f.out, begin + (end - begin - 1) / CHUNK * CHUNK);
-    }
+    if (RESULTS) flush_last(f, n - 1, step - CHUNK);
+  }
+
+  CLA_DEVICE void fetch_ahead(Fetched &f, int n, int64_t step) {
+    fetch_keys(f, n + 2, step + 2 * CHUNK);
+    fetch_values(f, n + 1, step + CHUNK);
+    copies_commit();
   }
 
   // Chunks that are copied to shared memory ahead of their turn.
@@ -379,7 +390,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
     Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
     fetch_chunk(f, 0, begin);
     int stage = 0;
-    for (int64_t step = begin; step < end; step += CHUNK, stage ^= 1) {
+    int64_t step = begin;
+    for (; step < end; step += CHUNK, stage ^= 1) {
       copies_wait<0>();
       shared_fence();
       barrier();
@@ -387,7 +399,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       bool whole = true;
       if constexpr (L::STAGED_DECAY) {
         // What waits lies where this chunk's decays go.
-        if (waits) flush(f.out, step - CHUNK);
+        if (waits) flush(f.out, stage ^ 1, step - CHUNK);
         decay_chunk();
         shared_fence();
         barrier();
@@ -403,21 +415,76 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
       do {
         const int to = whole ? count : Base::fill_part_apart(s, step, from, count);
         solve(stage, stage, step, from, to, only_state, [&] {
-          if (!L::STAGED_DECAY && waits) flush(f.out, step - CHUNK);
+          if (!L::STAGED_DECAY && waits) flush(f.out, stage ^ 1, step - CHUNK);
           if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
         });
         if (!whole && waits) {
           barrier();
-          flush(f.out, step, from, to);
+          flush(f.out, stage, step, from, to);
         }
         from = to;
       } while (VECTOR && from < count);
       if (!whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
     }
-    if (waits) {
+    if (waits) flush_last(f, stage ^ 1, step - CHUNK);
+  }
+
+  // Chunks whose keys are copied to shared memory ahead of their turn, and whose values while their first products run.
+  template <bool RESULTS> CLA_DEVICE void run_compact() {
+    if (begin >= end) return;
+    if (SCALAR && tid < 32) sum_gates(0, gate_pair(begin));
+    Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
+    fetch_keys(f, 0, begin);
+    copies_commit();
+    int stage = 0;
+    int64_t step = begin;
+    for (; step < end; step += CHUNK, stage ^= 1) {
+      copies_wait<0>();
+      shared_fence();
       barrier();
-      flush(f.out, begin + (end - begin - 1) / CHUNK * CHUNK);
+      // A thread's pieces of outputs lie where it copies keys to.
+      static_assert(!L::OUT_OF_READ || R == COLUMNS, "pieces of either are the same");
+      if (waits) flush(f.out, stage ^ 1, step - CHUNK);
+      fetch_values(f, 0, step);
+      copies_commit();
+      fetch_keys(f, stage ^ 1, step + CHUNK);
+      copies_commit();
+      float acc[8][4];
+      if (RESULTS) {
+        float p[SCORE_COLUMNS / 8][4];
+        StateOperand a;
+        zero(p);
+        zero(acc);
+        pack_state(a, 0);
+        products_fence<WGMMA>();
+        add_scores(p, stage);
+        products_commit<WGMMA>();
+        add_state_times_read(acc, a, stage);
+        products_commit<WGMMA>();
+        products_wait<WGMMA, 1>();
+        store_scores(p, stage);
+        products_wait<WGMMA, 0>();
+        if (SCALAR) decay_from_start(acc, stage);
+      }
+      if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
+      copies_wait<1>();
+      shared_fence();
+      barrier();
+      products_fence<WGMMA>();
+      if (RESULTS) add_scored_values(acc, stage, stage);
+      products_commit<WGMMA>();
+      update_state(stage, stage);
+      products_wait<WGMMA, 1>();
+      if (RESULTS) finish(acc, stage, step, 0, count_at(step));
+      products_wait<WGMMA, 0>();
     }
+    if (waits) flush_last(f, stage ^ 1, step - CHUNK);
+  }
+
+  // What waits of the last chunk.
+  CLA_DEVICE void flush_last(Fetched &f, int stage, int64_t step) {
+    barrier();
+    flush(f.out, stage, step);
   }
 
   // Chunks whose operands are made from the inputs on the spot.
@@ -443,9 +510,9 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct Chunked 
   }
 };
 
-template <int R, int W, bool NARROW, bool BF16_OUT, int GATE>
-CLA_KERNEL(128 * W, W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, int only_state) {
-  Chunked<R, W, NARROW, BF16_OUT, GATE> sweep(s);
+template <class L>
+CLA_KERNEL(L::THREADS, L::W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, int only_state) {
+  Chunked<L> sweep(s);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);
 }

@@ -12,14 +12,13 @@ constexpr float DECAY_RANGE = (float)(40 * LOG2_E);
 // exp of it is 0 in f32. A stronger gate, -inf too, is taken for this one, which leaves the sums finite.
 constexpr float STRONGEST_DECAY = -110.f;
 
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkGates : ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE> {
-  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
-  using Base = ChunkInputs<ROWS, W, NARROW, BF16_OUT, GATE>;
+template <class L> struct ChunkGates : ChunkInputs<L> {
+  using Base = ChunkInputs<L>;
   using Base::s, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::tid, Base::lane, Base::warp;
   using Base::end, Base::columns, Base::gates, Base::read_tile;
   using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_gates, Base::raw_gate_row, Base::gates_in_tile;
   using Base::factors, Base::decays, Base::totals, Base::writing;
-  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+  static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
 
   CLA_DEVICE ChunkGates(const cla_sweep &s) : Base(s) {}

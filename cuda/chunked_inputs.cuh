@@ -5,9 +5,8 @@
 
 namespace cla {
 
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInputs {
-  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
-  static constexpr int R = ROWS, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
+template <class L> struct ChunkInputs {
+  static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
 
   const cla_sweep &s;
@@ -57,7 +56,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   CLA_DEVICE Tile scores(int set, int part) const {
     return {shared + L::SCORES + (set % L::SCORE_SETS * 2 + part) * SUBTILE};
   }
-  CLA_DEVICE Tile out_tile() const { return {shared + L::OUT}; }
+  CLA_DEVICE Tile out_tile(int stage) const { return L::OUT_OF_READ ? read_tile(stage, 0) : Tile{shared + L::OUT}; }
   CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
   CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
   CLA_DEVICE float *decays() const { return (float *)(shared + L::DECAYS); }
@@ -151,7 +150,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkInp
   template <int WIDTH, class Token, class Use>
   CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, Token token_of, Use use) {
     const int tid = opaque(this->tid);
-    const bool pieces = NARROW || rows.in_pieces(width);
+    const bool pieces = L::NARROW || rows.in_pieces(width);
     constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
     static_assert(EACH % N == 0, "whole batches");
     const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;

@@ -16,8 +16,7 @@ struct Call {
 // Not launched: no kernel of the list fits.
 constexpr int32_t NONE_FITS = -1;
 
-template <int R, int W, bool NARROW, bool BF16_OUT, int GATE> int32_t run_chunked(const Call &call) {
-  using Layout = ChunkLayout<R, W, NARROW, BF16_OUT, GATE>;
+template <class Layout> int32_t run_chunked(const Call &call) {
   const cla_sweep &s = call.sweep;
   if (Layout::SHARED > s.shared_limit) return NONE_FITS;
   if (call.shared) {
@@ -25,19 +24,27 @@ template <int R, int W, bool NARROW, bool BF16_OUT, int GATE> int32_t run_chunke
     return 0;
   }
   const Dims grid = {(int64_t)s.sequences * s.segments * s.heads, (s.cols + Layout::COLUMNS - 1) / Layout::COLUMNS};
-  return launch(chunked_kernel<R, W, NARROW, BF16_OUT, GATE>, grid, Layout::THREADS, Layout::SHARED, call.stream, s,
-                (int)call.only_state);
+  return launch(chunked_kernel<Layout>, grid, Layout::THREADS, Layout::SHARED, call.stream, s, (int)call.only_state);
 }
 
-// Two warpgroups a block where the state has the columns for it and the machine the memory.
+// So many warpgroups a block, if the machine has the memory for it.
+template <int R, int W, bool BF16_OUT, int GATE> int32_t run_narrow(const Call &call) {
+  const int32_t code = run_chunked<ChunkLayout<R, W, false, true, BF16_OUT, GATE>>(call);
+  if constexpr (R <= 128 && (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR)) {
+    if (code == NONE_FITS) return run_chunked<ChunkLayout<R, W, true, true, BF16_OUT, GATE>>(call);
+  }
+  return code;
+}
+
+// Two warpgroups where the state has the columns for it and the machine the memory.
 template <int R, bool BF16_OUT, int GATE> int32_t choose_width(const Call &call) {
   if constexpr (R <= 128) {
     if (call.sweep.cols > 64) {
-      const int32_t code = run_chunked<R, 2, true, BF16_OUT, GATE>(call);
+      const int32_t code = run_narrow<R, 2, BF16_OUT, GATE>(call);
       if (code != NONE_FITS) return code;
     }
   }
-  return run_chunked<R, 1, true, BF16_OUT, GATE>(call);
+  return run_narrow<R, 1, BF16_OUT, GATE>(call);
 }
 
 template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
@@ -52,9 +59,9 @@ template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
 }
 
 template <int GATE> int32_t choose_wide(const Call &call) {
-  if (call.sweep.rows <= 64) return run_chunked<64, 1, false, false, GATE>(call);
-  if (call.sweep.rows <= 128) return run_chunked<128, 1, false, false, GATE>(call);
-  return run_chunked<256, 1, false, false, GATE>(call);
+  if (call.sweep.rows <= 64) return run_chunked<ChunkLayout<64, 1, false, false, false, GATE>>(call);
+  if (call.sweep.rows <= 128) return run_chunked<ChunkLayout<128, 1, false, false, false, GATE>>(call);
+  return run_chunked<ChunkLayout<256, 1, false, false, false, GATE>>(call);
 }
 
 // Calls `choose` with the kind of the call's gate as a type.

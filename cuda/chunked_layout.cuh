@@ -6,10 +6,14 @@ namespace cla {
 
 // ROWS: rows of the state, padded. W: warpgroups, each with 64 columns of it.
 //
+// COMPACT: values have one stage, and outputs take the place of what was read for them: what a GPU with 99 KB a block has room
+// for.
+//
 // NARROW: the inputs are bf16, which tensor cores take as they are. Others, operands that a decay has been multiplied into,
 // the state and the scores of a chunk are the sum of two bf16, which is f32 to 2^-17. BF16_OUT: so are the outputs.
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLayout {
-  static constexpr int R = ROWS, THREADS = 128 * W, COLUMNS = 64 * W;
+template <int ROWS, int W_, bool COMPACT_, bool NARROW_, bool BF16_OUT_, int GATE> struct ChunkLayout {
+  static constexpr bool COMPACT = COMPACT_, NARROW = NARROW_, BF16_OUT = BF16_OUT_;
+  static constexpr int R = ROWS, W = W_, THREADS = 128 * W, COLUMNS = 64 * W;
   static constexpr bool SCALAR = GATE == CLA_GATE_SCALAR, BY_ROW = GATE == CLA_GATE_ROWS, BY_COLUMN = GATE == CLA_GATE_COLS;
   static constexpr bool VECTOR = BY_ROW || BY_COLUMN;
   static constexpr int GATES = BY_ROW ? R : COLUMNS;
@@ -18,9 +22,10 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
 
   static constexpr int KEY_PARTS = NARROW && !BY_ROW ? 1 : 2, VALUE_PARTS = NARROW && !BY_COLUMN ? 1 : 2;
   // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already.
-  static constexpr bool AHEAD = NARROW && !VECTOR && (R == 64 || (R == 128 && W == 2));
+  static constexpr bool AHEAD = NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
+  static_assert(!COMPACT || (NARROW && !VECTOR && R <= 128), "what a compact kernel takes");
   // What is not copied but computed into shared memory has no second stage.
-  static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 ? 2 : 1;
+  static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 && !COMPACT ? 2 : 1;
   static constexpr int SCORE_SETS = AHEAD ? 2 : 1;
   // Sets of factors of a decay for the whole state: those of chunks to come are written while those of a chunk, and ahead of
   // their turn those of the next, are still read. There each warp writes one.
@@ -28,8 +33,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
 
   // A row of f32 numbers: 16 bytes more than there are, so that rows begin at different banks.
   static constexpr int PITCH = GATES + 4, OUT_PITCH = COLUMNS + 4;
-  // Whether outputs in f32 wait in shared memory until whole rows of them go out.
-  static constexpr bool WIDE_OUT = NARROW && !BF16_OUT;
+  // Whether outputs wait in shared memory until whole rows of them go out, and in f32.
+  static constexpr bool STAGED_OUT = NARROW && (BF16_OUT || !COMPACT), WIDE_OUT = STAGED_OUT && !BF16_OUT;
 
   static constexpr int KEY = R * 128, VALUE = W * SUBTILE;
   static constexpr int VALUES = KEY_STAGES * KEY_PARTS * 2 * KEY;
@@ -43,7 +48,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkLay
   static constexpr int AFTER_SCORES = SCORES + 2 * SCORE_SETS * SUBTILE;
   static constexpr int AFTER_DECAYS = DECAYS + DECAY_BYTES;
   static constexpr int OUT = WIDE_OUT && BY_COLUMN ? DECAYS : AFTER_SCORES > AFTER_DECAYS ? AFTER_SCORES : AFTER_DECAYS;
-  static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : BF16_OUT ? VALUE : 0;
+  static constexpr bool OUT_OF_READ = COMPACT && R == COLUMNS;
+  static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : STAGED_OUT && !OUT_OF_READ ? VALUE : 0;
   static constexpr int AFTER_OUT = OUT + OUT_BYTES > AFTER_SCORES ? OUT + OUT_BYTES : AFTER_SCORES;
   // Sums of a thread's steps.
   static constexpr int TOTALS = (AFTER_OUT + 15) / 16 * 16;

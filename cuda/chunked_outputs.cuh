@@ -4,9 +4,8 @@
 
 namespace cla {
 
-template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOutputs : ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE> {
-  using L = ChunkLayout<ROWS, W, NARROW, BF16_OUT, GATE>;
-  using Base = ChunkGates<ROWS, W, NARROW, BF16_OUT, GATE>;
+template <class L> struct ChunkOutputs : ChunkGates<L> {
+  using Base = ChunkGates<L>;
   using Base::s, Base::steps, Base::out, Base::warp, Base::group, Base::row0, Base::pair, Base::columns;
   using Base::out_tile, Base::wide_out, Base::decays, Base::anchor, Base::count_at;
   template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
@@ -20,8 +19,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
   // The thread's columns of the state (rows of its transpose) within the block, h = 0 or 1.
   CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
 
-  // Output waits in shared memory where there is room for it.
-  CLA_DEVICE void finish(float (&acc)[8][4], int64_t step, int from, int to) {
+  // Of the chunk at `step`, in `stage`. Output waits in shared memory where there is room for it.
+  CLA_DEVICE void finish(float (&acc)[8][4], int stage, int64_t step, int from, int to) {
     CLA_UNROLL
     for (int j = 0; j < 8; j++) {
       CLA_UNROLL
@@ -33,18 +32,17 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
         }
         if (L::WIDE_OUT) {
           wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
-        } else if (!NARROW && t >= from && t < to && c < columns()) {
+        } else if (!L::STAGED_OUT && t >= from && t < to && c < columns()) {
           out.store(steps.token(step + t), c, acc[j][e]);
         }
       }
     }
-    if (BF16_OUT) stage_out(acc);
-    waits = NARROW;
+    if (L::STAGED_OUT && !L::WIDE_OUT) stage_out(acc, out_tile(stage).from_column(64 * group));
+    waits = L::STAGED_OUT;
   }
 
   // The transpose of acc into the output tile: whole rows of it go to memory later, in full lines.
-  CLA_DEVICE void stage_out(const float (&acc)[8][4]) {
-    const Tile to = out_tile().from_column(64 * group);
+  CLA_DEVICE void stage_out(const float (&acc)[8][4], Tile to) {
     CLA_UNROLL
     for (int j = 0; j < 8; j += 2) {
       const uint32_t x[4] = {pack_bf16(acc[j][0], acc[j][1]), pack_bf16(acc[j][2], acc[j][3]),
@@ -52,8 +50,8 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
       store_transposed(to, 8 * j, 16 * warp, x);
     }
   }
-  // What waits of the chunk at `step`, its steps from..to.
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step, int from, int to) {
+  // What waits of the chunk at `step`, which was in `stage`, its steps from..to.
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int stage, int64_t step, int from, int to) {
     if (L::WIDE_OUT) {
       constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
       const int tid = opaque(this->tid);
@@ -69,7 +67,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
       }
     } else {
       static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
-      const unsigned char *data = out_tile().piece(at.row, at.column / 8);
+      const unsigned char *data = out_tile(stage).piece(at.row, at.column / 8);
       CLA_UNROLL
       for (int i = 0; i < at.EACH; i++) {
         const int row = at.row + i * at.EVERY;
@@ -81,7 +79,7 @@ template <int ROWS, int W, bool NARROW, bool BF16_OUT, int GATE> struct ChunkOut
     waits = false;
     if (to == count_at(step)) at.next_chunk();
   }
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int64_t step) { flush(at, step, 0, count_at(step)); }
+  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int stage, int64_t step) { flush(at, stage, step, 0, count_at(step)); }
 };
 
 }  // namespace cla

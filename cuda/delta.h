@@ -72,8 +72,9 @@ typedef struct {
   cla_delta_states anchors;
   int32_t reverse;
   // Chunked sweeps only: cla_delta_prepared_bytes for each segment and head, which are all that `anchors` counts, whether it
-  // has data or not. Blocks have 64 or 128 columns of the state.
+  // has data or not. Blocks have 64 or 128 columns of the state, and at most so many bytes of dynamic shared memory.
   int32_t columns;
+  int64_t shared_limit;
   unsigned char *prepared;
   cla_delta_spans spans;
   // Token by token only: whether twice as many blocks are to have room, which makes each slower.
@@ -91,7 +92,8 @@ int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
 // Between the two where time is divided: what spans make of states, and the states that they start from.
 int32_t cla_delta_changes(const cla_delta_sweep *sweep, void *stream);
 int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream);
-// The shared memory that these need for a block of so many columns; -1 if they do not take the sweep.
+// The shared memory, in bytes, that these need for a block of so many columns: more than the limit if nothing fits it; -1 if they
+// do not take the sweep.
 int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep);
 
 // The gradients of all that has a number for each channel of a key, of gates and of beta. With G the gradient of the state

@@ -4,8 +4,11 @@
 
 namespace cla {
 
-template <int R, int W, bool BY_CHANNEL> struct DeltaChunkLayout {
-  static constexpr int COLUMNS = 64 * W;
+// AHEAD: what is read of a segment is copied while the one before it is solved, and so there twice.
+template <int ROWS, int GROUPS, bool CHANNELS, bool TWICE> struct DeltaChunkLayout {
+  static constexpr int R = ROWS, W = GROUPS, COLUMNS = 64 * W;
+  static constexpr bool BY_CHANNEL = CHANNELS, AHEAD = TWICE;
+  static_assert(AHEAD || !BY_CHANNEL, "decayed keys leave no room anyway");
   static constexpr int KEY = R * 128, VALUES = W * SUBTILE;
   // Keys that a decay by channel has been multiplied into are too many for a second stage: what is read of the state and what
   // is written to it are each loaded when those of the segment before have been used.
@@ -14,7 +17,7 @@ template <int R, int W, bool BY_CHANNEL> struct DeltaChunkLayout {
   static constexpr int K = 0, Q = KEY, VALUE = BY_CHANNEL ? 0 : 2 * KEY, PREPARED = VALUE + VALUES;
   static constexpr int STAGES = DECAYED, STAGE = PREPARED + Prepared::BYTES;
   // Results wait for the next segment in one of two tiles, so that whole rows go out and nobody waits for them.
-  static constexpr int OUT = STAGES + 2 * STAGE, SHARED = OUT + 2 * VALUES;
+  static constexpr int OUT = STAGES + (AHEAD ? 2 : 1) * STAGE, SHARED = OUT + 2 * VALUES;
 };
 
 // What a sweep leaves beside its final state: the output, or m, or, in reverse, both. That it is known to the compiler keeps
@@ -27,9 +30,10 @@ constexpr bool moves_apart(int w, Leaves leaves) { return w == 1 && leaves == Le
 template <int R, int W, Leaves LEAVES>
 using SweepOf = DeltaChunkSweep<R, W, LEAVES == Leaves::BOTH_IN_REVERSE, moves_apart(W, LEAVES) ? 128 : 128 * W>;
 
-template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : SweepOf<R, W, LEAVES> {
+template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAVES> {
+  static constexpr int R = L::R, W = L::W;
+  static constexpr bool BY_CHANNEL = L::BY_CHANNEL;
   using Base = SweepOf<R, W, LEAVES>;
-  using L = DeltaChunkLayout<R, W, BY_CHANNEL>;
   using Keys = PreparedKeys<R>;
   using Base::s, Base::shared, Base::tid, Base::group, Base::head, Base::begin, Base::end, Base::steps, Base::state, Base::columns;
   using Base::segment, Base::count_at, Base::of_columns, Base::prepared_index, Base::zero, Base::each_pair;
@@ -43,7 +47,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
   CLA_DEVICE DeltaChunked(const cla_delta_sweep &s) : Base(s) {}
 
-  CLA_DEVICE unsigned char *stage(int i) const { return shared + L::STAGES + (i & 1) * L::STAGE; }
+  CLA_DEVICE unsigned char *stage(int i) const { return shared + L::STAGES + (L::AHEAD ? i & 1 : 0) * L::STAGE; }
   CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
   CLA_DEVICE static Tile prepared(unsigned char *stage, int which) { return {stage + L::PREPARED + which}; }
   // What is read of the state, written to it, and which of these q is.
@@ -128,8 +132,9 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
 
   // ---- one segment ----
 
-  // All threads meet before a segment, when what is read of it has come and the one before is done; where keys are decayed,
-  // once more, when what is read of the state has been read and what is written to it has come; and at the end.
+  // All threads meet before a segment, when what is read of it has come and the one before is done; where nothing is copied
+  // ahead, once more when it has come; where keys are decayed, once more when what is read of the state has been read and what
+  // is written to it has come; and at the end.
   enum Meeting { FIRST, SECOND, LAST };
   struct Nothing {
     CLA_DEVICE Nothing(const DeltaChunked &) {}
@@ -234,18 +239,21 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     else Base::flush_apart(s, out_tile(i), i);
   }
   CLA_DEVICE void start(Moved &of) {
-    for (int i = 0; i < 2; i++) this->template clear_unused<Prepared::FACTORS>(stage(i) + L::PREPARED);
-    fetch(of, begin);
+    for (int i = 0; i < (L::AHEAD ? 2 : 1); i++) this->template clear_unused<Prepared::FACTORS>(stage(i) + L::PREPARED);
+    if (L::AHEAD) fetch(of, begin);
     if (BY_CHANNEL) fetch_reads(begin);
   }
   template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int i) {
-    copies_wait<WHICH == SECOND ? 1 : 0>();
+    copies_wait<WHICH == SECOND && L::AHEAD ? 1 : 0>();
     shared_fence();
     meet(WHICH);
-    if (WHICH == SECOND) return fetch_reads(i + 1);
+    if (WHICH == SECOND) {
+      if (BY_CHANNEL) fetch_reads(i + 1);
+      return;
+    }
     if (WHICH == FIRST) {
       if (BY_CHANNEL) fetch_writes(i);
-      fetch(of, i + 1);
+      fetch(of, L::AHEAD ? i + 1 : i);
     }
     if (s.out.data && i > begin) flush(of, i - 1);
   }
@@ -261,7 +269,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     CLA_NO_UNROLL
     for (int i = begin; i < end; i++) {
       meet_moving<FIRST>(of, i);
-      if (BY_CHANNEL) meet_moving<SECOND>(of, i);
+      if (BY_CHANNEL || !L::AHEAD) meet_moving<SECOND>(of, i);
     }
     meet_moving<LAST>(of, end);
   }
@@ -272,6 +280,7 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     CLA_NO_UNROLL
     for (int i = begin; i < end; i++) {
       arrive<FIRST>(of, i);
+      if (!L::AHEAD) arrive<SECOND>(of, i);
       if (!OUTPUT) this->keep(i);
       solve(i, of);
     }
@@ -285,28 +294,30 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
   }
 };
 
-template <int R, int W, bool BY_CHANNEL, Leaves LEAVES>
-CLA_KERNEL((DeltaChunked<R, W, BY_CHANNEL, LEAVES>::THREADS), 1)
-void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
-  DeltaChunked<R, W, BY_CHANNEL, LEAVES>(s).run();
+template <class L, Leaves LEAVES>
+CLA_KERNEL((DeltaChunked<L, LEAVES>::THREADS), 1) void delta_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+  DeltaChunked<L, LEAVES>(s).run();
 }
 
-template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaChunked<R, W, BY_CHANNEL, LEAVES>;
-  return launch(delta_chunked_kernel<R, W, BY_CHANNEL, LEAVES>, Kernel::grid(s), Kernel::THREADS, Kernel::L::SHARED, stream, s);
+template <class L, Leaves LEAVES> int32_t launch_delta_chunked(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaChunked<L, LEAVES>;
+  return launch(delta_chunked_kernel<L, LEAVES>, Kernel::grid(s), Kernel::THREADS, L::SHARED, stream, s);
 }
-template <int R, int W, bool BY_CHANNEL>
-int32_t launch_delta_chunked(DeltaChunkLayout<R, W, BY_CHANNEL>, const cla_delta_sweep &s, void *stream) {
-  if (s.reverse) return launch_delta_chunked<R, W, BY_CHANNEL, Leaves::BOTH_IN_REVERSE>(s, stream);
-  return s.out.data ? launch_delta_chunked<R, W, BY_CHANNEL, Leaves::OUTPUT>(s, stream)
-                    : launch_delta_chunked<R, W, BY_CHANNEL, Leaves::WRITTEN>(s, stream);
+template <class L> int32_t launch_delta_chunked(L, const cla_delta_sweep &s, void *stream) {
+  if (s.reverse) return launch_delta_chunked<L, Leaves::BOTH_IN_REVERSE>(s, stream);
+  return s.out.data ? launch_delta_chunked<L, Leaves::OUTPUT>(s, stream) : launch_delta_chunked<L, Leaves::WRITTEN>(s, stream);
 }
 
 // Calls `f` with the layout that a sweep takes.
 template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
   auto by_gate = [&](auto rows, auto groups) {
     constexpr int R = decltype(rows)::value, W = decltype(groups)::value;
-    return s.of.gate_kind == CLA_GATE_ROWS ? f(DeltaChunkLayout<R, W, true>()) : f(DeltaChunkLayout<R, W, false>());
+    if (s.of.gate_kind == CLA_GATE_ROWS) return f(DeltaChunkLayout<R, W, true, true>());
+    using Ahead = DeltaChunkLayout<R, W, false, true>;
+    if constexpr (W == 1) {
+      if (Ahead::SHARED > s.shared_limit) return f(DeltaChunkLayout<R, W, false, false>());
+    }
+    return f(Ahead());
   };
   auto by_columns = [&](auto rows) {
     return s.columns <= 64 ? by_gate(rows, std::integral_constant<int, 1>()) : by_gate(rows, std::integral_constant<int, 2>());

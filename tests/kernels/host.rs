@@ -113,6 +113,31 @@ fn less_shared_memory_gives_the_same() -> Result<()> {
     Ok(())
 }
 
+/// The kernels that have room for little else than a chunk: every size that they come in, several chunks, packed sequences.
+#[test]
+fn kernels_with_99_kilobytes() -> Result<()> {
+    for op in [Op::LinearAttn, Op::SimpleGla, Op::DeltaRule, Op::GatedDeltaRule] {
+        for (k, v) in [(128, 128), (128, 40), (40, 64), (64, 128)] {
+            let cu_seqlens = (k == v).then(|| vec![0, 130, 130, 200]);
+            let case = Case { op, k, v, t: 200, h: 1, cu_seqlens, dtype: DType::BF16, ..Case::default() };
+            let case = Case { scale: Some(-0.7), ..case };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            for mode in [Mode::FusedChunk, Mode::Chunk] {
+                let got = cuda_host::run_on(4, 99 << 10, || case.run(mode, &inputs, Graph::ALL))?;
+                case.check_within(
+                    limits(DType::BF16),
+                    &got,
+                    &want,
+                    Graph::ALL,
+                    &format!("{mode:?}, {case:?}"),
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Auto divides a sequence among as many multiprocessors as there are.
 #[test]
 fn any_number_of_multiprocessors_gives_the_same() -> Result<()> {

@@ -59,6 +59,7 @@ pub(super) struct Sweep {
     pub anchors: SegmentStates,
     pub reverse: i32,
     pub columns: i32,
+    pub shared_limit: i64,
     pub prepared: *mut u8,
     pub spans: Spans,
     pub crowded: i32,

@@ -127,6 +127,7 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
         anchors: SegmentStates { data: anchors, cu_segments: std::ptr::null(), each: 0, all: 0 },
         reverse: sweep.reverse.into(),
         columns: 0,
+        shared_limit: pass.card.shared_memory as i64,
         prepared: std::ptr::null_mut(),
         spans: ffi::Spans {
             count: 1,
