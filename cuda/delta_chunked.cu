@@ -120,8 +120,8 @@ template <int R, int W, bool BY_CHANNEL, Leaves LEAVES> struct DeltaChunked : Sw
     unsigned char *to = sweep.stage(i);
     const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
     if (!BY_CHANNEL) {
-      fetch_tile<R, MOVING>(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
-      fetch_tile<R, MOVING>(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
+      TileRows<R, MOVING>::fetch(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
+      TileRows<R, MOVING>::fetch(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
     }
     Base::fetch_values_apart(s, tile(to, L::VALUE), i);
   }
