@@ -133,16 +133,13 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
 
   static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
-  struct alignas(8) Two {
-    uint32_t x[2];
-  };
   // Where in a tile the i-th of a thread's steps is, from where the first is: those are aligned in blocks of 8 rows, within
   // which the swizzle is an exclusive or.
   static_assert(STEPS_EACH % 8 == 0 || 8 % STEPS_EACH == 0, "a thread's steps are part of a block of 8 rows or some of them");
   CLA_DEVICE static int step_in_tile(int first, int i) { return (first ^ (i & 7) << 4) + i * 128; }
-  CLA_DEVICE Two &four_at(Tile tile, int at) const { return *(Two *)(tile.base + at); }
-  CLA_DEVICE void unpack(float (&x)[4], Two two) const {
-    x[0] = low_bf16(two.x[0]), x[1] = high_bf16(two.x[0]), x[2] = low_bf16(two.x[1]), x[3] = high_bf16(two.x[1]);
+  CLA_DEVICE Vec2 &four_at(Tile tile, int at) const { return *(Vec2 *)(tile.base + at); }
+  CLA_DEVICE void unpack(float (&x)[4], Vec2 two) const {
+    x[0] = low_bf16(two.x), x[1] = high_bf16(two.x), x[2] = low_bf16(two.y), x[3] = high_bf16(two.y);
   }
   CLA_DEVICE void staged_gates(float (&g)[4], int at, int row, int c) const {
     if (gates_in_tile()) unpack(g, four_at(raw_gates(), at));
@@ -153,10 +150,10 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     unpack(x, four_at(from, at));
     CLA_UNROLL
     for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
-    Two h, l;
-    split(h.x, l.x, x);
-    four_at(high, at) = h;
-    four_at(low, at) = l;
+    uint32_t h[2], l[2];
+    split(h, l, x);
+    four_at(high, at) = {h[0], h[1]};
+    four_at(low, at) = {l[0], l[1]};
   }
 
   CLA_DEVICE void add_gates(float (&sum)[4], int at, int row, int c) const {

@@ -158,9 +158,5 @@ template <int WIDTH, int THREADS> struct TileRows {
     }
   }
 };
-template <int WIDTH, int THREADS>
-CLA_DEVICE void fetch_tile(Tile tile, const Rows &rows, const SegmentSteps &at, int width, int tid) {
-  TileRows<WIDTH, THREADS>::fetch(tile, rows, at, width, tid);
-}
 
 }  // namespace cla

@@ -141,12 +141,12 @@ template <int R, int V> struct DeltaChunkGradients {
     }
   }
   CLA_DEVICE void fetch_key(int to, const cla_tensor &from) const {
-    fetch_tile<R, THREADS>(tile(to), rows_of(from), at, c.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(to), rows_of(from), at, c.of.k_dim, tid);
     copies_commit();
   }
 
   CLA_DEVICE void load() const {
-    fetch_tile<V, THREADS>(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
+    TileRows<V, THREADS>::fetch(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
     fetch_key(K, c.of.k);
     if (tid < CHUNK) {
       numbers(BETA)[tid] = tid < at.count ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;

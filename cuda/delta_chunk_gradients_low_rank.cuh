@@ -51,12 +51,12 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
   CLA_DEVICE static int scores(int which) { return At::QV + which * At::PAIR; }
 
   CLA_DEVICE void load() const {
-    fetch_tile<R, THREADS>(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
-    fetch_tile<R, THREADS>(tile(At::VALUES), rows_of(c.v), at, c.of.v_dim, tid);
-    fetch_tile<R, THREADS>(tile(At::K), rows_of(c.of.k), at, c.of.k_dim, tid);
-    fetch_tile<R, THREADS>(tile(At::B), rows_of(c.of.b), at, c.of.k_dim, tid);
-    fetch_tile<R, THREADS>(tile(At::Q), rows_of(c.of.q), at, c.of.k_dim, tid);
-    fetch_tile<R, THREADS>(tile(At::A), rows_of(c.of.a), after, c.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(At::VALUES), rows_of(c.v), at, c.of.v_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(At::K), rows_of(c.of.k), at, c.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(At::B), rows_of(c.of.b), at, c.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(At::Q), rows_of(c.of.q), at, c.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(tile(At::A), rows_of(c.of.a), after, c.of.k_dim, tid);
     copies_commit();
     this->split_rows(at, after);
     this->template split_state<false>(c.starts, [](int, float) {});

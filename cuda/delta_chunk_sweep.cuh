@@ -205,7 +205,7 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   CLA_COLD static void fetch_values_apart(const cla_delta_sweep &s, Tile to, int i) {
     const DeltaChunkSweep sweep(s);
     const SegmentSteps at(sweep.steps, sweep.segment(i));
-    fetch_tile<COLUMNS, MOVING>(to, sweep.of_values(), at, sweep.columns(), sweep.tid);
+    TileRows<COLUMNS, MOVING>::fetch(to, sweep.of_values(), at, sweep.columns(), sweep.tid);
   }
   CLA_COLD static void flush_apart(const cla_delta_sweep &s, Tile from, int i) {
     const DeltaChunkSweep sweep(s);

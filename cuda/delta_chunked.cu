@@ -124,8 +124,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
     unsigned char *to = sweep.stage(i);
     const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
     if (!BY_CHANNEL) {
-      fetch_tile<R, MOVING>(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
-      fetch_tile<R, MOVING>(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
+      TileRows<R, MOVING>::fetch(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
+      TileRows<R, MOVING>::fetch(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
     }
     Base::fetch_values_apart(s, tile(to, L::VALUE), i);
   }

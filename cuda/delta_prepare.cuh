@@ -114,8 +114,8 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE void load() {
     {
       const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
-      fetch_tile<R, THREADS>(tile(0), k, at, s.of.k_dim, tid);
-      fetch_tile<R, THREADS>(tile(1), q, at, s.of.k_dim, tid);
+      TileRows<R, THREADS>::fetch(tile(0), k, at, s.of.k_dim, tid);
+      TileRows<R, THREADS>::fetch(tile(1), q, at, s.of.k_dim, tid);
     }
     copies_commit();
     const Rows gate(s.of.gate, at.steps.batch, head);

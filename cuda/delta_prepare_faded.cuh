@@ -48,7 +48,7 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
   // ---- loading ----
 
   CLA_DEVICE void fetch_key(int which, const cla_tensor &from) const {
-    fetch_tile<R, THREADS>(key(which), Rows(from, at.steps.batch, head), at, s.of.k_dim, tid);
+    TileRows<R, THREADS>::fetch(key(which), Rows(from, at.steps.batch, head), at, s.of.k_dim, tid);
   }
   // Of each step the decay of the token that is so many steps before.
   CLA_DEVICE void load_decays(int before) const {

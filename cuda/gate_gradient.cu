@@ -183,15 +183,6 @@ template <int DTYPE> CLA_KERNEL(SUM_THREADS, 4) void sums_kernel(cla_gate_gradie
   });
 }
 
-// Calls `f` with the dtype as a type.
-template <class F> int32_t by_dtype(int32_t dtype, F f) {
-  switch (dtype) {
-    case CLA_F32: return f(std::integral_constant<int, CLA_F32>());
-    case CLA_F16: return f(std::integral_constant<int, CLA_F16>());
-    default: return f(std::integral_constant<int, CLA_BF16>());
-  }
-}
-
 }  // namespace cla
 
 extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *stream) {

@@ -229,11 +229,7 @@ template <int DTYPE> int32_t dispatch_norm(const cla_norm &c, bool backward, voi
 }
 
 inline int32_t dispatch_norm(const cla_norm &c, bool backward, void *stream) {
-  switch (c.x.dtype) {
-    case CLA_F32: return dispatch_norm<CLA_F32>(c, backward, stream);
-    case CLA_F16: return dispatch_norm<CLA_F16>(c, backward, stream);
-    default: return dispatch_norm<CLA_BF16>(c, backward, stream);
-  }
+  return by_dtype(c.x.dtype, [&](auto dtype) { return dispatch_norm<decltype(dtype)::value>(c, backward, stream); });
 }
 
 }  // namespace cla

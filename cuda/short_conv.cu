@@ -360,11 +360,7 @@ template <bool BACKWARD, int DTYPE> int32_t dispatch_width(const cla_short_conv 
 }
 
 template <bool BACKWARD> int32_t dispatch(const cla_short_conv &c, void *stream) {
-  switch (c.x.dtype) {
-    case CLA_F32: return dispatch_width<BACKWARD, CLA_F32>(c, stream);
-    case CLA_F16: return dispatch_width<BACKWARD, CLA_F16>(c, stream);
-    default: return dispatch_width<BACKWARD, CLA_BF16>(c, stream);
-  }
+  return by_dtype(c.x.dtype, [&](auto dtype) { return dispatch_width<BACKWARD, decltype(dtype)::value>(c, stream); });
 }
 
 }  // namespace cla
@@ -378,9 +374,5 @@ extern "C" int32_t cla_short_conv_backward(const cla_short_conv *call, void *str
 }
 
 extern "C" int32_t cla_short_conv_cache(const cla_short_conv *call, void *stream) {
-  switch (call->x.dtype) {
-    case CLA_F32: return cla::launch_cache<CLA_F32>(*call, stream);
-    case CLA_F16: return cla::launch_cache<CLA_F16>(*call, stream);
-    default: return cla::launch_cache<CLA_BF16>(*call, stream);
-  }
+  return cla::by_dtype(call->x.dtype, [&](auto dtype) { return cla::launch_cache<decltype(dtype)::value>(*call, stream); });
 }

@@ -1,6 +1,8 @@
 // Rows as kernels bound by memory move them: several neighbours at a time, of a dtype that the compiler knows, so that all
 // loads of a loop are under way before the first is looked at.
 #pragma once
+#include <type_traits>
+
 #include "elements.cuh"
 #include "layers.h"
 
@@ -94,6 +96,15 @@ template <int N, bool WHOLE> CLA_DEVICE void load_numbers(float (&x)[N], const c
 
 // On the side of the launch: whether they can be loaded four at a time.
 inline bool in_fours(const cla_numbers &x) { return (uintptr_t)x.data % (x.dtype == CLA_F32 ? 16 : 8) == 0; }
+
+// On the side of the launch: calls `f` with the dtype as a type.
+template <class F> int32_t by_dtype(int32_t dtype, F f) {
+  switch (dtype) {
+    case CLA_F32: return f(std::integral_constant<int, CLA_F32>());
+    case CLA_F16: return f(std::integral_constant<int, CLA_F16>());
+    default: return f(std::integral_constant<int, CLA_BF16>());
+  }
+}
 
 CLA_DEVICE float sigmoid(float x) { return reciprocal_fast(1.f + exp_fast(-x)); }
 // The derivative of x sigmoid(x).

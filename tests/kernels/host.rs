@@ -188,10 +188,11 @@ fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
 }
 
 /// Where they are few, blocks of the chunked delta kernels share a sequence in time, in spans of which short sequences have none.
+/// A span may be done before those that precede it, and has its rows moved in pieces or by elements.
 #[test]
 fn spans_of_the_chunked_delta_kernels() -> Result<()> {
     for (n, op) in DELTA.into_iter().enumerate() {
-        for (multiprocessors, k, v) in [(132, 16, 70), (132, 100, 130), (1, 70, 40)] {
+        for (order, multiprocessors, k, v) in [(0, 132, 16, 72), (1, 132, 100, 130), (2, 1, 70, 40)] {
             let cu_seqlens = (n % 2 == 0).then(|| vec![0, 0, 64, 600, 600, 601, 1130]);
             let seed = n as u64;
             let case = Case { op, k, v, seed, cu_seqlens, h: 1, dtype: DType::BF16, ..Case::default() };
@@ -199,9 +200,24 @@ fn spans_of_the_chunked_delta_kernels() -> Result<()> {
             let inputs = case.inputs()?;
             let want = case.expected(&inputs, [true; 3])?;
             let run = || case.run(Mode::Chunk, &inputs, Graph::ALL);
+            cuda_host::order(order);
             let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
-            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
+            cuda_host::order(0);
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{order}, {case:?}"))?;
         }
+    }
+    Ok(())
+}
+
+/// Spans of [`Mode::Chunk`] have four segments. Auto divides these 25 among five spans, every other of which begins with an odd one.
+#[test]
+fn auto_divides_the_chunked_delta_kernels_in_odd_spans() -> Result<()> {
+    for op in DELTA {
+        let case = Case { op, k: 16, v: 40, t: 1590, h: 1, dtype: DType::BF16, ..Case::default() };
+        let inputs = case.inputs()?;
+        let want = case.expected(&inputs, [true; 3])?;
+        let got = cuda_host::run(|| case.run(Mode::Auto, &inputs, Graph::ALL))?;
+        case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{case:?}"))?;
     }
     Ok(())
 }

@@ -153,6 +153,9 @@ mod tests {
         for states in [33, 66, 132, 256] {
             assert_eq!(spans(&Size { states, ..LONG }), None, "{states}");
         }
+        // As a test on the host has it, for an odd number of segments.
+        let few = Size { states: 1, longest: 1590, rows: 16, cols: 40 };
+        assert_eq!(spans(&few), Some(Spans { length: 5, count: 5, columns: 64 }));
         // The shorter, the less there is to gain.
         assert_eq!(spans(&Size { longest: 512, ..LONG }), None);
         let one = spans(&Size { states: 1, ..LONG }).unwrap();

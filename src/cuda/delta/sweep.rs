@@ -150,20 +150,18 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     let segments = sweep.segments.or(own.as_ref());
     let cu_segments = segments.and_then(|s| s.cu.as_ref()).map(Held::new);
     let (mut prepared, mut changes, mut starts) = (None, None, None);
-    let mut columns_of_changes = 0;
     if let (Route::Chunked { columns, spans }, Some(segments)) = (chosen, segments) {
         // SAFETY: as above.
         let bytes = unsafe { ffi::cla_delta_prepared_bytes(&call) } as usize;
         let each = bytes / DType::F32.size_in_bytes();
         prepared = Some(Buffer::new(&pass.machine, DType::F32, (segments.all, heads, each))?);
         call.columns = columns as i32;
-        if let Some(Spans { length, count, columns }) = spans {
+        if let Some(Spans { length, count, .. }) = spans {
             let (sequences, of_states) = (p.sequences.len(), p.k_dim * p.v_dim);
             let shape = (sequences, count - 1, heads, of_states + p.k_dim * p.k_dim);
             changes = Some(Buffer::new(&pass.machine, DType::F32, shape)?);
             starts = Some(Buffer::new(&pass.machine, DType::F32, (sequences, count, heads, of_states))?);
             (call.spans.count, call.spans.length) = (count as i32, length as i64);
-            columns_of_changes = columns as i32;
         }
     }
     let mut at_scratch = Addresses::new(&pass.machine);
@@ -175,24 +173,23 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     call.spans.changes = at_scratch.out_numbers(changes.as_mut())?;
     call.spans.starts = at_scratch.out_numbers(starts.as_mut())?;
     type Kernel = unsafe extern "C" fn(*const ffi::Sweep, *mut std::ffi::c_void) -> i32;
-    let of_changes = ffi::Sweep { columns: columns_of_changes, ..call };
-    let kernels: &[(&str, Kernel, &ffi::Sweep)] = match chosen {
-        Route::Recurrent => &[("cla_delta_recurrent", ffi::cla_delta_recurrent, &call)],
+    let kernels: &[(&str, Kernel, ffi::Sweep)] = match chosen {
+        Route::Recurrent => &[("cla_delta_recurrent", ffi::cla_delta_recurrent, call)],
         Route::Chunked { spans: None, .. } => &[
-            ("cla_delta_prepare", ffi::cla_delta_prepare, &call),
-            ("cla_delta_chunked", ffi::cla_delta_chunked, &call),
+            ("cla_delta_prepare", ffi::cla_delta_prepare, call),
+            ("cla_delta_chunked", ffi::cla_delta_chunked, call),
         ],
-        Route::Chunked { spans: Some(_), .. } => &[
-            ("cla_delta_prepare", ffi::cla_delta_prepare, &call),
-            ("cla_delta_changes", ffi::cla_delta_changes, &of_changes),
-            ("cla_delta_starts", ffi::cla_delta_starts, &call),
-            ("cla_delta_chunked", ffi::cla_delta_chunked, &call),
+        Route::Chunked { spans: Some(Spans { columns, .. }), .. } => &[
+            ("cla_delta_prepare", ffi::cla_delta_prepare, call),
+            ("cla_delta_changes", ffi::cla_delta_changes, ffi::Sweep { columns: columns as i32, ..call }),
+            ("cla_delta_starts", ffi::cla_delta_starts, call),
+            ("cla_delta_chunked", ffi::cla_delta_chunked, call),
         ],
     };
     for (kernel, launch, call) in kernels {
         // SAFETY: the addresses, strides and sizes are those of live tensors of one problem, checked by `Problem` and `Pass`,
         // which are held until all kernels are queued; the stream orders whatever comes after.
-        let code = unsafe { launch(*call, pass.machine.stream()) };
+        let code = unsafe { launch(call, pass.machine.stream()) };
         pass.check(kernel, code)?;
     }
     Ok(())
