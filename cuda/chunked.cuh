@@ -37,13 +37,17 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 
   CLA_DEVICE int state_row(int j, int e) const { return 8 * j + pair + (e & 1); }
 
-  template <class F> CLA_DEVICE void each_state(F f) {
+  // f(element, where it lies in memory from `first` on, its row and column) for those that the state has. Addresses are found
+  // whether they are used or not: that is less than to branch, and all loads are under way together.
+  template <class F> CLA_DEVICE void each_state(float *first, int64_t row, int64_t col, F f) {
+    float *at = first + pair * row + column(0) * col;
+    const bool inside[2] = {column(0) < columns(), column(1) < columns()};
     CLA_UNROLL
-    for (int j = 0; j < R / 8; j++) {
+    for (int j = 0; j < R / 8; j++, at += 8 * row) {
       CLA_UNROLL
       for (int e = 0; e < 4; e++) {
-        int r = state_row(j, e), c = column(e >> 1);
-        if (r < s.rows && c < columns()) f(state[j][e], r, c);
+        float *x = at + (e & 1 ? row : 0) + (e >> 1 ? 8 * col : 0);
+        if (inside[e >> 1] && state_row(j, e) < s.rows) f(state[j][e], x, state_row(j, e), column(e >> 1));
       }
     }
   }
@@ -60,14 +64,21 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     return s.starts + place.index(s.heads, s.segments) * s.rows * (int64_t)s.cols + first_column;
   }
 
-  CLA_DEVICE void load_state() {
+  // What the sweep begins with; copies of rows had better be under way by then.
+  CLA_DEVICE void load_state(bool only_state) {
     zero(state);
+    if (only_state) return;
+    auto load = [](float &x, const float *at, int, int) { x = *at; };
     if (s.segment) {
-      const float *from = segment_state();
-      each_state([&](float &x, int r, int c) { x = from[(int64_t)r * s.cols + c]; });
+      each_state(segment_state(), s.cols, 1, load);
     } else if (s.first.data) {
-      const float *from = s.first.data + place.sequence * s.first.sequence + place.head * s.first.head;
-      each_state([&](float &x, int r, int c) { x = s.first_scale * from[r * s.first.row + (first_column + c) * s.first.col]; });
+      float *from = s.first.data + place.sequence * s.first.sequence + place.head * s.first.head;
+      each_state(from + first_column * s.first.col, s.first.row, s.first.col, load);
+      CLA_UNROLL
+      for (int j = 0; j < R / 8; j++) {
+        CLA_UNROLL
+        for (int e = 0; e < 4; e++) state[j][e] *= s.first_scale;
+      }
     }
   }
 
@@ -76,16 +87,13 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     float *to = s.last.data + place.sequence * s.last.sequence + place.head * s.last.head;
     float whole = s.last_scale;
     if (SCALAR) whole *= exp_fast(steps.decay_after(gate, 0));
-    each_state([&](float &x, int r, int c) {
-      float y = whole * x;
-      if (VECTOR) y *= exp_fast(steps.decay_after(gate, BY_ROW ? r : c));
-      to[r * s.last.row + (first_column + c) * s.last.col] = y;
+    each_state(to + first_column * s.last.col, s.last.row, s.last.col, [&](float x, float *at, int r, int c) {
+      *at = VECTOR ? whole * x * exp_fast(steps.decay_after(gate, BY_ROW ? r : c)) : whole * x;
     });
   }
 
   CLA_DEVICE void store_segment() {
-    float *to = segment_state();
-    each_state([&](float &x, int r, int c) { to[(int64_t)r * s.cols + c] = x; });
+    each_state(segment_state(), s.cols, 1, [](float x, float *at, int, int) { *at = x; });
     if (SCALAR && block_y() == 0 && tid == 0) s.totals[place.index(s.heads, s.segments)] = total();
     if (VECTOR && (BY_COLUMN || block_y() == 0)) {
       int width = BY_ROW ? s.rows : s.cols;
@@ -279,15 +287,14 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   // ---- the sweep ----
 
   CLA_DEVICE void run(bool only_state) {
-    only_state ? zero(state) : load_state();
     if (SCALAR && tid == 0) total() = 1.f;
     if (VECTOR) {
       for (int c = tid; c < GATES; c += THREADS) total_of()[c] = end_factor()[c] = 1.f;
       if (tid == 0) limit() = CHUNK;
     }
     const bool results = !only_state && out.data;
-    if constexpr (L::COMPACT) results ? run_compact<true>() : run_compact<false>();
-    else if constexpr (L::AHEAD) results ? run_ahead<true>() : run_ahead<false>();
+    if constexpr (L::COMPACT) results ? run_compact<true>(only_state) : run_compact<false>(only_state);
+    else if constexpr (L::AHEAD) results ? run_ahead<true>(only_state) : run_ahead<false>(only_state);
     else if constexpr (L::NARROW) run_staged(only_state);
     else run_filled(only_state);
     if (only_state || VECTOR) barrier();
@@ -297,8 +304,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 
   // Chunks that are copied to shared memory ahead of their turn, the scores of each computed in its predecessor's: the tensor
   // cores have work while a state is packed, scores are stored and outputs go out.
-  template <bool RESULTS> CLA_DEVICE void run_ahead() {
-    if (begin >= end) return;
+  template <bool RESULTS> CLA_DEVICE void run_ahead(bool only_state) {
+    if (begin >= end) return load_state(only_state);
     typename Base::Pair gates_ahead = {0.f, 0.f};
     // Each warp sums up the gates of one of as many chunks as there are warps, two chunks before the first of them is due.
     constexpr int WARPS = THREADS / 32;
@@ -313,6 +320,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     fetch_keys(f, 1, begin + CHUNK);
     fetch_values(f, 0, begin);
     copies_commit();
+    load_state(only_state);
     copies_wait<1>();
     shared_fence();
     barrier();
@@ -386,12 +394,12 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 
   // Chunks that are copied to shared memory ahead of their turn.
   CLA_DEVICE void run_staged(bool only_state) {
+    load_state(only_state);
     if (SCALAR && tid < 32 && begin < end) sum_gates(0, gate_pair(begin));
     Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
     fetch_chunk(f, 0, begin);
     int stage = 0;
-    int64_t step = begin;
-    for (; step < end; step += CHUNK, stage ^= 1) {
+    for (int64_t step = begin; step < end; step += CHUNK, stage ^= 1) {
       copies_wait<0>();
       shared_fence();
       barrier();
@@ -426,16 +434,17 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       } while (VECTOR && from < count);
       if (!whole) fetch_chunk(f, stage ^ 1, step + CHUNK);
     }
-    if (waits) flush_last(f, stage ^ 1, step - CHUNK);
+    if (waits) flush_last(f, stage ^ 1, begin + (end - begin - 1) / CHUNK * CHUNK);
   }
 
   // Chunks whose keys are copied to shared memory ahead of their turn, and whose values while their first products run.
-  template <bool RESULTS> CLA_DEVICE void run_compact() {
-    if (begin >= end) return;
+  template <bool RESULTS> CLA_DEVICE void run_compact(bool only_state) {
+    if (begin >= end) return load_state(only_state);
     if (SCALAR && tid < 32) sum_gates(0, gate_pair(begin));
     Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
     fetch_keys(f, 0, begin);
     copies_commit();
+    load_state(only_state);
     int stage = 0;
     int64_t step = begin;
     for (; step < end; step += CHUNK, stage ^= 1) {
@@ -489,6 +498,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 
   // Chunks whose operands are made from the inputs on the spot.
   CLA_DEVICE void run_filled(bool only_state) {
+    load_state(only_state);
     int set = 0;
     for (int64_t step = begin; step < end; step += CHUNK, set ^= 1) {
       const int count = count_at(step);
