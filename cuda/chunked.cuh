@@ -451,8 +451,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       copies_wait<0>();
       shared_fence();
       barrier();
-      // A thread's pieces of outputs lie where it copies keys to.
-      static_assert(!L::OUT_OF_READ || R == COLUMNS, "pieces of either are the same");
+      // Where outputs lie where keys go, a thread's pieces of either are the same: it has read its own before it copies.
       if (waits) flush(f.out, stage ^ 1, step - CHUNK);
       fetch_values(f, 0, step);
       copies_commit();
