@@ -246,17 +246,9 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     products_commit<WGMMA>();
   }
 
-  // Steps from..to of the chunk at `step`, whose tiles are in `stage`; `meanwhile` runs while
-  // the first products do.
-  template <class F> CLA_DEVICE void solve(int stage, int set, int64_t step, int from, int to, bool only_state, F meanwhile) {
-    if (VECTOR) scale_state(start_factor());
-    if (only_state || !out.data) {
-      update_state(stage, set);
-      meanwhile();
-      products_wait<WGMMA, 0>();
-      return;
-    }
-    float p[SCORE_COLUMNS / 8][4], acc[8][4];
+  // Queues what a chunk reads of the state, and stores its scores; `meanwhile` runs while these products do.
+  template <class F> CLA_DEVICE void start_reading(float (&acc)[8][4], int stage, int set, F meanwhile) {
+    float p[SCORE_COLUMNS / 8][4];
     zero(p);
     zero(acc);
     StateOperand a;
@@ -269,6 +261,20 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     meanwhile();
     products_wait<WGMMA, 1>();
     store_scores(p, set);
+  }
+
+  // Steps from..to of the chunk at `step`, whose tiles are in `stage`; `meanwhile` runs while
+  // the first products do.
+  template <class F> CLA_DEVICE void solve(int stage, int set, int64_t step, int from, int to, bool only_state, F meanwhile) {
+    if (VECTOR) scale_state(start_factor());
+    if (only_state || !out.data) {
+      update_state(stage, set);
+      meanwhile();
+      products_wait<WGMMA, 0>();
+      return;
+    }
+    float acc[8][4];
+    start_reading(acc, stage, set, meanwhile);
     shared_fence();
     barrier();
     if (SCALAR) {
@@ -459,18 +465,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       copies_commit();
       float acc[8][4];
       if (RESULTS) {
-        float p[SCORE_COLUMNS / 8][4];
-        StateOperand a;
-        zero(p);
-        zero(acc);
-        pack_state(a, 0);
-        products_fence<WGMMA>();
-        add_scores(p, stage);
-        products_commit<WGMMA>();
-        add_state_times_read(acc, a, stage);
-        products_commit<WGMMA>();
-        products_wait<WGMMA, 1>();
-        store_scores(p, stage);
+        start_reading(acc, stage, stage, [] {});
         products_wait<WGMMA, 0>();
         if (SCALAR) decay_from_start(acc, stage);
       }

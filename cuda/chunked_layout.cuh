@@ -6,8 +6,8 @@ namespace cla {
 
 // ROWS: rows of the state, padded. W: warpgroups, each with 64 columns of it.
 //
-// COMPACT: values have one stage, and outputs take the place of what was read for them: what a GPU with 99 KB a block has room
-// for.
+// COMPACT: values have one stage, outputs take the place of what was read for them if they are as wide, and those in f32 go out
+// as they are: what a GPU with 99 KB a block has room for.
 //
 // NARROW: the inputs are bf16, which tensor cores take as they are. Others, operands that a decay has been multiplied into,
 // the state and the scores of a chunk are the sum of two bf16, which is f32 to 2^-17. BF16_OUT: so are the outputs.
