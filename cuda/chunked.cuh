@@ -23,6 +23,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start;
   using Base::to_end, Base::whole, Base::total, Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor;
   using Base::total_of;
+  using Base::copy_keys, Base::copy_values, Base::wait_for_keys, Base::wait_for_values, Base::drop_rows;
+  using Base::prepare_counts, Base::row_of, Base::store_tile, Base::store_rows;
   using Base::limit, Base::decay_chunk, Base::take_back_decay, Base::count_decay, Base::fill_part;
   using Fetched = typename Base::Fetched;
   static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES;
@@ -31,7 +33,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 
   float state[R / 8][4];
 
-  CLA_DEVICE Chunked(const cla_sweep &s) : Base(s) {}
+  CLA_DEVICE Chunked(const cla_sweep &s, const Maps<L> &maps) : Base(s, maps) {}
 
   // ---- the state ----
 
@@ -133,15 +135,15 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       }
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
-        const int t = row + 8 * h, seen = t + (s.inclusive ? 1 : 0);
+        const int at_row = row + 8 * h, t = row_of(at_row), seen = t + (s.inclusive ? 1 : 0);
         float x[2];
         CLA_UNROLL
         for (int i = 0; i < 2; i++) {
-          const int at = first + i;
+          const int at = row_of(first + i);
           x[i] = at < seen ? p[j][2 * h + i] : 0.f;
           if (SCALAR && at < t) x[i] *= exp2_fast((of_row[h] - of_column[i]) + (of_rest[h] - of_column_rest[i]));
         }
-        store_parts(scores(set, 0), scores(set, 1), t, first, x);
+        store_parts(scores(set, 0), scores(set, 1), at_row, first, x);
       }
     }
   }
@@ -156,9 +158,10 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   }
   CLA_DEVICE void add_scored_values(float (&acc)[8][4], int stage, int set) {
     const Tile v = own_values(stage, 0);
-    add_columns_by_rows<WGMMA>(acc, v, scores(set, 0));
-    if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(set, 0));
-    add_columns_by_rows<WGMMA>(acc, v, scores(set, 1));
+    const bool upwards = L::AHEAD && s.reverse;
+    add_columns_by_rows<WGMMA>(acc, v, scores(set, 0), upwards);
+    if (L::VALUE_PARTS == 2) add_columns_by_rows<WGMMA>(acc, own_values(stage, 1), scores(set, 0), upwards);
+    add_columns_by_rows<WGMMA>(acc, v, scores(set, 1), upwards);
   }
   CLA_DEVICE void decay_from_start(float (&acc)[8][4], int set) const {
     CLA_UNROLL
@@ -309,7 +312,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   }
 
   // Chunks that are copied to shared memory ahead of their turn, the scores of each computed in its predecessor's: the tensor
-  // cores have work while a state is packed, scores are stored and outputs go out.
+  // cores have work while a state is packed and scores are stored. One thread asks for all copies, and for outputs to go out.
   template <bool RESULTS> CLA_DEVICE void run_ahead(bool only_state) {
     if (begin >= end) return load_state(only_state);
     typename Base::Pair gates_ahead = {0.f, 0.f};
@@ -320,16 +323,15 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       if (own < 2) sum_gates(own, gate_pair(begin + own * CHUNK));
       gates_ahead = gate_pair(begin + (2 + own) * CHUNK);
     }
-    Fetched f = {{*this, read}, {*this, write}, {*this, value}, {*this, out}};
-    fetch_keys(f, 0, begin);
-    copies_commit();
-    fetch_keys(f, 1, begin + CHUNK);
-    fetch_values(f, 0, begin);
-    copies_commit();
-    load_state(only_state);
-    copies_wait<1>();
-    shared_fence();
+    prepare_counts();
     barrier();
+    if (tid == 0) {
+      copy_keys(0, begin, RESULTS);
+      copy_keys(1, begin + CHUNK, RESULTS);
+      copy_values(0, begin);
+    }
+    load_state(only_state);
+    wait_for_keys(0);
     float p[SCORE_COLUMNS / 8][4], acc[8][4];
     if (RESULTS) {
       zero(p);
@@ -342,12 +344,19 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     int n = 0;
     int64_t step = begin;
     for (; step < end; step += CHUNK, n++) {
-      copies_wait<0>();
+      if (RESULTS && L::OUT_SETS == 2 && tid == 0) wait_for_stores();
+      const bool more = step + CHUNK < end;
+      if (more) wait_for_keys(n + 1);
+      wait_for_values(n);
+      if (!more) drop_rows(n, step);
       shared_fence();
       barrier();
-      if (!RESULTS) {
-        fetch_ahead(f, n, step);
-      } else {
+      if (tid == 0) {
+        copy_keys(n + 2, step + 2 * CHUNK, RESULTS);
+        copy_values(n + 1, step + CHUNK);
+        if (RESULTS && n > 0) store_tile(n - 1, step - CHUNK);
+      }
+      if (RESULTS) {
         // A part of the state is packed while the product of the one before runs.
         StateOperand a;
         zero(acc);
@@ -357,10 +366,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
           pack_step(a, held, k);
           products_fence<WGMMA>();
           add_parts_by_rows<WGMMA>(acc, read_tile(n, 0), 16 * k, 0, a.high[held], a.rest[held]);
-          if (k == STATE_STEPS / 2) fetch_ahead(f, n, step);
         }
         products_commit<WGMMA>();
-        if (!SCALAR && n > 0) flush(f.out, n - 1, step - CHUNK);
         if (SCALAR) {
           products_wait<WGMMA, 0>();
           decay_from_start(acc, n);
@@ -368,14 +375,12 @@ template <class L> struct Chunked : ChunkOutputs<L> {
         zero(p);
         products_fence<WGMMA>();
         // Behind the last chunk its own again, for nobody.
-        add_scores(p, step + CHUNK < end ? n + 1 : n);
+        add_scores(p, more ? n + 1 : n);
         products_commit<WGMMA>();
         add_scored_values(acc, n, n);
         products_commit<WGMMA>();
       }
       update_state(n, n);
-      // With a decay it is the values that products wait for.
-      if (SCALAR && RESULTS && n > 0) flush(f.out, n - 1, step - CHUNK);
       if (SCALAR && n % WARPS == 0) {
         sum_gates(n + 2 + own, gates_ahead);
         gates_ahead = gate_pair(step + (2 + WARPS + own) * CHUNK);
@@ -383,19 +388,20 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       if (RESULTS) {
         products_wait<WGMMA, 2>();
         store_scores(p, n + 1);
-        barrier();  // what waited has gone out
+        if (L::OUT_SETS == 1) {
+          if (tid == 0) wait_for_stores();
+          barrier();
+        }
         products_wait<WGMMA, 1>();
         finish(acc, n, step, 0, count_at(step));
       }
       products_wait<WGMMA, 0>();
     }
-    if (RESULTS) flush_last(f, n - 1, step - CHUNK);
-  }
-
-  CLA_DEVICE void fetch_ahead(Fetched &f, int n, int64_t step) {
-    fetch_keys(f, n + 2, step + 2 * CHUNK);
-    fetch_values(f, n + 1, step + CHUNK);
-    copies_commit();
+    if (RESULTS) {
+      if (tid == 0) wait_for_stores();
+      barrier();
+      store_rows(n - 1, step - CHUNK);
+    }
   }
 
   // Chunks that are copied to shared memory ahead of their turn.
@@ -515,8 +521,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 };
 
 template <class L>
-CLA_KERNEL(L::THREADS, L::W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, int only_state) {
-  Chunked<L> sweep(s);
+CLA_KERNEL(L::THREADS, L::W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, const CLA_CONSTANT Maps<L> maps, int only_state) {
+  Chunked<L> sweep(s, maps);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);
 }

@@ -21,10 +21,10 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
 
-  CLA_DEVICE ChunkGates(const cla_sweep &s) : Base(s) {}
+  CLA_DEVICE ChunkGates(const cla_sweep &s, const Maps<L> &maps) : Base(s, maps) {}
 
   // ---- one decay for the whole state ----
-  // A chunk's are in one of several sets.
+  // A chunk's are in one of several sets, in the order of the rows of its tiles.
 
   CLA_DEVICE float *sums(int set) const { return factors() + set % L::FACTOR_SETS * (4 * CHUNK + 4); }  // G_t log2(e)
   CLA_DEVICE float *sums_rest(int set) const { return sums(set) + CHUNK; }                     // and what f32 left of it
@@ -55,7 +55,7 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     double at[2] = {sum - y, sum};
     CLA_UNROLL
     for (int i = 0; i < 2; i++) {
-      int t = 2 * lane + i;
+      const int t = this->row_of(2 * lane + i);
       sums(set)[t] = (float)at[i];
       sums_rest(set)[t] = (float)(at[i] - (float)at[i]);
       from_start(set)[t] = exp2_fast((float)at[i]);
@@ -262,7 +262,8 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   // The same out of the way of the loop over chunks, which has no use for it unless a gate forgets nearly everything: its
   // instructions would not fit their cache.
   CLA_COLD static int fill_part_apart(const cla_sweep &s, int64_t step, int from, int count) {
-    return ChunkGates(s).fill_part(step, from, count);
+    const Maps<L> none = {};
+    return ChunkGates(s, none).fill_part(step, from, count);
   }
 };
 

@@ -1,15 +1,25 @@
 // The rows that a chunked sweep reads, and their way into shared memory.
 #pragma once
+#include <type_traits>
+
 #include "chunked_layout.cuh"
 #include "elements.cuh"
 
 namespace cla {
+
+// What a sweep reads and writes, for a machine that moves sub-tiles by itself.
+struct ChunkMaps {
+  SubtileMap read, write, value, out;
+};
+struct NoMaps {};
+template <class L> using Maps = std::conditional_t<L::AHEAD, ChunkMaps, NoMaps>;
 
 template <class L> struct ChunkInputs {
   static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
 
   const cla_sweep &s;
+  const Maps<L> &maps;
   unsigned char *shared;
   Place place;
   Steps steps;
@@ -17,8 +27,8 @@ template <class L> struct ChunkInputs {
   int tid, lane, warp, group, row0, pair, first_column;
   int64_t begin, end;
 
-  CLA_DEVICE ChunkInputs(const cla_sweep &s)
-      : s(s), shared(shared_memory()), place(block_x(), s.heads, s.segments),
+  CLA_DEVICE ChunkInputs(const cla_sweep &s, const Maps<L> &maps)
+      : s(s), maps(maps), shared(shared_memory()), place(block_x(), s.heads, s.segments),
         steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse), read(s.read, steps.batch, place.head),
         write(s.write, steps.batch, place.head), value(s.value, steps.batch, place.head),
         gate(s.gate, steps.batch, place.head), out(s.out, steps.batch, place.head) {
@@ -56,13 +66,63 @@ template <class L> struct ChunkInputs {
   CLA_DEVICE Tile scores(int set, int part) const {
     return {shared + L::SCORES + (set % L::SCORE_SETS * 2 + part) * SUBTILE};
   }
-  CLA_DEVICE Tile out_tile(int stage) const { return L::OUT_OF_READ ? read_tile(stage, 0) : Tile{shared + L::OUT}; }
-  CLA_DEVICE float *wide_out() const { return (float *)(shared + L::OUT); }
+  CLA_DEVICE Tile out_tile(int stage) const {
+    return L::OUT_OF_READ ? read_tile(stage, 0) : Tile{shared + L::OUT + stage % L::OUT_SETS * L::VALUE};
+  }
+  // In rows of OUT_PITCH, or in sub-tiles of 32 columns.
+  CLA_DEVICE float *wide_out(int row, int column) const {
+    if (!L::AHEAD) return (float *)(shared + L::OUT) + row * L::OUT_PITCH + column;
+    const Tile subtile = {shared + L::OUT + column / 32 * SUBTILE};
+    return (float *)subtile.piece(row, column % 32 / 4) + column % 4;
+  }
   CLA_DEVICE float *factors() const { return (float *)(shared + L::FACTORS); }
   CLA_DEVICE float *decays() const { return (float *)(shared + L::DECAYS); }
   CLA_DEVICE float *totals() const { return (float *)(shared + L::TOTALS); }
 
-  // ---- loading ----
+  // ---- loading whole sub-tiles ----
+  // Tiles then have rows in the order of the tokens, which is not that of the steps in a reverse sweep. By one thread.
+
+  // The row of the t-th step of a chunk, and the other way round.
+  CLA_DEVICE int row_of(int t) const { return L::AHEAD && s.reverse ? CHUNK - 1 - t : t; }
+  CLA_DEVICE int64_t first_token(int64_t step) const { return steps.token(s.reverse ? step + CHUNK - 1 : step); }
+  CLA_DEVICE CopyCount *key_count(int stage) const { return (CopyCount *)(shared + L::COUNTS) + stage % L::KEY_STAGES; }
+  CLA_DEVICE CopyCount *value_count(int stage) const {
+    return (CopyCount *)(shared + L::COUNTS) + L::KEY_STAGES + stage % L::VALUE_STAGES;
+  }
+  CLA_DEVICE void prepare_counts() {
+    if (tid < L::KEY_STAGES + L::VALUE_STAGES) prepare_count(key_count(0) + tid);
+  }
+  template <int WIDTH>
+  CLA_DEVICE void copy_tile(Tile to, const cla_tensor &from, const SubtileMap &map, int column, int64_t step, CopyCount *count) {
+    CLA_UNROLL
+    for (int c = 0; c < WIDTH; c += 64) {
+      copy_subtile(to.from_column(c).base, map, column + c, first_token(step), place.head / from.group, steps.batch, count);
+    }
+  }
+  CLA_DEVICE void copy_keys(int n, int64_t step, bool reads) {
+    if (step >= end) return;
+    expect_bytes(key_count(n), (reads ? 2 : 1) * L::KEY);
+    if (reads) copy_tile<R>(read_tile(n, 0), s.read, maps.read, 0, step, key_count(n));
+    copy_tile<R>(write_tile(n, 0), s.write, maps.write, 0, step, key_count(n));
+  }
+  CLA_DEVICE void copy_values(int n, int64_t step) {
+    if (step >= end) return;
+    expect_bytes(value_count(n), L::VALUE);
+    copy_tile<COLUMNS>(value_tile(n, 0), s.value, maps.value, first_column, step, value_count(n));
+  }
+  CLA_DEVICE void wait_for_keys(int n) const { wait_for_bytes(key_count(n), n / L::KEY_STAGES); }
+  CLA_DEVICE void wait_for_values(int n) const { wait_for_bytes(value_count(n), n / L::VALUE_STAGES); }
+  // By all threads: rows of steps that do not write hold anything until then. Their values may be infinite, so that they
+  // are as much in the way as the keys.
+  CLA_DEVICE void drop_rows(int n, int64_t step) {
+    const int from = writing(step, count_at(step));
+    for (int i = tid; i < (CHUNK - from) * (R + COLUMNS) / 8; i += THREADS) {
+      const int row = row_of(from + i / ((R + COLUMNS) / 8)), piece = i % ((R + COLUMNS) / 8);
+      store16(piece < R / 8 ? write_tile(n, 0).piece(row, piece) : value_tile(n, 0).piece(row, piece - R / 8), {0, 0, 0, 0});
+    }
+  }
+
+  // ---- loading piece by piece ----
 
   // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
   // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).

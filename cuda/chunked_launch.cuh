@@ -16,6 +16,19 @@ struct Call {
 // Not launched: no kernel of the list fits.
 constexpr int32_t NONE_FITS = -1;
 
+// A tensor of `width` columns as sub-tiles; false where the machine cannot copy them.
+inline bool describe(SubtileMap &map, const cla_tensor &x, int width, const cla_sweep &s) {
+  const int64_t each = x.dtype == CLA_F32 ? 4 : 2;
+  // With cu_seqlens the tokens of all sequences are those of one batch entry; `tokens` counts them.
+  return describe_subtiles(map, x.data, {width, s.tokens, s.heads / x.group, s.cu_seqlens ? 1 : s.sequences},
+                           {each, each * x.token, each * x.head, each * x.batch});
+}
+inline bool describe(ChunkMaps &maps, const cla_sweep &s, bool only_state) {
+  maps = {};
+  return s.writes && describe(maps.read, s.read, s.rows, s) && describe(maps.write, s.write, s.rows, s) &&
+         describe(maps.value, s.value, s.cols, s) && (only_state || !s.out.data || describe(maps.out, s.out, s.cols, s));
+}
+
 template <class Layout> int32_t run_chunked(const Call &call) {
   const cla_sweep &s = call.sweep;
   if (Layout::SHARED > s.shared_limit) return NONE_FITS;
@@ -23,8 +36,12 @@ template <class Layout> int32_t run_chunked(const Call &call) {
     *call.shared = Layout::SHARED;
     return 0;
   }
+  Maps<Layout> maps;
+  if constexpr (Layout::AHEAD) {
+    if (!describe(maps, s, call.only_state)) return NONE_FITS;
+  }
   const Dims grid = {(int64_t)s.sequences * s.segments * s.heads, (s.cols + Layout::COLUMNS - 1) / Layout::COLUMNS};
-  return launch(chunked_kernel<Layout>, grid, Layout::THREADS, Layout::SHARED, call.stream, s, (int)call.only_state);
+  return launch(chunked_kernel<Layout>, grid, Layout::THREADS, Layout::SHARED, call.stream, s, maps, (int)call.only_state);
 }
 
 // So many warpgroups a block, if the machine has the memory for it.

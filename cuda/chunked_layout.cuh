@@ -21,8 +21,9 @@ template <int ROWS, int W_, bool COMPACT_, bool NARROW_, bool BF16_OUT_, int GAT
   static constexpr bool STAGED_DECAY = NARROW && VECTOR;
 
   static constexpr int KEY_PARTS = NARROW && !BY_ROW ? 1 : 2, VALUE_PARTS = NARROW && !BY_COLUMN ? 1 : 2;
-  // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already.
-  static constexpr bool AHEAD = NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
+  // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already. The
+  // machine moves the rows of such a sweep by itself.
+  static constexpr bool AHEAD = HAS_SUBTILE_COPIES && NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
   static_assert(!COMPACT || (NARROW && !VECTOR && R <= 128), "what a compact kernel takes");
   // What is not copied but computed into shared memory has no second stage.
   static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 && !COMPACT ? 2 : 1;
@@ -49,13 +50,19 @@ template <int ROWS, int W_, bool COMPACT_, bool NARROW_, bool BF16_OUT_, int GAT
   static constexpr int AFTER_DECAYS = DECAYS + DECAY_BYTES;
   static constexpr int OUT = WIDE_OUT && BY_COLUMN ? DECAYS : AFTER_SCORES > AFTER_DECAYS ? AFTER_SCORES : AFTER_DECAYS;
   static constexpr bool OUT_OF_READ = COMPACT && R == COLUMNS;
-  static constexpr int OUT_BYTES = WIDE_OUT ? 4 * CHUNK * OUT_PITCH : STAGED_OUT && !OUT_OF_READ ? VALUE : 0;
+  // Where outputs go out by themselves, those of the next chunk have their own place, if they are small.
+  static constexpr int OUT_SETS = AHEAD && BF16_OUT ? 2 : 1;
+  static constexpr int OUT_BYTES = WIDE_OUT ? (AHEAD ? 2 * VALUE : 4 * CHUNK * OUT_PITCH)
+                                   : STAGED_OUT && !OUT_OF_READ ? OUT_SETS * VALUE
+                                                                : 0;
   static constexpr int AFTER_OUT = OUT + OUT_BYTES > AFTER_SCORES ? OUT + OUT_BYTES : AFTER_SCORES;
   // Sums of a thread's steps.
   static constexpr int TOTALS = (AFTER_OUT + 15) / 16 * 16;
   static constexpr int FACTORS = TOTALS + (STAGED_DECAY ? 16 * THREADS : 0);
   static constexpr int FACTOR_COUNT = SCALAR ? FACTOR_SETS * (4 * CHUNK + 4) : VECTOR ? (STAGED_DECAY ? 5 : 4) * GATES + 4 : 0;
-  static constexpr int SHARED = FACTORS + 4 * FACTOR_COUNT;
+  // A count for each stage of the keys and of the values.
+  static constexpr int COUNTS = FACTORS + 4 * FACTOR_COUNT;
+  static constexpr int SHARED = COUNTS + (AHEAD ? 8 * (KEY_STAGES + VALUE_STAGES) : 0);
 };
 
 }  // namespace cla

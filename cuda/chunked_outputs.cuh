@@ -7,14 +7,14 @@ namespace cla {
 template <class L> struct ChunkOutputs : ChunkGates<L> {
   using Base = ChunkGates<L>;
   using Base::s, Base::steps, Base::out, Base::warp, Base::group, Base::row0, Base::pair, Base::columns;
-  using Base::out_tile, Base::wide_out, Base::decays, Base::anchor, Base::count_at;
+  using Base::out_tile, Base::wide_out, Base::decays, Base::anchor, Base::count_at, Base::row_of, Base::tid;
   template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
   static constexpr int THREADS = L::THREADS, COLUMNS = L::COLUMNS, PITCH = L::PITCH;
   static constexpr bool BY_COLUMN = L::BY_COLUMN;
 
   bool waits = false;  // whether there are some in shared memory
 
-  CLA_DEVICE ChunkOutputs(const cla_sweep &s) : Base(s) {}
+  CLA_DEVICE ChunkOutputs(const cla_sweep &s, const Maps<L> &maps) : Base(s, maps) {}
 
   // The thread's columns of the state (rows of its transpose) within the block, h = 0 or 1.
   CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
@@ -31,7 +31,7 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
           acc[j][e] *= exp2_fast(decays()[t * PITCH + c] - anchor()[c]);
         }
         if (L::WIDE_OUT) {
-          wide_out()[t * L::OUT_PITCH + c] = acc[j][e];
+          *wide_out(t, c) = acc[j][e];
         } else if (!L::STAGED_OUT && t >= from && t < to && c < columns()) {
           out.store(steps.token(step + t), c, acc[j][e]);
         }
@@ -62,7 +62,7 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
       for (int i = 0; i < CHUNK / EVERY; i++) {
         const int row = first + i * EVERY;
         if (row >= from && row < to && c < columns()) {
-          store16_streaming(data + i * EVERY * stride, load16(wide_out() + row * L::OUT_PITCH + c));
+          store16_streaming(data + i * EVERY * stride, load16(wide_out(row, c)));
         }
       }
     } else {
@@ -80,6 +80,26 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
     if (to == count_at(step)) at.next_chunk();
   }
   CLA_DEVICE void flush(Pieces<COLUMNS> &at, int stage, int64_t step) { flush(at, stage, step, 0, count_at(step)); }
+
+  // By one thread: the whole chunk at `step`, as sub-tiles.
+  CLA_DEVICE void store_tile(int stage, int64_t step) {
+    constexpr int EACH = L::WIDE_OUT ? 32 : 64;
+    CLA_UNROLL
+    for (int c = 0; c < COLUMNS; c += EACH) {
+      const void *from = L::WIDE_OUT ? (const void *)wide_out(0, c) : out_tile(stage).from_column(c).base;
+      store_subtile(this->maps.out, this->first_column + c, this->first_token(step), this->place.head, steps.batch, from);
+    }
+  }
+  // By all threads: of the chunk at `step`, the steps that there are. Behind them may be those of another sequence.
+  CLA_DEVICE void store_rows(int stage, int64_t step) {
+    constexpr int EACH = L::WIDE_OUT ? 4 : 8, PER_ROW = COLUMNS / EACH;
+    for (int i = tid; i < count_at(step) * PER_ROW; i += THREADS) {
+      const int t = i / PER_ROW, c = i % PER_ROW * EACH, row = row_of(t);
+      if (c >= columns()) continue;
+      const void *from = L::WIDE_OUT ? (const void *)wide_out(row, c) : out_tile(stage).piece(row, c / 8);
+      store16_streaming(out.row(steps.token(step + t)) + 16 / EACH * c, load16(from));
+    }
+  }
 };
 
 }  // namespace cla

@@ -7,6 +7,7 @@
 #include "host/platform.h"
 #else
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -66,6 +67,88 @@ CLA_DEVICE void copy16_async(void *shared, const void *global, bool valid) {
 }
 CLA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> CLA_DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Whether the machine copies whole sub-tiles (products.cuh) by itself: all that this is compiled for must.
+constexpr int ARCHITECTURES[] = {__CUDA_ARCH_LIST__};
+constexpr bool all_from(int least) {
+  for (int architecture : ARCHITECTURES) {
+    if (architecture < least) return false;
+  }
+  return true;
+}
+constexpr bool HAS_SUBTILE_COPIES = all_from(900);
+
+// A tensor [sequences, tokens, heads, columns] of bf16 or f32 as something to copy sub-tiles from and to; a parameter of the
+// kernel. What lies outside of the tensor is read as zeros and not written.
+struct SubtileMap {
+  CUtensorMap map;
+};
+// Sizes in the order columns, tokens, heads, sequences; strides in bytes, of a column's own size for the first. False if the
+// machine cannot: it takes addresses and strides that are multiples of 16, and strides below 2^40.
+inline bool describe_subtiles(SubtileMap &map, void *data, const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  static const auto encode = [] {
+    void *found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return (decltype(&cuTensorMapEncodeTiled))found;
+  }();
+  cuuint64_t size[4], stride[3];
+  for (int i = 0; i < 4; i++) {
+    if (sizes[i] < 1 || sizes[i] > INT32_MAX || strides[i] < 0) return false;
+    size[i] = (cuuint64_t)sizes[i];
+    // Nothing takes a step along a dimension of size 1; its stride may be any.
+    if (i > 0) stride[i - 1] = sizes[i] == 1 ? 16 : (cuuint64_t)strides[i];
+  }
+  const cuuint32_t box[4] = {(cuuint32_t)(128 / strides[0]), 64, 1, 1}, each[4] = {1, 1, 1, 1};
+  const auto type = strides[0] == 4 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode && encode(&map.map, type, 4, data, size, stride, box, each, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Counts bytes that sub-tiles bring to shared memory, time after time. One thread prepares it, before a barrier(); for each
+// time one thread says how many bytes are expected, and asks for the copies.
+struct CopyCount {
+  uint64_t bits;
+};
+CLA_DEVICE void prepare_count(CopyCount *count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(count)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+CLA_DEVICE void expect_bytes(CopyCount *count, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(count)), "r"(bytes) : "memory");
+}
+// Until all bytes of the `time`-th time, from 0, have come; not after the time that follows it has been asked for.
+CLA_DEVICE void wait_for_bytes(CopyCount *count, int time) {
+  asm volatile(
+      "{\n.reg .pred landed;\nagain:\nmbarrier.try_wait.parity.shared.b64 landed, [%0], %1;\n@!landed bra again;\n}" ::"r"(
+          shared_address(count)),
+      "r"(time & 1)
+      : "memory");
+}
+// The sub-tile whose first column and token these are, which may lie outside.
+CLA_DEVICE void copy_subtile(void *to, const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, CopyCount *count) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
+          shared_address(to)),
+      "l"(&map.map), "r"(column), "r"((int)token), "r"(head), "r"((int)sequence), "r"(shared_address(count))
+      : "memory");
+}
+// From shared memory, where whoever wrote it has made it visible by shared_fence and a barrier. It may be written again once
+// the same thread has waited for what it stores.
+CLA_DEVICE void store_subtile(const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, const void *from) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map.map),
+               "r"(column), "r"((int)token), "r"(head), "r"((int)sequence), "r"(shared_address(from))
+               : "memory");
+}
+CLA_DEVICE void wait_for_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 
 // Four 8x8 matrices of 16-bit numbers; lane l has the address of row l % 8 of matrix l / 8.
 CLA_DEVICE void load_matrices(uint32_t (&r)[4], const void *row) {

@@ -154,8 +154,9 @@ template <bool WGMMA, int N> CLA_DEVICE void add_rows_by_rows(float (&acc)[N / 8
   }
 }
 
-// acc[v, t] += sum_s a[s, v] b[t, s]; the columns of `a` begin at the warpgroup's first.
-template <bool WGMMA> CLA_DEVICE void add_columns_by_rows(float (&acc)[8][4], Tile a, Tile b) {
+// acc[v, t] += sum_s a[s, v] b[t, s], where b is 0 for s > t, or, if time goes up the rows, for s < t. The columns of `a` begin
+// at the warpgroup's first.
+template <bool WGMMA> CLA_DEVICE void add_columns_by_rows(float (&acc)[8][4], Tile a, Tile b, bool upwards = false) {
   const int warp = (thread_index() >> 5) & 3;
   (void)warp;
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -170,7 +171,8 @@ template <bool WGMMA> CLA_DEVICE void add_columns_by_rows(float (&acc)[8][4], Ti
     uint32_t x[4], y[4];
     load_a_transposed(x, a, s, 16 * warp);
     CLA_UNROLL
-    for (int j = s / 16; j < 4; j++) {  // b is causal: before row s it is 0 there
+    for (int j = 0; j < 4; j++) {
+      if (upwards ? j > s / 16 : j < s / 16) continue;
       load_b(y, b, 16 * j, s);
       mma16(acc[2 * j], acc[2 * j + 1], x, y);
     }

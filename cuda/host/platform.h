@@ -4,7 +4,8 @@
 // It is stricter than a GPU. What it can see to be wrong ends the process (abort), with a message that says where in the
 // kernel each thread is; what it cannot see it makes visible, as NaN:
 //  - shared memory is 0xff bytes, NaN in every format, until it is written;
-//  - what copy16_async copies lands when a copies_wait covers its group, and no sooner: until then its target is 0xff;
+//  - what copy16_async copies lands when a copies_wait covers its group, and no sooner: until then its target is 0xff; a
+//    sub-tile that is copied likewise, and one that is stored is read only when its store is waited for;
 //  - a thread runs alone as far as it can, so that a missing barrier shows under one order or another.
 // Under AddressSanitizer, reading what is still being copied is an error too, as is every access outside of shared memory.
 #pragma once
@@ -120,6 +121,43 @@ template <int N> void copies_wait() {
   static_assert(N >= 0, "a number of groups");
   host::copies_wait(N);
 }
+
+constexpr bool HAS_SUBTILE_COPIES = true;
+
+struct SubtileMap {
+  unsigned char *data;
+  int64_t sizes[4], strides[4];
+
+  // The 16 bytes of a row of a sub-tile, where its first column and token are; null if they lie outside.
+  unsigned char *piece(int column, int64_t token, int head, int64_t sequence, int row, int piece) const {
+    const int64_t c = column + piece * 16 / strides[0], t = token + row;
+    if (c < 0 || c >= sizes[0] || t < 0 || t >= sizes[1] || head >= sizes[2] || sequence >= sizes[3]) return nullptr;
+    return data + c * strides[0] + t * strides[1] + head * strides[2] + sequence * strides[3];
+  }
+};
+inline bool describe_subtiles(SubtileMap &map, void *data, const int64_t (&sizes)[4], const int64_t (&strides)[4]) {
+  map.data = (unsigned char *)data;
+  for (int i = 0; i < 4; i++) {
+    map.sizes[i] = sizes[i];
+    map.strides[i] = strides[i];
+    // What a GPU demands. A piece is all inside or all outside.
+    if (sizes[i] < 1 || sizes[i] > INT32_MAX || strides[i] < 0) return false;
+    if (i > 0 && sizes[i] > 1 && (strides[i] == 0 || strides[i] % 16)) return false;
+  }
+  return (uintptr_t)data % 16 == 0 && sizes[0] * strides[0] % 16 == 0;
+}
+
+struct CopyCount {
+  int32_t times, missing;  // how often all bytes have been asked for, and how many are still expected
+};
+void prepare_count(CopyCount *count);
+void expect_bytes(CopyCount *count, int bytes, CLA_HOST_SITE);
+void wait_for_bytes(CopyCount *count, int time, CLA_HOST_SITE);
+void copy_subtile(void *to, const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, CopyCount *count,
+                  CLA_HOST_SITE);
+void store_subtile(const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, const void *from,
+                   CLA_HOST_SITE);
+void wait_for_stores();
 
 inline void load_matrices(uint32_t (&r)[4], const void *row, CLA_HOST_SITE) {
   host::load_matrices(r, row, false, {"load_matrices", file, line});

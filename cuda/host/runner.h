@@ -23,7 +23,25 @@ struct Copy {
   unsigned char bytes[16];
 };
 
+constexpr int SUBTILE_ROWS = 64, SUBTILE_PIECES = 8, SUBTILE_BYTES = SUBTILE_ROWS * SUBTILE_PIECES * 16;
+// Where a piece of a row lies in a sub-tile.
+inline size_t place_in_subtile(int row, int piece) { return row * 128 + ((piece ^ row % 8) << 4); }
+
+struct SubtileCopy {
+  CopyCount *count;
+  unsigned char *to;
+  unsigned char bytes[SUBTILE_BYTES];
+};
+
+struct SubtileStore {
+  const SubtileMap *map;
+  int column, head;
+  int64_t token, sequence;
+  const unsigned char *from;
+};
+
 struct Thread : Fiber {
+  std::vector<SubtileStore> stores;  // that nobody has waited for
   std::vector<Copy> copies;  // in the order in which they were asked for
   size_t landed = 0;         // as many of them have
   int64_t groups = 0;        // committed
@@ -32,6 +50,7 @@ struct Thread : Fiber {
 struct Warp {
   unsigned first;  // thread
   uint32_t lanes, ready, waiting, returned;
+  uint32_t counting;  // lanes that wait for bytes
   // Warps take part in one collective after the other. A lane can be one ahead of another that has yet to fetch its
   // results, never two: hence two sets of what lanes hand to each other.
   unsigned collectives;
@@ -159,10 +178,66 @@ class Runner {
   Warp &warp() { return *current; }
   Thread &thread() { return threads[here.thread]; }
 
-  void check_shared(const void *p, const Site &site) const {
+  void expect_bytes(CopyCount *count, int bytes, const Site &site) {
+    if (count->missing != 0) fatal(site, "not all that was expected before has been asked for");
+    count->missing = bytes;
+  }
+
+  void copy_subtile(const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, CopyCount *count, void *to,
+                    const Site &site) {
+    check_shared(to, site, SUBTILE_BYTES);
+    if ((uintptr_t)to % 1024) fatal(site, "a sub-tile must begin at a multiple of 1024");
+    if (count->missing < SUBTILE_BYTES) fatal(site, "more is copied than is expected");
+    subtiles.push_back({count, (unsigned char *)to, {}});
+    for (int row = 0; row < SUBTILE_ROWS; row++) {
+      for (int i = 0; i < SUBTILE_PIECES; i++) {
+        const unsigned char *piece = map.piece(column, token, head, sequence, row, i);
+        if (piece) memcpy(subtiles.back().bytes + place_in_subtile(row, i), piece, 16);
+      }
+    }
+    memset(to, 0xff, SUBTILE_BYTES);
+    forbid(to, SUBTILE_BYTES);
+    count->missing -= SUBTILE_BYTES;
+    count_if_complete(count);
+  }
+
+  void wait_for_bytes(CopyCount *count, int time, const Site &site) {
+    const unsigned index = here.thread;
+    while (count->times <= time) {
+      count_site = site;
+      current->counting |= 1u << index % WARP;
+      go_on(threads[index], false);
+    }
+    if (count->times > time + 1) fatal(site, "the time after the one that is waited for is over too");
+    for (size_t i = 0; i < subtiles.size();) {
+      SubtileCopy &copy = subtiles[i];
+      if (copy.count != count) {
+        i++;
+        continue;
+      }
+      allow(copy.to, SUBTILE_BYTES);
+      memcpy(copy.to, copy.bytes, SUBTILE_BYTES);
+      if (i + 1 < subtiles.size()) copy = subtiles.back();
+      subtiles.pop_back();
+    }
+  }
+
+  void wait_for_stores(Thread &thread) {
+    for (const SubtileStore &store : thread.stores) {
+      for (int row = 0; row < SUBTILE_ROWS; row++) {
+        for (int i = 0; i < SUBTILE_PIECES; i++) {
+          unsigned char *piece = store.map->piece(store.column, store.token, store.head, store.sequence, row, i);
+          if (piece) memcpy(piece, store.from + place_in_subtile(row, i), 16);
+        }
+      }
+    }
+    thread.stores.clear();
+  }
+
+  void check_shared(const void *p, const Site &site, size_t bytes = 16) const {
     check_alignment(p, site);
     const size_t offset = (size_t)((const unsigned char *)p - here.shared);
-    if (offset >= shared_bytes || shared_bytes - offset < 16) {
+    if (offset >= shared_bytes || shared_bytes - offset < bytes) {
       fatal(site, "the address is outside of the block's shared memory");
     }
   }
@@ -189,6 +264,9 @@ class Runner {
     first = false;
     kernel(arguments);
     const unsigned index = here.thread;
+    if (!threads[index].stores.empty()) {
+      fatal({"store_subtile", "a kernel", 0}, "a thread returns before what it stores has been read");
+    }
     current->returned |= 1u << index % WARP;
     returned++;
     if (returned < thread_count) {
@@ -204,13 +282,15 @@ class Runner {
       threads[i].copies.clear();
       threads[i].landed = 0;
       threads[i].groups = 0;
+      threads[i].stores.clear();
     }
+    subtiles.clear();
     arrived = returned = runnable = 0;
     for (unsigned w = 0; w * WARP < thread_count; w++) {
       const unsigned lanes = thread_count - w * WARP;
       warps[w].first = w * WARP;
       warps[w].lanes = lanes < WARP ? (1u << lanes) - 1 : ALL_LANES;
-      warps[w].ready = warps[w].waiting = warps[w].returned = warps[w].collectives = 0;
+      warps[w].ready = warps[w].waiting = warps[w].counting = warps[w].returned = warps[w].collectives = 0;
       make_ready(warps[w], warps[w].lanes);
     }
     unsigned char *shared = here.shared;
@@ -240,6 +320,16 @@ class Runner {
             "cuda/host: kernel bug in block (%u, %u): it wrote outside of its shared memory, at byte %ld of %zu\n",
             here.block_x, here.block_y, offset, shared_bytes);
     abort();
+  }
+
+  void count_if_complete(CopyCount *count) {
+    if (count->missing != 0) return;
+    count->times++;
+    // Those who wait for something else will find that and wait again.
+    for (unsigned w = 0; w * WARP < thread_count; w++) {
+      if (warps[w].counting) make_ready(warps[w], warps[w].counting);
+      warps[w].counting = 0;
+    }
   }
 
   void make_ready(Warp &warp, uint32_t lanes) {
@@ -279,6 +369,7 @@ class Runner {
     const Warp &warp = warps[index / WARP];
     const uint32_t lane = 1u << index % WARP;
     if (warp.returned & lane) return nullptr;
+    if (warp.counting & lane) return &count_site;
     return warp.waiting & lane ? &warp.site : &barrier_site;
   }
   [[noreturn]] void stuck() const {
@@ -310,7 +401,8 @@ class Runner {
   unsigned thread_count = 0, arrived = 0, returned = 0;
   Warp *current = nullptr;  // of the thread that runs now
   uint32_t runnable = 0;  // warps that have lanes that are ready
-  Site barrier_site = {};
+  Site barrier_site = {}, count_site = {};
+  std::vector<SubtileCopy> subtiles;  // that nobody has waited for
   void (*kernel)(const void *) = nullptr;
   const void *arguments = nullptr;
   bool running = false, first = false;

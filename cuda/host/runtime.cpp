@@ -126,6 +126,24 @@ void copy16_async(void *shared, const void *global, bool valid, const char *file
 
 void copies_commit() { runner->thread().groups++; }
 
+void prepare_count(CopyCount *count) { *count = {0, 0}; }
+void expect_bytes(CopyCount *count, int bytes, const char *file, int line) {
+  runner->expect_bytes(count, bytes, {"expect_bytes", file, line});
+}
+void wait_for_bytes(CopyCount *count, int time, const char *file, int line) {
+  runner->wait_for_bytes(count, time, {"wait_for_bytes", file, line});
+}
+void copy_subtile(void *to, const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, CopyCount *count,
+                  const char *file, int line) {
+  runner->copy_subtile(map, column, token, head, sequence, count, to, {"copy_subtile", file, line});
+}
+void store_subtile(const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, const void *from,
+                   const char *file, int line) {
+  runner->check_shared(from, {"store_subtile", file, line}, SUBTILE_BYTES);
+  runner->thread().stores.push_back({&map, column, head, token, sequence, (const unsigned char *)from});
+}
+void wait_for_stores() { runner->wait_for_stores(runner->thread()); }
+
 void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char *file, int line) {
   Warp &warp = runner->warp();
   const unsigned l = lane();

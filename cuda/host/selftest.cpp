@@ -291,6 +291,88 @@ static void check_copies() {
   check(early, "copies do not land before their group is committed and waited for");
 }
 
+// ---- sub-tiles ----
+
+// 2 sequences, 70 tokens, 3 heads, 72 columns of bf16.
+constexpr int64_t SIZES[4] = {72, 70, 3, 2}, STRIDES[4] = {2, 3 * 72 * 2, 72 * 2, 70 * 3 * 72 * 2};
+constexpr int64_t ELEMENTS = 72 * 3 * 70 * 2;
+static int64_t element(int64_t column, int64_t token, int64_t head, int64_t sequence) {
+  return ((sequence * 70 + token) * 3 + head) * 72 + column;
+}
+// Where the second kernel's sub-tile begins: beyond the last columns and before the first token.
+constexpr int COLUMN = 64, TOKEN = -3, HEAD = 2, SEQUENCE = 1;
+
+struct Moved {
+  SubtileMap from, to;
+  uint16_t *seen;  // [3 moments, 64 rows, 64 columns]
+};
+static void see(uint16_t *seen) {
+  for (unsigned i = thread_index(); i < 4096; i += 64) {
+    const unsigned row = i / 64, column = i % 64;
+    const unsigned at = row * 128 + ((column / 8 ^ row % 8) << 4) + column % 8 * 2;
+    memcpy(seen + i, shared_memory() + at, 2);
+  }
+}
+template <bool LOOK_EARLY> static void move(Moved m) {
+  CopyCount *count = (CopyCount *)(shared_memory() + 2 * 8192);
+  if (thread_index() == 0) prepare_count(count);
+  barrier();
+  for (int time = 0; time < 2; time++) {
+    if (thread_index() == 0) {
+      expect_bytes(count, 2 * 8192);
+      copy_subtile(shared_memory(), m.from, time ? COLUMN : 0, time ? TOKEN : 5, HEAD, SEQUENCE, count);
+      if (LOOK_EARLY) see(m.seen + 2 * 4096);
+      copy_subtile(shared_memory() + 8192, m.from, 0, 0, 0, 0, count);
+    }
+    wait_for_bytes(count, time);
+    barrier();
+    see(m.seen + time * 4096);
+    if (thread_index() == 0) store_subtile(m.to, time ? COLUMN : 0, time ? TOKEN : 5, HEAD, SEQUENCE, shared_memory());
+    // What is stored is read as late as it may be: the second time not at all as it was.
+    if (time == 0 && thread_index() == 0) wait_for_stores();
+    barrier();
+  }
+  if (thread_index() == 0) {
+    memset(shared_memory(), 0x55, 8192);
+    wait_for_stores();
+  }
+}
+
+static void check_subtiles() {
+  std::vector<uint16_t> from(ELEMENTS + 8), to(ELEMENTS + 8), seen(3 * 4096);
+  auto aligned = [](std::vector<uint16_t> &x) { return (uint16_t *)(((uintptr_t)x.data() + 15) & ~(uintptr_t)15); };
+  uint16_t *source = aligned(from), *target = aligned(to);
+  for (int64_t i = 0; i < ELEMENTS; i++) source[i] = (uint16_t)(1 + i % 40000);
+  Moved m = {{}, {}, seen.data()};
+  check(describe_subtiles(m.from, source, SIZES, STRIDES) && describe_subtiles(m.to, target, SIZES, STRIDES), "maps");
+  SubtileMap none;
+  check(!describe_subtiles(none, target + 1, SIZES, STRIDES), "an odd address");
+  check(!describe_subtiles(none, target, SIZES, {2, 3 * 72 * 2, 72 * 2 + 8, 70 * 3 * 72 * 2}), "an odd stride");
+  std::fill(to.begin(), to.end(), 0);
+  check(launch(move<false>, {1, 1}, 64, 2 * 8192 + 8, nullptr, m) == 0, "sub-tiles move");
+  bool same = true, zeros = true, stored = true;
+  for (int row = 0; row < 64; row++) {
+    for (int column = 0; column < 64; column++) {
+      same &= seen[row * 64 + column] == source[element(column, 5 + row, HEAD, SEQUENCE)];
+      const int token = TOKEN + row;
+      const bool inside = column < 8 && token >= 0;
+      zeros &= seen[4096 + row * 64 + column] == (inside ? source[element(COLUMN + column, token, HEAD, SEQUENCE)] : 0);
+    }
+  }
+  for (int64_t i = 0; i < ELEMENTS; i++) {
+    const int64_t column = i % 72, head = i / 72 % 3, token = i / 216 % 70, sequence = i / 15120;
+    const bool own = head == HEAD && sequence == SEQUENCE;
+    const bool first = own && column < 64 && token >= 5 && token < 69, second = own && column >= 64 && token < 61;
+    stored &= target[i] == (first ? source[i] : second ? 0x5555 : 0);
+  }
+  check(same, "a sub-tile lands, swizzled");
+  check(zeros, "what lies outside of the tensor is zero");
+  check(stored, "what is stored is read when that is waited for, and stays inside");
+  if (CLA_ASAN) return;  // that is an error there
+  launch(move<true>, {1, 1}, 64, 2 * 8192 + 8, nullptr, m);
+  check(seen[2 * 4096] == 0xffff, "a sub-tile does not land before all bytes are waited for");
+}
+
 // ---- numbers ----
 
 static float f16_value(unsigned bits) {
@@ -378,6 +460,7 @@ int main(int argc, char **argv) {
     check_warp_barriers();
     check_grids();
     check_copies();
+    check_subtiles();
   }
   cla_host_order(0);
   check_os_threads();

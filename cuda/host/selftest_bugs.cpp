@@ -53,15 +53,52 @@ static void look_early() {
   (void)to[0];
 }
 
+static SubtileMap a_map() {
+  alignas(16) static unsigned char tensor[128];
+  SubtileMap map;
+  check(describe_subtiles(map, tensor, {64, 1, 1, 1}, {2, 128, 128, 128}), "a map");
+  return map;
+}
+static CopyCount *counting(int bytes) {
+  CopyCount *count = (CopyCount *)(shared_memory() + 2 * 8192);
+  if (thread_index() == 0) {
+    prepare_count(count);
+    expect_bytes(count, bytes);
+  }
+  barrier();
+  return count;
+}
+static void too_few_bytes() {
+  CopyCount *count = counting(2 * 8192);
+  if (thread_index() == 0) copy_subtile(shared_memory(), a_map(), 0, 0, 0, 0, count);
+  wait_for_bytes(count, 0);
+}
+static void too_many_bytes() {
+  CopyCount *count = counting(8192);
+  for (int i = 0; i < 2 && thread_index() == 0; i++) copy_subtile(shared_memory(), a_map(), 0, 0, 0, 0, count);
+}
+static void odd_subtile() { copy_subtile(shared_memory() + 512, a_map(), 0, 0, 0, 0, counting(8192)); }
+static void outer_subtile() { copy_subtile(shared_memory() + 2 * 8192, a_map(), 0, 0, 0, 0, counting(8192)); }
+static void late_wait() {
+  CopyCount *count = counting(8192);
+  for (int i = 0; i < 2 && thread_index() == 0; i++) {
+    if (i > 0) expect_bytes(count, 8192);
+    copy_subtile(shared_memory() + 8192 * i, a_map(), 0, 0, 0, 0, count);
+  }
+  barrier();
+  wait_for_bytes(count, 0);
+}
+static void store_nobody_waits_for() { store_subtile(a_map(), 0, 0, 0, 0, shared_memory()); }
+
 // Runs a kernel in a child, which must end itself and say `words`.
-static void check_aborts(void (*kernel)(), int threads, const char *words) {
+static void check_aborts(void (*kernel)(), int threads, const char *words, int64_t shared_bytes = 100) {
   int pipes[2];
   if (pipe(pipes) != 0) return check(false, "pipe");
   fflush(stdout);
   const pid_t child = fork();
   if (child == 0) {
     dup2(pipes[1], 2);
-    launch(kernel, {1, 1}, threads, 100, nullptr);
+    launch(kernel, {1, 1}, threads, shared_bytes, nullptr);
     _exit(0);
   }
   close(pipes[1]);
@@ -87,7 +124,17 @@ void check_bugs() {
     check_aborts(two_collectives, 32, "lanes of the warp are at another: ");
     check_aborts(two_barriers, 64, "threads of the block are at another: barrier (");
   }
+  constexpr int64_t SUBTILES = 2 * 8192 + 8;
+  for (uint32_t order : {0, 1, 2}) {
+    cla_host_order(order);
+    check_aborts(too_few_bytes, 64, "  threads 0..63: at wait_for_bytes (", SUBTILES);
+  }
   cla_host_order(0);
+  check_aborts(too_many_bytes, 32, "more is copied than is expected", SUBTILES);
+  check_aborts(odd_subtile, 1, "a sub-tile must begin at a multiple of 1024", SUBTILES);
+  check_aborts(outer_subtile, 1, "outside of the block's shared memory", SUBTILES);
+  check_aborts(late_wait, 32, "the time after the one that is waited for is over too", SUBTILES);
+  check_aborts(store_nobody_waits_for, 1, "a thread returns before what it stores has been read", SUBTILES);
   check_aborts([] { shuffle(1, 0); }, 40, "the last warp has only 8 lanes");
   check_aborts(odd_target, 32, "copy16_async");
   check_aborts(odd_source, 32, "the address is not a multiple of 16");
