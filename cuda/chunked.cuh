@@ -526,7 +526,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
 };
 
 template <class L>
-CLA_KERNEL(L::THREADS, L::W == 1 ? 2 : 1) void chunked_kernel(const CLA_CONSTANT cla_sweep s, const CLA_CONSTANT Maps<L> maps, int only_state) {
+CLA_KERNEL(L::THREADS, L::W == 1 ? 2 : 1)
+void chunked_kernel(const CLA_CONSTANT cla_sweep s, const CLA_CONSTANT Maps<L> maps, int only_state) {
   Chunked<L> sweep(s, maps);
   if (sweep.begin >= sweep.end && sweep.place.segment > 0) return;
   sweep.run(only_state);

@@ -93,7 +93,8 @@ template <class L> struct ChunkInputs {
     if (tid < L::KEY_STAGES + L::VALUE_STAGES) prepare_count(key_count(0) + tid);
   }
   template <int WIDTH>
-  CLA_DEVICE void copy_tile(Tile to, const cla_tensor &from, const SubtileMap &map, int column, int64_t step, CopyCount *count) {
+  CLA_DEVICE void copy_tile(Tile to, const cla_tensor &from, const SubtileMap &map, int column, int64_t step,
+                            CopyCount *count) {
     CLA_UNROLL
     for (int c = 0; c < WIDTH; c += 64) {
       copy_subtile(to.from_column(c).base, map, column + c, first_token(step), place.head / from.group, steps.batch, count);

@@ -131,7 +131,8 @@ CLA_DEVICE void wait_for_bytes(CopyCount *count, int time) {
       : "memory");
 }
 // The sub-tile whose first column and token these are, which may lie outside.
-CLA_DEVICE void copy_subtile(void *to, const SubtileMap &map, int column, int64_t token, int head, int64_t sequence, CopyCount *count) {
+CLA_DEVICE void copy_subtile(void *to, const SubtileMap &map, int column, int64_t token, int head, int64_t sequence,
+                             CopyCount *count) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
           shared_address(to)),

@@ -142,7 +142,7 @@ inline bool describe_subtiles(SubtileMap &map, void *data, const int64_t (&sizes
     map.strides[i] = strides[i];
     // What a GPU demands. A piece is all inside or all outside.
     if (sizes[i] < 1 || sizes[i] > INT32_MAX || strides[i] < 0) return false;
-    if (i > 0 && sizes[i] > 1 && (strides[i] == 0 || strides[i] % 16)) return false;
+    if (i > 0 && sizes[i] > 1 && (strides[i] % 16 || strides[i] >= (int64_t)1 << 40)) return false;
   }
   return (uintptr_t)data % 16 == 0 && sizes[0] * strides[0] % 16 == 0;
 }
