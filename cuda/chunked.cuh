@@ -351,15 +351,11 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       if (!more) drop_rows(n, step);
       shared_fence();
       barrier();
-      auto move_rows = [&] {
-        if (tid != 0) return;
+      if (tid == 0) {
         copy_keys(n + 2, step + 2 * CHUNK, RESULTS);
         copy_values(n + 1, step + CHUNK);
         if (RESULTS && n > 0) store_tile(n - 1, step - CHUNK);
-      };
-      // It takes that thread a while, which had best be one in which its warpgroup has to wait.
-      constexpr bool LATER = SCALAR && RESULTS;
-      if (!LATER) move_rows();
+      }
       if (RESULTS) {
         // A part of the state is packed while the product of the one before runs.
         StateOperand a;
@@ -373,7 +369,6 @@ template <class L> struct Chunked : ChunkOutputs<L> {
         }
         products_commit<WGMMA>();
         if (SCALAR) {
-          move_rows();
           products_wait<WGMMA, 0>();
           decay_from_start(acc, n);
         }
