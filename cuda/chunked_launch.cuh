@@ -46,7 +46,9 @@ template <class Layout> int32_t run_chunked(const Call &call) {
 
 // So many warpgroups a block, if the machine has the memory for it.
 template <int R, int W, bool BF16_OUT, int GATE> int32_t run_narrow(const Call &call) {
-  const int32_t code = run_chunked<ChunkLayout<R, W, false, true, BF16_OUT, GATE>>(call);
+  using Whole = ChunkLayout<R, W, false, true, BF16_OUT, GATE>;
+  int32_t code = NONE_FITS;
+  if constexpr (Whole::AHEAD || !Whole::FOR_AHEAD) code = run_chunked<Whole>(call);
   if constexpr (R <= 128 && (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR)) {
     if (code == NONE_FITS) return run_chunked<ChunkLayout<R, W, true, true, BF16_OUT, GATE>>(call);
   }

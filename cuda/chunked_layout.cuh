@@ -21,9 +21,10 @@ template <int ROWS, int W_, bool COMPACT_, bool NARROW_, bool BF16_OUT_, int GAT
   static constexpr bool STAGED_DECAY = NARROW && VECTOR;
 
   static constexpr int KEY_PARTS = NARROW && !BY_ROW ? 1 : 2, VALUE_PARTS = NARROW && !BY_COLUMN ? 1 : 2;
-  // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already. The
-  // machine moves the rows of such a sweep by itself.
-  static constexpr bool AHEAD = HAS_SUBTILE_COPIES && NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
+  // Whether the scores of the next chunk are computed beside the products of this one: then its keys are there already. A
+  // machine that moves sub-tiles by itself moves the rows of such a sweep; others take the compact form instead.
+  static constexpr bool FOR_AHEAD = NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
+  static constexpr bool AHEAD = HAS_SUBTILE_COPIES && FOR_AHEAD;
   static_assert(!COMPACT || (NARROW && !VECTOR && R <= 128), "what a compact kernel takes");
   // What is not copied but computed into shared memory has no second stage.
   static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 && !COMPACT ? 2 : 1;
