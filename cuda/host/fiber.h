@@ -78,7 +78,10 @@ class Fiber {
   Fiber(const Fiber &) = delete;
   Fiber &operator=(const Fiber &) = delete;
   ~Fiber() {
-    if (base) munmap(base, GUARD + STACK);
+    if (!base) return;
+    // Whatever is mapped here next must not find marks of frames.
+    allow(base + GUARD, STACK);
+    munmap(base, GUARD + STACK);
   }
 
   // Makes the fiber one that will run `entry` on a stack of its own. False if there is no memory for it. `index` shifts
