@@ -87,6 +87,30 @@ typedef struct {
 
 int32_t cla_column_sums(const cla_sums *call, void *stream);
 
+// Causal softmax attention of one sequence, bf16. Its queries are those of the last T of S tokens, and query t sees the keys
+// up to S - T + t. Head h reads key-value head h / (heads / kv_heads):
+//
+//     out_t = sum_s softmax_s(scale q_t . k_s) v_s
+//
+// with scores and sums in f32. Batches have one entry here, and `token` is the stride along T or S.
+typedef struct {
+  cla_tensor q, k, v, out;  // [T, H, K], [S, HKV, K], [S, HKV, V], [T, H, V]; K and V up to 256
+  float scale;
+  int32_t k_dim, v_dim, heads, kv_heads;
+  int64_t tokens, keys;
+  // Parts of the keys, each with blocks of its own. More than one leave [splits, T, H, V + 2] in `partial`, which is contiguous:
+  // sums with weights relative to the part's largest score, that score times scale and log2(e), and the sum of the weights.
+  int32_t splits;
+  float *partial;
+  int64_t shared_limit;  // dynamic shared memory that a block may have, in bytes
+} cla_attention;
+
+int32_t cla_softmax_attention(const cla_attention *call, void *stream);
+// Queries times heads of a block, all of one key-value head; 0 if no kernel takes the call.
+int32_t cla_softmax_attention_rows(const cla_attention *call);
+// Keys that a block has in shared memory at a time.
+#define CLA_ATTENTION_KEYS 64
+
 #ifdef __cplusplus
 }
 #endif

@@ -1,5 +1,6 @@
 //! Causal softmax attention ([Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)) of queries in blocks, so that no
-//! matrix of all tokens by all tokens is ever made.
+//! matrix of all tokens by all tokens is ever made. On CUDA, in bf16 and where nothing is to be trained, it is one kernel
+//! (`cuda/softmax_attention.cu`).
 
 use crate::nn::call::Call;
 use crate::nn::fused::batched_product;
@@ -45,6 +46,10 @@ pub(crate) fn softmax_attention(
 
 /// Candle's matrix products on a CPU are fast and whole in f32 alone.
 fn product_dtype(q: &Tensor) -> DType {
+    #[cfg(feature = "cuda-host")]
+    if crate::cuda::takes(q.device()) {
+        return q.dtype();
+    }
     if q.device().is_cpu() { DType::F32 } else { q.dtype() }
 }
 
@@ -73,6 +78,10 @@ fn with_past(
 
 /// One sequence: `q: [T, H, K]`, the last of the tokens that `k: [HKV, S, K]` and `v: [HKV, S, V]` have, to `[T, H, V]`.
 fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some(out) = crate::cuda::layers::softmax_attention(q, k, v, scale)? {
+        return Ok(out);
+    }
     let (tokens, heads, width) = q.dims3()?;
     let (kv_heads, all, _) = k.dims3()?;
     let (past, group) = (all - tokens, heads / kv_heads);
@@ -147,9 +156,14 @@ mod tests {
         Tensor::cat(&rows, 0)?.reshape((tokens, heads, ()))
     }
 
-    fn assert_close(x: &Tensor, expected: &Tensor) -> Result<()> {
+    fn error(x: &Tensor, expected: &Tensor) -> Result<f32> {
+        assert_eq!(x.dims(), expected.dims());
         let norm = |x: &Tensor| x.sqr()?.sum_all()?.to_scalar::<f32>();
-        let error = (norm(&(x - expected)?)? / norm(expected)?).sqrt();
+        Ok((norm(&(x - expected)?)? / norm(expected)?).sqrt())
+    }
+
+    fn assert_close(x: &Tensor, expected: &Tensor) -> Result<()> {
+        let error = error(x, expected)?;
         assert!(error < 1e-5, "relative error {error:e}");
         Ok(())
     }
@@ -185,5 +199,74 @@ mod tests {
             assert_close(found, expected)?;
         }
         Ok(())
+    }
+
+    /// All widths that the kernel has, rows for several blocks, groups, keys from before in several parts, channels that lie apart
+    /// or are odd in number, negative scales, and scores in the thousands.
+    #[cfg(feature = "cuda-host")]
+    #[test]
+    fn the_kernel_agrees_with_the_definition() -> Result<()> {
+        use crate::cuda::cuda_host;
+        let random = |dims: &[usize]| Tensor::randn(0f32, 1., dims, &Device::Cpu)?.to_dtype(DType::BF16);
+        for (case, (tokens, past, [heads, kv_heads], [k_dim, v_dim], scale)) in [
+            (1, 0, [2, 1], [64, 64], 0.1),
+            (1, 9, [4, 2], [128, 128], 0.1),
+            (1, 900, [8, 2], [256, 256], 0.06),
+            (5, 600, [6, 2], [192, 128], -0.06),
+            (70, 3, [6, 3], [128, 64], 0.1),
+            (150, 0, [2, 2], [40, 24], -0.2),
+            (33, 100, [4, 1], [7, 5], 0.3),
+            (64, 64, [3, 3], [256, 16], 0.06),
+            (3, 530, [2, 1], [16, 33], 0.2),
+            (130, 0, [2, 1], [64, 64], 300.),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let room = past + tokens + 3;
+            let q = random(&[tokens, heads, k_dim])?;
+            let k = random(&[kv_heads, room, k_dim])?.narrow(1, 0, past + tokens)?;
+            let v = random(&[kv_heads, room, v_dim])?.narrow(1, 0, past + tokens)?;
+            let [q32, k32, v32] = [&q, &k, &v].map(|x| x.to_dtype(DType::F32));
+            let expected = naive(&q32?, &k32?, &v32?, scale)?;
+            // Channels that do not lie one after the other.
+            let apart = |x: &Tensor| x.transpose(1, 2)?.contiguous()?.transpose(1, 2);
+            let (qs, ks, vs) = (apart(&q)?, apart(&k)?, apart(&v)?);
+            for (q, k, v) in [(&q, &k, &v), (&qs, &k, &vs), (&q, &ks, &v)] {
+                for (multiprocessors, shared_memory) in [(132, 227), (1, 227), (40, 99)] {
+                    let found = cuda_host::run_on(multiprocessors, shared_memory * 1024, || {
+                        crate::cuda::layers::softmax_attention(q, k, v, scale)
+                    })?;
+                    let found = found.expect("the kernel takes it").to_dtype(DType::F32)?;
+                    let error = error(&found, &expected)?;
+                    assert!(error < 5e-3, "case {case}: relative error {error:e}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "cuda-host")]
+    #[test]
+    fn the_kernel_leaves_to_others_what_it_does_not_take() -> Result<()> {
+        use crate::cuda::{cuda_host, layers};
+        let zeros = |dims: &[usize], dtype| Tensor::zeros(dims, dtype, &Device::Cpu);
+        cuda_host::run(|| {
+            for (width, dtype) in [(300, DType::BF16), (64, DType::F32), (64, DType::F16)] {
+                let (q, k) = (zeros(&[3, 2, width], dtype)?, zeros(&[1, 3, width], dtype)?);
+                assert!(layers::softmax_attention(&q, &k, &k, 1.)?.is_none(), "{width} {dtype:?}");
+            }
+            let (q, k) = (zeros(&[3, 2, 64], DType::BF16)?, zeros(&[1, 3, 64], DType::BF16)?);
+            assert!(layers::softmax_attention(Var::from_tensor(&q)?.as_tensor(), &k, &k, 1.)?.is_none());
+            assert_eq!(
+                layers::softmax_attention(&q.narrow(0, 0, 0)?, &k, &k, 1.)?.map(|x| x.elem_count()),
+                Some(0)
+            );
+            // More queries than keys, heads that do not divide.
+            assert!(layers::softmax_attention(&q, &k.narrow(1, 0, 2)?, &k.narrow(1, 0, 2)?, 1.).is_err());
+            let three = zeros(&[3, 3, 64], DType::BF16)?;
+            assert!(layers::softmax_attention(&q, &three, &three, 1.).is_err());
+            Ok(())
+        })
     }
 }

@@ -89,11 +89,35 @@ pub(super) struct Sums {
     pub inner_stride: i64,
 }
 
+/// Keys that a block of attention has at a time.
+pub(super) const ATTENTION_KEYS: usize = 64;
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Attention {
+    pub q: Tensor,
+    pub k: Tensor,
+    pub v: Tensor,
+    pub out: Tensor,
+    pub scale: f32,
+    pub k_dim: i32,
+    pub v_dim: i32,
+    pub heads: i32,
+    pub kv_heads: i32,
+    pub tokens: i64,
+    pub keys: i64,
+    pub splits: i32,
+    pub partial: *mut f32,
+    pub shared_limit: i64,
+}
+
 unsafe extern "C" {
     pub(super) fn cla_short_conv_forward(call: *const ShortConv, stream: *mut c_void) -> i32;
     pub(super) fn cla_short_conv_backward(call: *const ShortConv, stream: *mut c_void) -> i32;
     pub(super) fn cla_short_conv_cache(call: *const ShortConv, stream: *mut c_void) -> i32;
     pub(super) fn cla_norm_forward(call: *const Norm, stream: *mut c_void) -> i32;
     pub(super) fn cla_norm_backward(call: *const Norm, stream: *mut c_void) -> i32;
+    pub(super) fn cla_softmax_attention(call: *const Attention, stream: *mut c_void) -> i32;
+    pub(super) fn cla_softmax_attention_rows(call: *const Attention) -> i32;
     pub(super) fn cla_column_sums(call: *const Sums, stream: *mut c_void) -> i32;
 }

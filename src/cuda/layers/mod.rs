@@ -1,5 +1,6 @@
-//! What layers do around an operator: short convolutions and norms. `cuda/layers.h` says what the kernels compute.
+//! What layers do around an operator, short convolutions and norms, and in its place, softmax attention. `cuda/layers.h` says what the kernels compute.
 
+mod attention;
 mod ffi;
 mod norm;
 mod rows;
@@ -11,6 +12,7 @@ use candle_core::{DType, Result, Tensor, bail};
 use super::ffi::Dtype;
 use super::memory::{Addresses, Held};
 
+pub(crate) use attention::softmax_attention;
 pub(crate) use norm::{Norm, norm};
 pub(crate) use short_conv::{last_rows, short_conv, takes_width};
 
