@@ -63,7 +63,7 @@ template <class L> struct Attention {
   // committed and waited for.
   template <class At> CLA_DEVICE void fetch(Tile to, int width, int64_t element, bool in_pieces, At at) const {
     if (in_pieces) {
-      CLA_UNROLL
+      CLA_UNROLL_TWICE
       for (int n = 0; n < CHUNK * (R / 8) / L::THREADS; n++) {
         const int index = tid + n * L::THREADS, row = index / (R / 8), piece = index % (R / 8);
         const unsigned char *from = at(row);
