@@ -1,7 +1,7 @@
 //! Projections, and the initialisation the checkpoints' authors use.
 
 use crate::nn::weight::Weight;
-use candle_core::{Result, Tensor};
+use candle_core::{Error, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A normal distribution around 0, what every projection and embedding starts from.
@@ -46,6 +46,76 @@ impl Linear {
         let (batch, tokens, _) = xs.dims3()?;
         self.weight.project_to(xs, &[batch, tokens, heads, self.weight.outputs()? / heads])
     }
+}
+
+/// The most tokens that take one product for all projections: there its start is what it costs, and not to copy the results, whose
+/// rows do not lie one after the other, more than that saves.
+const FEW: usize = 16;
+
+/// Projections of one input.
+///
+/// On a GPU, unless they are trained or quantized, their weights lie in one matrix, and a few tokens take one product with it.
+#[derive(Debug, Clone)]
+pub(crate) struct Projections<const N: usize> {
+    each: [Linear; N],
+    whole: Option<Weight>,
+}
+
+impl<const N: usize> Projections<N> {
+    pub fn new(mut each: [Linear; N]) -> Result<Self> {
+        let Some(whole) = joined(&each)? else { return Ok(Self { each, whole: None }) };
+        let mut start = 0;
+        for linear in &mut each {
+            let outputs = linear.weight.outputs()?;
+            linear.weight = Weight::Dense(whole.narrow(0, start, outputs)?);
+            start += outputs;
+        }
+        Ok(Self { each, whole: Some(Weight::Dense(whole)) })
+    }
+
+    /// `[B, T, inputs]` to `[B, T, outputs]` of each.
+    pub fn forward(&self, xs: &Tensor) -> Result<[Tensor; N]> {
+        let (batch, tokens, _) = xs.dims3()?;
+        let mut found = Vec::with_capacity(N);
+        match &self.whole {
+            Some(whole) if batch * tokens <= FEW => {
+                let (ys, mut start) = (project(xs, whole)?, 0);
+                for linear in &self.each {
+                    let outputs = linear.weight.outputs()?;
+                    found.push(ys.narrow(2, start, outputs)?);
+                    start += outputs;
+                }
+            }
+            _ => {
+                for linear in &self.each {
+                    found.push(linear.forward(xs)?);
+                }
+            }
+        }
+        found.try_into().map_err(|_| Error::msg("as many results as projections"))
+    }
+}
+
+/// All weights, one below the other, if they are to be one matrix.
+fn joined(each: &[Linear]) -> Result<Option<Tensor>> {
+    let mut weights = Vec::with_capacity(each.len());
+    for linear in each {
+        match (&linear.weight, &linear.bias) {
+            (Weight::Dense(weight), None) if on_gpu(weight) && !weight.track_op() => weights.push(weight),
+            _ => return Ok(None),
+        }
+    }
+    let first = weights.first().map(|first| (first.dtype(), first.dim(1).ok()));
+    let alike = |weight: &&Tensor| Some((weight.dtype(), weight.dim(1).ok())) == first;
+    if weights.iter().all(alike) { Tensor::cat(&weights, 0).map(Some) } else { Ok(None) }
+}
+
+fn on_gpu(weight: &Tensor) -> bool {
+    #[cfg(feature = "cuda-host")]
+    if crate::cuda::takes(weight.device()) {
+        return true;
+    }
+    !weight.device().is_cpu()
 }
 
 /// `xs W^T` for `xs` of shape `[.., inputs]` and `W` of shape `[outputs, inputs]`, in the dtype of `xs`.

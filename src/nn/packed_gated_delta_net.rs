@@ -5,6 +5,7 @@ use crate::nn::decay::{Decay, DecayRange};
 use crate::nn::delta::{DeltaHeads, L2_EPS};
 use crate::nn::fused::Gate;
 use crate::nn::heads::heads_from;
+use crate::nn::linear::Projections;
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm, ShortConvolution};
@@ -75,9 +76,13 @@ impl PackedGatedDeltaNetConfig {
 }
 
 #[derive(Debug, Clone)]
-enum Projections {
-    ByKind { qkv: Linear, z: Linear, b: Linear, a: Linear },
-    ByHead { qkvz: Linear, ba: Linear },
+enum PackedProjections {
+    /// qkv, z, b and a
+    ByKind(Projections<4>),
+    ByHead {
+        qkvz: Linear,
+        ba: Linear,
+    },
 }
 
 /// What they make of the input: q, k and v side by side, the gate, and what beta and decay are made of.
@@ -88,19 +93,19 @@ struct Projected {
     a: Tensor,
 }
 
-impl Projections {
+impl PackedProjections {
     fn new(heads: &DeltaHeads, cfg: &PackedGatedDeltaNetConfig, vb: &VarBuilder) -> Result<Self> {
         let linear = |name: &str, outputs| {
             Linear::new(heads.hidden_size, outputs, false, cfg.initializer_range, vb.pp(name))
         };
         let (qkv, z) = (conv_dim(heads), heads.value_dim());
         Ok(match cfg.packing {
-            Packing::ByKind => Self::ByKind {
-                qkv: linear("in_proj_qkv", qkv)?,
-                z: linear("in_proj_z", z)?,
-                b: linear("in_proj_b", heads.num_v_heads)?,
-                a: linear("in_proj_a", heads.num_v_heads)?,
-            },
+            Packing::ByKind => Self::ByKind(Projections::new([
+                linear("in_proj_qkv", qkv)?,
+                linear("in_proj_z", z)?,
+                linear("in_proj_b", heads.num_v_heads)?,
+                linear("in_proj_a", heads.num_v_heads)?,
+            ])?),
             Packing::ByHead => Self::ByHead {
                 qkvz: linear("in_proj_qkvz", qkv + z)?,
                 ba: linear("in_proj_ba", 2 * heads.num_v_heads)?,
@@ -110,12 +115,10 @@ impl Projections {
 
     fn forward(&self, heads: &DeltaHeads, xs: &Tensor) -> Result<Projected> {
         match self {
-            Self::ByKind { qkv, z, b, a } => Ok(Projected {
-                qkv: qkv.forward(xs)?,
-                z: z.forward(xs)?,
-                b: b.forward(xs)?,
-                a: a.forward(xs)?,
-            }),
+            Self::ByKind(projections) => {
+                let [qkv, z, b, a] = projections.forward(xs)?;
+                Ok(Projected { qkv, z, b, a })
+            }
             Self::ByHead { qkvz, ba } => {
                 let group = heads.num_v_heads / heads.num_heads;
                 let (k, v) = (heads.head_k_dim, group * heads.head_v_dim);
@@ -150,7 +153,7 @@ fn conv_dim(heads: &DeltaHeads) -> usize {
 #[derive(Debug, Clone)]
 pub struct PackedGatedDeltaNet {
     heads: DeltaHeads,
-    projections: Projections,
+    projections: PackedProjections,
     conv: ShortConvolution,
     /// What follows the convolution, if it is not a part of it.
     conv_act: Option<Activation>,
@@ -170,7 +173,7 @@ impl PackedGatedDeltaNet {
         let silu = cfg.conv_act == Activation::Silu;
         let range = DecayRange { a: [0.01, 16.], ..Default::default() };
         Ok(Self {
-            projections: Projections::new(&heads, cfg, &vb)?,
+            projections: PackedProjections::new(&heads, cfg, &vb)?,
             conv: conv.with_silu(silu),
             conv_act: (!silu).then_some(cfg.conv_act),
             decay: Decay::new(v_heads, v_heads, range, &vb)?,
