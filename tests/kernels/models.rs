@@ -2,7 +2,7 @@
 
 use crate::on_kernels;
 use crate::support::*;
-use candle_core::{DType, Device, Result};
+use candle_core::{DType, Device, Result, Tensor};
 use candle_linear_attn::models::Model;
 use candle_nn::{VarBuilder, VarMap};
 
@@ -67,6 +67,45 @@ fn check(model_type: &str, more: &str) -> Result<()> {
         }
         Ok(())
     })
+}
+
+/// In bf16 and without gradients, as checkpoints run: other kernels take part (softmax attention), and projections are joined.
+/// The whole, then in steps, against f32.
+fn check_bf16(model_type: &str) -> Result<()> {
+    let fields = format!(r#"{}, "use_short_conv": true"#, small_heads(model_type));
+    let (_, varmap) = small_model(&fields)?;
+    let config = small_config(&fields)?;
+    let build = |dtype: DType, device: &Device| {
+        let tensors = sorted(&varmap).into_iter().map(|(name, var)| {
+            Ok((name, var.as_detached_tensor().to_dtype(DType::BF16)?.to_device(device)?.to_dtype(dtype)?))
+        });
+        Model::new(&config, VarBuilder::from_tensors(tensors.collect::<Result<_>>()?, dtype, device))
+    };
+    let ids = pseudo_tokens(2, 19, 11)?;
+    let expected = build(DType::F32, &CPU)?.forward(&ids, None)?;
+    on_kernels(|device| {
+        let model = build(DType::BF16, device)?;
+        let ids = ids.to_device(device)?;
+        let on_cpu = |x: Tensor| x.to_dtype(DType::F32)?.to_device(&CPU);
+        assert_close(model_type, &on_cpu(model.forward(&ids, None)?)?, &expected, 0.1)?;
+        let mut cache = model.new_cache();
+        for (from, len) in [(0, 5), (5, 1), (6, 1), (7, 12)] {
+            let logits = on_cpu(model.forward(&ids.narrow(1, from, len)?, Some(&mut cache))?)?;
+            let want = expected.narrow(1, from, len)?;
+            assert_close(&format!("{model_type}, from token {from}"), &logits, &want, 0.1)?;
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn models_in_bf16_agree_with_f32() {
+    // An expert chosen otherwise, by a rounding, is another result.
+    for model_type in
+        TYPES.into_iter().filter(|name| !["qwen3_next", "minimax", "kimi_linear"].contains(name))
+    {
+        check_bf16(model_type).unwrap_or_else(|e| panic!("{model_type}: {e}"));
+    }
 }
 
 #[test]
