@@ -2,7 +2,7 @@
 
 use crate::settings::Settings;
 use anyhow::{Result, ensure};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use candle_transformers::{
     generation::{LogitsProcessor, Sampling},
     utils::apply_repeat_penalty,
@@ -37,6 +37,8 @@ impl Sampler {
 
     /// The token after `ids`, given the logits `[vocab]` for it.
     pub fn next(&mut self, logits: &Tensor, ids: &[u32]) -> Result<u32> {
+        // Once: what follows looks at them several times, which a GPU would be waited for at each.
+        let logits = &logits.to_device(&Device::Cpu)?;
         let recent = &ids[ids.len().saturating_sub(self.repeat_last_n)..];
         let penalized;
         let logits = if self.repeat_penalty == 1.0 {
@@ -60,7 +62,6 @@ impl Sampler {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Device;
     use std::collections::BTreeSet;
 
     /// Every token that is ever chosen of five, whose probabilities are 0.4, 0.3, 0.15, 0.1 and 0.05.
