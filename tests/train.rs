@@ -14,15 +14,22 @@ mod loss;
 #[path = "../examples/train/optimizer.rs"]
 mod optimizer;
 #[allow(dead_code)] // likewise
+#[path = "../examples/train/params.rs"]
+mod params;
+#[allow(dead_code)] // likewise
+#[path = "models/support.rs"]
+mod support;
+#[allow(dead_code)] // likewise
 #[path = "../examples/train/workers.rs"]
 mod workers;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candle_linear_attn::models::{Config, Model};
+use candle_linear_attn::models::{Config, Model, SUPPORTED};
 use candle_nn::{VarBuilder, VarMap};
 use data::{Batches, TokenStream};
 use examples::{example, fail, succeed, train_tiny};
 use optimizer::{AdamW, Hyperparameters, Schedule};
+use params::Parameters;
 use std::{
     collections::{BTreeMap, HashSet},
     path::Path,
@@ -33,13 +40,15 @@ use workers::Workers;
 
 const STATE: &str = "training-state.safetensors";
 
+const HYPER: Hyperparameters =
+    Hyperparameters { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.5 };
+
 #[test]
 fn adamw_follows_its_paper() -> anyhow::Result<()> {
-    let hyper = Hyperparameters { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, clip: 1.5 };
     let (start, lr) = ([0.5f32, -1.0], 0.1);
     for (name, decay) in [("head.weight", 0.1), ("embeddings.weight", 0.0)] {
         let var = Var::from_tensor(&Tensor::from_slice(&start, (1, 2), &Device::Cpu)?)?;
-        let mut adamw = AdamW::new(BTreeMap::from([(name.to_owned(), var.clone())]), hyper)?;
+        let mut adamw = AdamW::new(BTreeMap::from([(name.to_owned(), var.clone())]), HYPER)?;
         let (mut x, mut m, mut v) = (start.map(f64::from), [0f64; 2], [0f64; 2]);
         for t in 0..5 {
             let grad = [0.3 * (t as f64 + 1.0), -0.4 * (t as f64 + 1.0)];
@@ -82,7 +91,10 @@ fn token_nll_is_log_softmax_and_gather_forward_and_backward() -> anyhow::Result<
     let targets = Tensor::new(&[0u32, 10, 3, 3, 5, 9, 1], &Device::Cpu)?;
     let weights = Tensor::randn(0f32, 1.0, 7, &Device::Cpu)?;
     let mut results = Vec::new();
-    for token_nll in [loss::token_nll, loss::composed_token_nll] {
+    let derived = |logits: &Tensor, targets: &Tensor| -> candle_core::Result<Tensor> {
+        candle_nn::ops::log_softmax(logits, 1)?.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()
+    };
+    for token_nll in [derived, loss::token_nll, loss::composed_token_nll] {
         let nll = token_nll(&logits, &targets)?;
         let grads = (&nll * &weights)?.sum_all()?.backward()?;
         results.push((nll, grads.get(&logits).cloned().unwrap()));
@@ -90,9 +102,51 @@ fn token_nll_is_log_softmax_and_gather_forward_and_backward() -> anyhow::Result<
     let difference = |a: &Tensor, b: &Tensor| -> candle_core::Result<f32> {
         (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar()
     };
-    assert!(difference(&results[0].0, &results[1].0)? < 1e-5);
-    assert!(difference(&results[0].1, &results[1].1)? < 1e-5);
+    for (nll, gradient) in &results[1..] {
+        assert!(difference(nll, &results[0].0)? < 1e-5);
+        assert!(difference(gradient, &results[0].1)? < 1e-5);
+    }
     assert!(loss::token_nll(&logits, &Tensor::full(11u32, 7, &Device::Cpu)?).is_err());
+    Ok(())
+}
+
+/// The gradient of every parameter of a small model, all in one tensor, at values at which each of them matters, or at what
+/// `round` makes of these.
+fn gradient(fields: &str, dtype: DType, round: impl Fn(Tensor) -> candle_core::Result<Tensor>) -> Tensor {
+    let compute = || -> anyhow::Result<Tensor> {
+        let parameters = Parameters::new(0);
+        let config = support::small_config(fields)?;
+        let model = Model::new(&config, parameters.var_builder(dtype, &Device::Cpu))?;
+        for (i, (_, var)) in parameters.vars().into_iter().enumerate() {
+            let shift = if var.rank() == 1 { 0.5 } else { 0.0 };
+            var.set(&round(support::pseudo_random(var.dims(), i as u64)?.affine(0.2, shift)?)?)?;
+        }
+        let (inputs, targets) = (support::pseudo_tokens(2, 65, 11)?, support::pseudo_tokens(5, 26, 11)?);
+        let logits = model.forward(&inputs, None)?.flatten_to(1)?;
+        assert_eq!(logits.dtype(), dtype);
+        let loss = loss::token_nll(&logits.to_dtype(DType::F32)?, &targets.flatten_all()?)?.mean_all()?;
+        let adamw = AdamW::new(parameters.vars(), HYPER)?;
+        let grads = adamw.collect(&mut loss.backward()?)?;
+        assert!(grads.iter().all(|grad| grad.dtype() == DType::F32));
+        let flat = grads.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(Tensor::cat(&flat, 0)?)
+    };
+    compute().unwrap_or_else(|error| panic!("{fields}: {error}"))
+}
+
+/// How much rounding matters to a gradient depends on the model. It is measured: what rounding each parameter once does.
+#[test]
+fn gradients_in_bf16_are_those_in_f32_but_for_rounding() -> anyhow::Result<()> {
+    for model_type in SUPPORTED {
+        let fields = format!(r#"{}, "use_short_conv": true"#, support::small_heads(model_type));
+        let expected = gradient(&fields, DType::F32, Ok);
+        let found = gradient(&fields, DType::BF16, Ok);
+        let rounded = gradient(&fields, DType::F32, |x| x.to_dtype(DType::BF16)?.to_dtype(DType::F32));
+        let error = support::relative_error(&found, &expected)?;
+        let limit = 0.01 + 3.0 * support::relative_error(&rounded, &expected)?;
+        assert!(error > 1e-3, "{model_type}: error {error}, which is not that of bf16");
+        assert!(error < limit && limit < 0.4, "{model_type}: error {error}, at most {limit} is allowed");
+    }
     Ok(())
 }
 
@@ -301,6 +355,62 @@ fn a_folder_of_another_run_is_refused_by_what_differs() {
     // The same settings again: there is nothing left to do.
     succeed(&mut first);
     assert!(state == std::fs::read(out.join(STATE)).unwrap());
+}
+
+#[test]
+fn a_run_in_bf16_learns_keeps_f32_and_is_resumed_to_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let valid = folder.path().join("valid.txt");
+    examples::write_stories(&valid, 20);
+    let arguments = ["--model-type", "gated_deltanet", "--compute-dtype", "bf16", "--steps", "30"];
+    let arguments = [&arguments[..], &["--valid", valid.to_str().unwrap(), "--eval-every", "10"]].concat();
+    let (mut whole, expected) = train_tiny(folder.path(), "whole", &arguments);
+    succeed(&mut whole);
+    let rows = log_rows(&expected);
+    let number = |row: usize, column: usize| rows[row][column].parse::<f64>().unwrap();
+    assert!(number(29, 2) < 0.7 * number(0, 2), "{} to {}", number(0, 2), number(29, 2));
+    assert!(number(29, 6) < number(9, 6), "{} to {}", number(9, 6), number(29, 6));
+    let state = candle_core::safetensors::load(expected.join(STATE), &Device::Cpu).unwrap();
+    assert!(state.values().all(|tensor| tensor.dtype() == DType::F32));
+
+    let (mut command, out) = train_tiny(folder.path(), "stopped", &arguments);
+    for _ in 0..2 {
+        let (mut stopped, _) = train_tiny(folder.path(), "stopped", &arguments);
+        succeed(stopped.args(["--max-minutes", "1e-9"]));
+    }
+    assert_eq!(log_rows(&out).len(), 2);
+    succeed(&mut command);
+    for file in [STATE, "model.safetensors"] {
+        let (a, b) = (std::fs::read(expected.join(file)).unwrap(), std::fs::read(out.join(file)).unwrap());
+        assert!(a == b, "{file} differs");
+    }
+
+    // On a CPU that is f32.
+    let message =
+        fail(&mut train_tiny(folder.path(), "stopped", &[&arguments[..2], &arguments[4..]].concat()).0);
+    assert!(message.contains("compute-dtype was \"bf16\", is \"f32\""), "{message}");
+}
+
+/// Runs of before `--compute-dtype` say nothing of it.
+#[test]
+fn a_run_that_does_not_say_what_it_computes_in_was_in_f32() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut command, out) = train_tiny(folder.path(), "run", &["--steps", "2"]);
+    succeed(&mut command);
+    let state = std::fs::read(out.join(STATE)).unwrap();
+    let start = 8 + u64::from_le_bytes(state[..8].try_into().unwrap()) as usize;
+    let header = String::from_utf8(state[8..start].to_vec()).unwrap();
+    let entry = r#"\"compute-dtype\":\"f32\","#;
+    assert!(header.contains(entry), "{header}");
+    let header = header.replace(entry, &" ".repeat(entry.len()));
+    let old = [&state[..8], header.as_bytes(), &state[start..]].concat();
+    std::fs::write(out.join(STATE), &old).unwrap();
+
+    let (mut other, _) = train_tiny(folder.path(), "run", &["--steps", "2", "--compute-dtype", "bf16"]);
+    let message = fail(&mut other);
+    assert!(message.contains("compute-dtype was \"f32\", is \"bf16\""), "{message}");
+    succeed(&mut command);
+    assert!(old == std::fs::read(out.join(STATE)).unwrap(), "there was nothing left to do");
 }
 
 #[test]

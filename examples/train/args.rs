@@ -5,8 +5,9 @@ use crate::common::{
     text::END_OF_TEXT,
 };
 use anyhow::{Context, Result, bail, ensure};
+use candle_core::{DType, Device};
 use candle_linear_attn::models::{Config, SUPPORTED};
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value, json};
 use std::path::PathBuf;
 
@@ -114,12 +115,39 @@ pub struct Args {
     /// Number format of the written model.
     #[arg(long, value_enum, default_value = "bf16")]
     pub dtype: DTypeArg,
+    /// Number format to compute the model and its gradients in; f32 on a CPU and bf16 on a GPU unless given. Parameters,
+    /// their moments and the sums of their gradients are f32 in any case.
+    #[arg(long, value_enum)]
+    pub compute_dtype: Option<ComputeDType>,
     /// The algorithm of the operators.
     #[arg(long, value_enum, default_value = "auto")]
     pub mode: ModeArg,
     /// Stay on the CPU.
     #[arg(long)]
     pub cpu: bool,
+}
+
+/// `--compute-dtype`. Gradients would vanish in f16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ComputeDType {
+    F32,
+    Bf16,
+}
+
+impl ComputeDType {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        DType::from(self).as_str()
+    }
+}
+
+impl From<ComputeDType> for DType {
+    fn from(dtype: ComputeDType) -> Self {
+        match dtype {
+            ComputeDType::F32 => Self::F32,
+            ComputeDType::Bf16 => Self::BF16,
+        }
+    }
 }
 
 impl Args {
@@ -172,6 +200,11 @@ impl Args {
 
     pub fn min_lr(&self) -> f64 {
         self.min_lr.unwrap_or(self.lr / 10.0)
+    }
+
+    /// A CPU is slower in 16 bits than in 32, a GPU many times faster.
+    pub fn compute_dtype(&self, device: &Device) -> ComputeDType {
+        self.compute_dtype.unwrap_or(if device.is_cpu() { ComputeDType::F32 } else { ComputeDType::Bf16 })
     }
 
     /// The model to train, for a vocabulary of `vocab_size` where `end_token` opens and closes a text.
@@ -241,7 +274,13 @@ impl Args {
     }
 
     /// Everything that decides the parameters after a given step. A run is resumed only where all of it is the same.
-    pub fn recipe(&self, config: &Config, tokenizer: u64, data: u64) -> Result<Map<String, Value>> {
+    pub fn recipe(
+        &self,
+        config: &Config,
+        compute: ComputeDType,
+        tokenizer: u64,
+        data: u64,
+    ) -> Result<Map<String, Value>> {
         let mut recipe = Map::new();
         let model: Map<String, Value> = serde_json::from_str(&config.to_json())?;
         for (field, value) in model {
@@ -262,6 +301,7 @@ impl Args {
             ("beta2", json!(self.beta2)),
             ("clip", json!(self.clip)),
             ("seed", json!(self.seed)),
+            ("compute-dtype", json!(compute.name())),
         ] {
             recipe.insert(name.into(), value);
         }

@@ -34,7 +34,9 @@ pub fn resume(folder: &Path, recipe: &Map<String, Value>, optimizer: &mut AdamW)
     let field = |name: &str| {
         metadata.get(name).with_context(|| format!("no {name} in its metadata")).with_context(unreadable)
     };
-    let saved: Map<String, Value> = serde_json::from_str(field("recipe")?).with_context(unreadable)?;
+    let mut saved: Map<String, Value> = serde_json::from_str(field("recipe")?).with_context(unreadable)?;
+    // What every run computed in before there was a choice.
+    saved.entry("compute-dtype").or_insert(json!("f32"));
     refuse_differences(folder, &saved, recipe)?;
     let steps = field("steps")?.parse().with_context(unreadable)?;
     let mut tensors = candle_core::safetensors::load(&file, &Device::Cpu).with_context(unreadable)?;

@@ -1,12 +1,15 @@
 //! Cross entropy between logits and the next tokens.
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, Device, Layout, Result, Shape, Storage, Tensor,
+    backend::BackendStorage, bail,
+};
 use rayon::prelude::*;
 
 /// Negative log likelihood of each target, `[N]` f32, for `logits` `[N, vocab]` f32 and `targets` `[N]` u32.
 ///
-/// Composed of Candle's operators it makes a dozen passes over the largest tensor of the whole step on one thread; on a CPU
-/// it is therefore an operator of its own that makes one forward and one backward, on all threads.
+/// Composed of Candle's operators it makes a dozen passes over the largest tensor of the whole step, on a CPU on one thread;
+/// there it is therefore an operator of its own that makes one forward and one backward, on all threads.
 pub fn token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     if logits.device().is_cpu() {
         let op = TokenNll { targets: targets.to_vec1()? };
@@ -15,10 +18,52 @@ pub fn token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     composed_token_nll(logits, targets)
 }
 
-/// The same in plain tensor operations.
+/// The same in plain tensor operations. The gradient is written out: the one that Candle would derive keeps all that is
+/// between logits and result, and passes over each of it several times.
 pub fn composed_token_nll(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
-    let log_probs = candle_nn::ops::log_softmax(logits, 1)?;
-    log_probs.gather(&targets.unsqueeze(1)?, 1)?.squeeze(1)?.neg()
+    let (given, targets) = (logits.detach(), targets.unsqueeze(1)?);
+    let max = given.max_keepdim(1)?;
+    let normalizer = (given.broadcast_sub(&max)?.exp()?.sum_keepdim(1)?.log()? + max)?;
+    let nll = (&normalizer - given.gather(&targets, 1)?)?.squeeze(1)?;
+    logits.apply_op1(ComposedNll { targets, normalizer, nll })
+}
+
+struct ComposedNll {
+    /// `[N, 1]`, as the normaliser, the logarithm of the sum of exponentials.
+    targets: Tensor,
+    normalizer: Tensor,
+    /// The result, which is there before the operation: an operation has no other way to bring its gradient along.
+    nll: Tensor,
+}
+
+impl CustomOp1 for ComposedNll {
+    fn name(&self) -> &'static str {
+        "composed_token_nll"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (storage, layout) = self.nll.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, self.nll.shape().clone())),
+            _ => bail!("{}: logits must be where the result is", self.name()),
+        }
+    }
+
+    fn cuda_fwd(&self, _: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (storage, layout) = self.nll.storage_and_layout();
+        match &*storage {
+            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, self.nll.shape().clone())),
+            _ => bail!("{}: logits must be where the result is", self.name()),
+        }
+    }
+
+    fn bwd(&self, logits: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let grad = grad.unsqueeze(1)?.contiguous()?;
+        let softmax = logits.detach().broadcast_sub(&self.normalizer)?.exp()?;
+        let gradient = softmax.broadcast_mul(&grad)?;
+        gradient.scatter_add_set(&self.targets, &grad.neg()?, 1)?;
+        Ok(Some(gradient))
+    }
 }
 
 struct TokenNll {

@@ -1,6 +1,6 @@
 //! AdamW with moments that can be saved, and the learning rate over a run.
 
-use candle_core::{DType, Result, Tensor, Var, backprop::GradStore, bail};
+use candle_core::{D, DType, Result, Tensor, Var, backprop::GradStore, bail};
 use rayon::prelude::*;
 use std::{collections::BTreeMap, f64::consts::PI};
 
@@ -84,8 +84,10 @@ impl AdamW {
 
     /// The norm of all gradients together, a scalar on their device: reading one number for each parameter would stall a
     /// GPU at each. Parameters are independent of each other, here and in [`step`](Self::step), so the cores share them out.
+    /// Rows come first: a GPU has one block of threads for each sum.
     pub fn norm(grads: &[Tensor]) -> Result<Tensor> {
-        let squares = grads.par_iter().map(|grad| grad.sqr()?.sum_all()).collect::<Result<Vec<_>>>()?;
+        let squares =
+            grads.par_iter().map(|grad| grad.sqr()?.sum(D::Minus1)?.sum_all()).collect::<Result<Vec<_>>>()?;
         Tensor::stack(&squares, 0)?.sum_all()?.sqrt()
     }
 
@@ -96,13 +98,14 @@ impl AdamW {
         let t = (step + 1) as f64;
         let (correct1, correct2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
         self.slots.par_iter_mut().zip(grads).try_for_each(|(slot, grad)| {
-            let grad = (grad * scale)?;
-            slot.m = ((&slot.m * beta1)? + (&grad * (1.0 - beta1))?)?;
-            slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-            let direction = ((&slot.m / correct1)? / ((&slot.v / correct2)?.sqrt()? + eps)?)?;
-            let kept = if slot.decays { 1.0 - lr * weight_decay } else { 1.0 };
+            // Scalars are multiplied with each other first: each operation is a pass over memory.
+            slot.m = ((&slot.m * beta1)? + (grad * (scale * (1.0 - beta1)))?)?;
+            slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (scale * scale * (1.0 - beta2)))?)?;
+            let deviation = slot.v.sqrt()?.affine(1.0 / correct2.sqrt(), eps)?;
+            let change = ((&slot.m / deviation)? * (lr / correct1))?;
             let param = slot.var.as_detached_tensor();
-            slot.var.set(&((param * kept)? - (direction * lr)?)?)
+            let kept = if slot.decays { (param * (1.0 - lr * weight_decay))? } else { param };
+            slot.var.set(&(kept - change)?)
         })
     }
 

@@ -13,7 +13,8 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-/// Every parameter of a model, by name, in the order of the names.
+/// Every parameter of a model, by name, in the order of the names: in f32, whatever the model computes in. A layer converts
+/// what it uses where it uses it, so that gradients arrive in f32 too, and those of an embedding are summed in it.
 ///
 /// candle's `VarMap` would do but for its random numbers, which have no seed on a CPU. Here the values depend on the seed
 /// and the name alone, whatever the device and the order in which they are asked for.
@@ -21,23 +22,29 @@ use std::{
 pub struct Parameters {
     seed: u64,
     vars: Arc<Mutex<BTreeMap<String, Var>>>,
+    frozen: bool,
 }
 
 impl Parameters {
     pub fn new(seed: u64) -> Self {
-        Self { seed, vars: Arc::default() }
+        Self { seed, vars: Arc::default(), frozen: false }
     }
 
-    /// For building a model whose parameters end up here.
-    pub fn var_builder(&self, device: &Device) -> VarBuilder<'static> {
-        VarBuilder::from_backend(Box::new(self.clone()), DType::F32, device.clone())
+    /// The same ones for a model that is not to be trained: its states would otherwise hold the whole graph.
+    pub fn frozen(&self) -> Self {
+        Self { frozen: true, ..self.clone() }
+    }
+
+    /// For building a model that computes in `dtype` and whose parameters end up here.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(self.clone()), dtype, device.clone())
     }
 
     pub fn vars(&self) -> BTreeMap<String, Var> {
         self.vars.lock().unwrap().clone()
     }
 
-    /// The values alone, for a model that is not to be trained: its states would otherwise hold the whole graph.
+    /// The values alone.
     pub fn detached(&self) -> BTreeMap<String, Tensor> {
         let vars = self.vars.lock().unwrap();
         vars.iter().map(|(name, var)| (name.clone(), var.as_detached_tensor())).collect()
@@ -52,6 +59,10 @@ impl Parameters {
         Ok(())
     }
 
+    fn tensor(&self, var: &Var) -> Tensor {
+        if self.frozen { var.as_detached_tensor() } else { var.as_tensor().clone() }
+    }
+
     fn make(&self, shape: Shape, name: &str, init: Init, device: &Device) -> Result<Var> {
         self.check_memory(&shape, name)?;
         let seed = self.seed ^ crate::data::fingerprint(name.as_bytes());
@@ -61,26 +72,23 @@ impl Parameters {
 }
 
 impl SimpleBackend for Parameters {
-    fn get(&self, shape: Shape, name: &str, init: Init, dtype: DType, device: &Device) -> Result<Tensor> {
-        if dtype != DType::F32 {
-            bail!("parameter {name}: dtype is {dtype:?}, must be f32 to be trained");
-        }
+    fn get(&self, shape: Shape, name: &str, init: Init, _: DType, device: &Device) -> Result<Tensor> {
         let mut vars = self.vars.lock().unwrap();
         if let Some(var) = vars.get(name) {
             if var.shape() != &shape {
                 bail!("parameter {name}: shape is {:?}, asked for as {shape:?}", var.shape());
             }
-            return Ok(var.as_tensor().clone());
+            return Ok(self.tensor(var));
         }
         let var = self.make(shape, name, init, device)?;
-        let tensor = var.as_tensor().clone();
+        let tensor = self.tensor(&var);
         vars.insert(name.to_owned(), var);
         Ok(tensor)
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> Result<Tensor> {
         match self.vars.lock().unwrap().get(name) {
-            Some(var) => Ok(var.as_tensor().clone()),
+            Some(var) => Ok(self.tensor(var)),
             None => bail!("parameter {name} does not exist yet"),
         }
     }

@@ -16,7 +16,6 @@ use crate::{
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Config, Model};
-use candle_nn::VarBuilder;
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 use std::{
@@ -99,6 +98,7 @@ struct Run<'a> {
     device: Device,
     workers: Workers,
     config: Config,
+    compute: DType,
     recipe: Map<String, Value>,
     parameters: Parameters,
     model: Model,
@@ -114,11 +114,12 @@ impl<'a> Run<'a> {
     fn open(args: &'a Args, folder: &'a Path, corpus: &'a Corpus) -> Result<Self> {
         let device = runtime::device(args.cpu)?;
         let config = args.model_config(corpus.tokenizer.get_vocab_size(true), corpus.end_token)?;
-        let recipe = args.recipe(&config, corpus.tokenizer_id, corpus.data_id)?;
+        let compute = args.compute_dtype(&device);
+        let recipe = args.recipe(&config, compute, corpus.tokenizer_id, corpus.data_id)?;
         let batches = Batches::new(&corpus.train, args.seq_len, args.seed)?;
         check_memory(args, &config)?;
         let parameters = Parameters::new(args.seed);
-        let mut model = Model::new(&config, parameters.var_builder(&device))?;
+        let mut model = Model::new(&config, parameters.var_builder(compute.into(), &device))?;
         model.set_mode(args.mode.into());
         let hyper = Hyperparameters {
             beta1: args.beta1,
@@ -136,9 +137,10 @@ impl<'a> Run<'a> {
             Schedule { peak: args.lr, last: args.min_lr(), warmup: args.warmup, steps: args.steps };
         let sizes = parameters.vars().into_values().map(|var| var.elem_count());
         eprintln!(
-            "{} with {} parameters, {} training tokens, {}",
+            "{} with {} parameters, computed in {}, {} training tokens, {}",
             config.model_type(),
             sizes.sum::<usize>(),
+            compute.name(),
             corpus.train.tokens.len(),
             match steps_taken {
                 0 => "from the start".to_owned(),
@@ -150,6 +152,7 @@ impl<'a> Run<'a> {
             folder,
             corpus,
             config,
+            compute: compute.into(),
             recipe,
             parameters,
             model,
@@ -230,7 +233,7 @@ impl<'a> Run<'a> {
     /// Mean loss of `count` sequences from number `first` on, times `weight`, and its gradient.
     fn share_gradients(&self, first: u64, count: usize, weight: f64) -> Result<(Tensor, Vec<Tensor>)> {
         let (inputs, targets) = self.batches.get(first, count, &self.device)?;
-        let logits = self.model.forward(&inputs, None)?.flatten_to(1)?;
+        let logits = self.model.forward(&inputs, None)?.flatten_to(1)?.to_dtype(DType::F32)?;
         let loss = (token_nll(&logits, &targets.flatten_all()?)?.mean_all()? * weight)?;
         let grads = self.optimizer.collect(&mut loss.backward()?)?;
         Ok((loss.detach(), grads))
@@ -238,12 +241,10 @@ impl<'a> Run<'a> {
 
     /// Validates, and writes the model if it is the best so far (or there is nothing to tell by).
     fn publish(&self, done: usize) -> Result<Option<f64>> {
-        let params = self.parameters.detached();
         let bits = match &self.corpus.valid {
             None => None,
             Some(stream) => {
-                let tensors = params.clone().into_iter().collect();
-                let vb = VarBuilder::from_tensors(tensors, DType::F32, &self.device);
+                let vb = self.parameters.frozen().var_builder(self.compute, &self.device);
                 let mut model = Model::new(&self.config, vb)?;
                 model.set_mode(self.args.mode.into());
                 Some(bits_per_byte(&model, stream, self.corpus.end_token, self.args.seq_len, &self.workers)?)
@@ -251,7 +252,7 @@ impl<'a> Run<'a> {
         };
         let best = self.log.best();
         if bits.is_none_or(|bits| best.is_none_or(|best| bits <= best)) {
-            checkpoint::write_model(self.folder, params, self.args.dtype.into())?;
+            checkpoint::write_model(self.folder, self.parameters.detached(), self.args.dtype.into())?;
         }
         if let Some(bits) = bits {
             let best = best.map_or(String::new(), |best| format!(" (best before: {best:.4})"));

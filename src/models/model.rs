@@ -41,6 +41,10 @@ impl Model {
     /// [`VarMap`](candle_nn::VarMap) the parameters are fresh, and every one of them can be trained: projections and
     /// embeddings normal with the deviation `initializer_range`, biases 0, norms 1.
     ///
+    /// Where `vb` gives parameters in f32 although its dtype has 16 bits, as one over a `VarMap` does that has them already,
+    /// the model computes in 16 bits and converts each parameter where it is used. That is training in mixed precision:
+    /// gradients arrive in f32.
+    ///
     /// # Errors
     /// Sizes that do not divide, by the name of the field; whatever `vb` has to say of a tensor.
     pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
@@ -98,7 +102,7 @@ impl Model {
         &self.config
     }
 
-    /// The dtype of parameters, activations and logits. States are f32 whatever it is.
+    /// The dtype of activations and logits, and of parameters as they are asked for. States are f32 whatever it is.
     pub fn dtype(&self) -> DType {
         self.dtype
     }

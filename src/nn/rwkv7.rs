@@ -3,7 +3,7 @@
 use crate::nn::call::Call;
 use crate::nn::heads::check_size;
 use crate::nn::rms_norm::l2_norm;
-use crate::nn::token_shift::TokenShift;
+use crate::nn::token_shift::{TokenShift, mixed};
 use crate::nn::{Activation, LayerCache, LayerNorm, Linear};
 use crate::{Mode, Output, rwkv7};
 use candle_core::{D, DType, Result, Tensor, bail};
@@ -256,8 +256,8 @@ impl Rwkv7Attention {
     ) -> Result<(Tensor, Tensor)> {
         let size @ (batch, tokens) = call.check(xs, self.hidden_size)?;
         let (delta, past) = self.shift.forward(xs, &call)?;
-        let mixed = |i: usize| xs + delta.broadcast_mul(&self.mix[i])?;
-        let [xr, xw, xk, xv, xa, xg] = [mixed(0)?, mixed(1)?, mixed(2)?, mixed(3)?, mixed(4)?, mixed(5)?];
+        let mix = |i: usize| mixed(xs, &delta, &self.mix[i]);
+        let [xr, xw, xk, xv, xa, xg] = [mix(0)?, mix(1)?, mix(2)?, mix(3)?, mix(4)?, mix(5)?];
         let heads = |x: &Tensor| x.reshape((batch, tokens, self.heads, ()));
         let r = heads(&self.r_proj.forward(&xr)?)?;
         let g = heads(&(self.w_lora.sigmoid(&xw)? * STRONGEST_DECAY)?)?;

@@ -2,7 +2,7 @@
 
 use crate::nn::call::{Call, forward_methods};
 use crate::nn::heads::check_size;
-use crate::nn::token_shift::TokenShift;
+use crate::nn::token_shift::{TokenShift, mixed};
 use crate::nn::{Activation, LayerCache, Linear};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -70,7 +70,7 @@ impl Rwkv7FeedForward {
         let size = call.check(xs, self.hidden_size)?;
         let (delta, past) = self.shift.forward(xs, &call)?;
         call.finish(None, vec![past], size);
-        let inner = self.key.forward(&(xs + delta.broadcast_mul(&self.x_k)?)?)?;
+        let inner = self.key.forward(&mixed(xs, &delta, &self.x_k)?)?;
         self.value.forward(&self.activation.forward(&inner)?)
     }
 }

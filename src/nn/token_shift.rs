@@ -1,6 +1,7 @@
 //! The token before: how RWKV lets neighbours see each other.
 
 use crate::nn::call::Call;
+use crate::nn::linear::in_wider;
 use crate::nn::{ShortConvOptions, short_conv};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -23,4 +24,10 @@ impl TokenShift {
         let opts = ShortConvOptions { silu: false, past: call.past(0, 1)?, cu_seqlens: call.cu_seqlens() };
         short_conv(xs, &self.taps, None, &opts)
     }
+}
+
+/// `xs + mix * delta`, with a `mix` for each channel; in the dtype of `xs`.
+pub(crate) fn mixed(xs: &Tensor, delta: &Tensor, mix: &Tensor) -> Result<Tensor> {
+    let (delta, mix) = in_wider(delta, mix)?;
+    (xs.to_dtype(delta.dtype())? + delta.broadcast_mul(&mix)?)?.to_dtype(xs.dtype())
 }

@@ -2,7 +2,7 @@
 
 use crate::on_kernels;
 use crate::support::*;
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_linear_attn::models::Model;
 use candle_nn::{VarBuilder, VarMap};
 
@@ -115,4 +115,47 @@ fn models_agree_with_the_cpu() {
     }
     // Heads of one width are split another way.
     check("qwen3_5", r#", "linear_value_head_dim": 4"#).unwrap();
+}
+
+/// All gradients in one tensor, of a model that computes in `dtype` with parameters in f32.
+fn gradient(fields: &str, varmap: &VarMap, dtype: DType, device: &Device) -> Result<Tensor> {
+    let model = Model::new(&small_config(fields)?, VarBuilder::from_varmap(varmap, dtype, device))?;
+    let logits = model.forward(&pseudo_tokens(2, 19, 11)?.to_device(device)?, None)?;
+    assert_eq!(logits.dtype(), dtype);
+    let cotangent = pseudo_random(logits.dims(), 3)?.to_device(device)?;
+    let grads = (logits.to_dtype(DType::F32)? * cotangent)?.sum_all()?.backward()?;
+    let flat = |(name, var): (String, Var)| match grads.get(&var) {
+        Some(grad) => {
+            assert_eq!(grad.dtype(), DType::F32, "{name}");
+            grad.flatten_all()?.to_device(&CPU)
+        }
+        None => candle_core::bail!("{name} has no gradient"),
+    };
+    Tensor::cat(&sorted(varmap).into_iter().map(flat).collect::<Result<Vec<_>>>()?, 0)
+}
+
+/// How much rounding matters to a gradient depends on the model. It is measured: what rounding each parameter once does.
+#[test]
+fn gradients_in_bf16_are_those_in_f32_on_the_cpu_but_for_rounding() -> Result<()> {
+    for model_type in TYPES {
+        let fields = format!(r#"{}, "use_short_conv": true"#, small_heads(model_type));
+        let (_, varmap) = small_model(&fields)?;
+        for (_, var) in sorted(&varmap) {
+            var.set(&(var.as_detached_tensor() * 0.5)?)?;
+        }
+        let expected = gradient(&fields, &varmap, DType::F32, &CPU)?;
+        let (_, rounded) = moved(&fields, &varmap, &CPU)?;
+        for (_, var) in sorted(&rounded) {
+            var.set(&var.as_detached_tensor().to_dtype(DType::BF16)?.to_dtype(DType::F32)?)?;
+        }
+        let rounded = gradient(&fields, &rounded, DType::F32, &CPU)?;
+        let limit = 0.02 + 3. * relative_error(&rounded, &expected)?;
+        assert!(limit < 0.5, "{model_type}: {limit}");
+        on_kernels(|device| {
+            let (_, moved_vars) = moved(&fields, &varmap, device)?;
+            let found = gradient(&fields, &moved_vars, DType::BF16, device)?;
+            assert_close(model_type, &found, &expected, limit)
+        })?;
+    }
+    Ok(())
 }
