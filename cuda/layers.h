@@ -48,7 +48,7 @@ int32_t cla_short_conv_forward(const cla_short_conv *call, void *stream);
 int32_t cla_short_conv_backward(const cla_short_conv *call, void *stream);
 int32_t cla_short_conv_cache(const cla_short_conv *call, void *stream);
 
-enum cla_norm_gate { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
+enum cla_gate_kind { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
 
 // Norms of rows of n numbers, with a weight or without, and a gate behind or none:
 //
@@ -61,7 +61,7 @@ typedef struct {
   cla_numbers weight;              // [n]; null: 1
   float *partial;                  // [blocks, n]: what each block adds to the gradient of the weight; null: not wanted
   float factor, eps;
-  int32_t gate_kind;  // enum cla_norm_gate
+  int32_t gate_kind;  // enum cla_gate_kind
   int32_t width;      // n, up to what CLA_NORM_HELD vectors of 16 bytes in each of CLA_NORM_THREADS threads hold
   int32_t team_bits;  // 2^team_bits threads share a row
   int32_t blocks;     // of the backward pass
@@ -74,6 +74,73 @@ typedef struct {
 int32_t cla_norm_forward(const cla_norm *call, void *stream);
 // dx, dgate, and `partial` for cla_column_sums.
 int32_t cla_norm_backward(const cla_norm *call, void *stream);
+
+// One number with its gate, in one dtype:
+//
+//     y = x f(gate)
+typedef struct {
+  cla_tensor x, gate, out;         // [B, T, H, width]
+  cla_tensor grad_out, dx, dgate;  // [B, T, H, width]
+  int32_t gate_kind;               // enum cla_gate_kind, not CLA_UNGATED
+  int32_t width;                   // up to CLA_POINTWISE_COLUMNS
+  int32_t team_bits;               // 2^team_bits threads are beside one another in a row, up to a warp
+  int64_t rows, tokens, heads;
+} cla_gated;
+
+#define CLA_POINTWISE_THREADS 256
+// A warp has at least 128 columns, and a launch 65535 times these.
+#define CLA_POINTWISE_COLUMNS (65535 * 128)
+
+int32_t cla_gated_forward(const cla_gated *call, void *stream);
+// dx and dgate.
+int32_t cla_gated_backward(const cla_gated *call, void *stream);
+
+enum cla_function { CLA_SIGMOID = 0, CLA_LOG_SIGMOID = 1, CLA_SOFTPLUS = 2 };
+
+// A function of one number, in f32 whatever x is:
+//
+//     y = factor f(x + bias)        factor: -exp(log_rate), or 1 without a log_rate
+typedef struct {
+  cla_tensor x, dx;          // [B, T, H, width], of one dtype
+  cla_tensor out, grad_out;  // [B, T, H, width], f32
+  cla_numbers bias;          // [width]; null: 0
+  cla_numbers log_rate;      // [width / per_rate], each for per_rate neighbours
+  float *partial;            // [blocks, 2, width]: what each block adds to the gradients of bias and log_rate; null: not wanted
+  int32_t function;          // enum cla_function
+  int32_t width, team_bits;  // as in cla_gated
+  int32_t per_rate;
+  int64_t blocks;  // beside one another in the rows, each with several
+  int64_t rows, tokens, heads;
+} cla_pointwise;
+
+// Columns that a thread has of a function of one number.
+#define CLA_COLUMNS_OF_THREAD 4
+
+int32_t cla_pointwise_forward(const cla_pointwise *call, void *stream);
+// dx, and `partial` for cla_column_sums.
+int32_t cla_pointwise_backward(const cla_pointwise *call, void *stream);
+
+// Rotates the first two `half` channels of each head against each other, and copies the others:
+//
+//     [x1, x2] -> [x1 cos - x2 sin, x2 cos + x1 sin]        angle of channel i: position frequencies_i
+//
+// x and out are of one dtype, elements of a head neighbours in both.
+typedef struct {
+  cla_tensor x, out;           // [B, T, H, width]
+  const float *frequencies;    // [half]
+  const uint32_t *positions;   // [B, T]; null: first + t in each batch entry
+  int64_t first;
+  float factor;                // on cos and sin
+  int32_t half, width;
+  int32_t backwards;           // by the negative angle
+  int64_t batch, tokens, heads;
+} cla_rotary;
+
+#define CLA_ROTARY_THREADS 128
+// Heads that a thread rotates by one angle.
+#define CLA_ROTARY_HEADS 4
+
+int32_t cla_rotate(const cla_rotary *call, void *stream);
 
 // Adds up `rows` rows of f32 that are `stride` apart. The sum of column j goes to element
 // j / inner * outer_stride + j % inner * inner_stride of `out`.

@@ -7,33 +7,6 @@ namespace cla {
 
 constexpr int NORM_THREADS = CLA_NORM_THREADS, NORM_WARPS = NORM_THREADS / 32;
 
-// x / y for 0 <= x and 0 < y, and x % y in `rest`; in 32 bits if these are enough, which take a fifth of the time.
-CLA_DEVICE int64_t divided(int64_t x, int64_t y, int64_t &rest) {
-  if ((x | y) <= INT32_MAX) {
-    const uint32_t quotient = (uint32_t)x / (uint32_t)y;
-    rest = (uint32_t)x - quotient * (uint32_t)y;
-    return quotient;
-  }
-  rest = x % y;
-  return x / y;
-}
-
-// Where a row begins in each tensor.
-struct RowPlace {
-  int64_t batch, token;
-  int head;
-
-  CLA_DEVICE RowPlace(const cla_norm &c, int64_t row) : batch(0), token(row), head(0) {
-    if (c.heads > 1) {
-      int64_t rest;
-      token = divided(row, c.heads, rest);
-      head = (int)rest;
-    }
-    if (c.tokens * c.heads < c.rows) batch = divided(token, c.tokens, token);
-  }
-  CLA_DEVICE Rows of(const cla_tensor &x) const { return Rows(x, batch, head); }
-};
-
 // Sums over the threads of a team, the same in each. All of the block come here.
 template <int COUNT> CLA_DEVICE void sums_of_team(float (&x)[COUNT], int team, float *shared) {
   CLA_UNROLL
@@ -55,19 +28,6 @@ template <int COUNT> CLA_DEVICE void sums_of_team(float (&x)[COUNT], int team, f
   barrier();
 }
 
-struct Gated {
-  float value, slope;
-};
-CLA_DEVICE float gate_value(int kind, float x) {
-  if (kind == CLA_UNGATED) return 1.f;
-  return kind == CLA_GATE_SILU ? x * sigmoid(x) : sigmoid(x);
-}
-CLA_DEVICE float gate_slope(int kind, float x) {
-  if (kind == CLA_GATE_SILU) return silu_slope(x);
-  const float s = sigmoid(x);
-  return s * (1.f - s);
-}
-
 template <int N, bool WHOLE> CLA_DEVICE void load_weight(float (&weight)[N], const cla_norm &c, int d) {
   if (c.weight.data) return load_numbers<N, WHOLE>(weight, c.weight, d, c.width - d);
   CLA_UNROLL
@@ -80,7 +40,7 @@ template <int DTYPE, int HELD, bool WHOLE> CLA_KERNEL(NORM_THREADS, HELD == 1 ? 
   const int thread = (int)thread_index(), team = 1 << c.team_bits, lane = thread & (team - 1);
   const int64_t row = block_x() * (int64_t)(NORM_THREADS >> c.team_bits) + (thread >> c.team_bits);
   const bool there = row < c.rows;
-  const RowPlace place(c, there ? row : 0);
+  const RowPlace place(there ? row : 0, c.rows, c.tokens, c.heads);
   const Rows rows = place.of(c.x), gates = place.of(c.gate), out = place.of(c.out);
   V x[HELD], gate[HELD];
   CLA_UNROLL
@@ -130,7 +90,7 @@ CLA_KERNEL(NORM_THREADS, HELD > 1 ? 1 : WHOLE ? 3 : 2) void norm_backward_kernel
   for (int64_t first = block_x() * (int64_t)teams; first < c.rows; first += grid_x() * (int64_t)teams) {
     const int64_t row = first + (thread >> c.team_bits);
     const bool there = row < c.rows;
-    const RowPlace place(c, there ? row : 0);
+    const RowPlace place(there ? row : 0, c.rows, c.tokens, c.heads);
     const Rows rows = place.of(c.x), gates = place.of(c.gate), grads = place.of(c.grad_out);
     const Rows dx = place.of(c.dx), dgate = place.of(c.dgate);
     V x[HELD], gate[HELD], dy[HELD];

@@ -113,4 +113,42 @@ CLA_DEVICE float silu_slope(float x) {
   return s * (1.f + x * (1.f - s));
 }
 
+// A gate's function (enum cla_gate_kind) and its derivative.
+CLA_DEVICE float gate_value(int kind, float x) {
+  if (kind == CLA_UNGATED) return 1.f;
+  return kind == CLA_GATE_SILU ? x * sigmoid(x) : sigmoid(x);
+}
+CLA_DEVICE float gate_slope(int kind, float x) {
+  if (kind == CLA_GATE_SILU) return silu_slope(x);
+  const float s = sigmoid(x);
+  return s * (1.f - s);
+}
+
+// x / y for 0 <= x and 0 < y, and x % y in `rest`; in 32 bits if these are enough, which take a fifth of the time.
+CLA_DEVICE int64_t divided(int64_t x, int64_t y, int64_t &rest) {
+  if ((x | y) <= INT32_MAX) {
+    const uint32_t quotient = (uint32_t)x / (uint32_t)y;
+    rest = (uint32_t)x - quotient * (uint32_t)y;
+    return quotient;
+  }
+  rest = x % y;
+  return x / y;
+}
+
+// Where a row of B * tokens * heads begins in each tensor.
+struct RowPlace {
+  int64_t batch, token;
+  int head;
+
+  CLA_DEVICE RowPlace(int64_t row, int64_t rows, int64_t tokens, int64_t heads) : batch(0), token(row), head(0) {
+    if (heads > 1) {
+      int64_t rest;
+      token = divided(row, heads, rest);
+      head = (int)rest;
+    }
+    if (tokens * heads < rows) batch = divided(token, tokens, token);
+  }
+  CLA_DEVICE Rows of(const cla_tensor &x) const { return Rows(x, batch, head); }
+};
+
 }  // namespace cla

@@ -2,10 +2,11 @@
 
 use crate::Mode;
 use crate::nn::call::{Call, Mixer, public_methods};
+use crate::nn::fused::Gate;
 use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::softmax_attention::softmax_attention;
-use crate::nn::{Activation, LayerCache, Linear, RmsNorm, RotaryConfig, RotaryEmbedding};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::nn::{LayerCache, Linear, RmsNorm, RotaryConfig, RotaryEmbedding, fused};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// The norm of queries and keys, if there is one.
@@ -169,15 +170,15 @@ impl Attention {
         })
     }
 
-    /// Queries and, if there is one, the gate `[B, T, H * D]`.
+    /// Queries and, if there is one, the gate, both `[B, T, H, D]`.
     fn queries(&self, xs: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
         let (batch, tokens, _) = xs.dims3()?;
         let q = self.q_proj.forward(xs)?.reshape((batch, tokens, self.num_heads, ()))?;
         if !self.output_gate {
             return Ok((q, None));
         }
-        let gate = q.narrow(3, self.head_dim, self.head_dim)?.flatten_from(2)?;
-        Ok((q.narrow(3, 0, self.head_dim)?.contiguous()?, Some(gate)))
+        let gate = q.narrow(3, self.head_dim, self.head_dim)?;
+        Ok((q.narrow(3, 0, self.head_dim)?, Some(gate)))
     }
 }
 
@@ -196,17 +197,16 @@ impl Mixer for Attention {
         }
         if let Some(rotary) = &self.rotary {
             let positions = call.positions(size.0, size.1);
-            (q, k) = (rotary.forward_at(&q, &positions)?, rotary.forward_at(&k, &positions)?);
+            [q, k] = rotary.rotate([&q, &k], &positions)?;
         }
         let scale = 1. / (self.head_dim as f64).sqrt();
-        let (out, key_values) = softmax_attention([&q, &k, &v], scale, &call)?;
-        let mut out = out.flatten_from(2)?;
-        if let Some(gate) = gate {
-            out = (out
-                * Activation::Sigmoid.forward_f32(&gate.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())?)?;
-        }
+        let (out, key_values) = softmax_attention([&q.contiguous()?, &k, &v], scale, &call)?;
+        let out = match gate {
+            Some(gate) => fused::gated(&out, (&gate, Gate::Sigmoid), xs.dtype())?,
+            None => out,
+        };
         call.finish_key_values(key_values, size);
-        self.o_proj.forward(&out)
+        self.o_proj.forward(&out.flatten_from(2)?)
     }
 
     /// Softmax attention has one algorithm.

@@ -1,7 +1,8 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
+use crate::nn::fused::Gate;
 use crate::nn::heads::check_size;
-use crate::nn::{Activation, Linear, fused};
+use crate::nn::{Activation, Linear, NormGate, fused};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -101,15 +102,21 @@ impl GatedMlp {
 
     /// `[.., hidden]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(xs)?.to_dtype(DType::F32)?;
-        let up = self.up_proj.forward(xs)?.to_dtype(DType::F32)?;
+        let (gate, up) = (self.gate_proj.forward(xs)?, self.up_proj.forward(xs)?);
+        let product = |gate: Tensor| (gate * up.to_dtype(DType::F32)?)?.to_dtype(xs.dtype());
         let ys = match self.kind {
-            GluKind::Swish => fused::swiglu(&gate, &up)?,
-            GluKind::PowLu => (powlu(&gate)? * up)?,
-            GluKind::Of(activation) => (activation.forward_f32(&gate)? * up)?,
+            GluKind::Swish => fused::gated(&up, (&gate, Gate::Silu), xs.dtype())?,
+            GluKind::PowLu => product(powlu(&gate.to_dtype(DType::F32)?)?)?,
+            GluKind::Of(activation) => product(activation.forward_f32(&gate)?)?,
         };
-        self.down_proj.forward(&ys.to_dtype(xs.dtype())?)
+        self.down_proj.forward(&ys)
     }
+}
+
+/// `y = f(gate) * xs` for two tensors of one shape and dtype, computed in f32: SwiGLU with [`NormGate::Silu`]. One operation
+/// with a gradient; to the same shape and dtype.
+pub fn gated(xs: &Tensor, gate: &Tensor, kind: NormGate) -> Result<Tensor> {
+    fused::gated(xs, (gate, kind), xs.dtype())
 }
 
 /// The two projections of the old layout, if that is what there is. A fresh model has neither tensor yet and gets the
