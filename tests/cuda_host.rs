@@ -32,6 +32,10 @@ mod host;
 mod models;
 #[path = "kernels/norms.rs"]
 mod norms;
+#[path = "kernels/pointwise.rs"]
+mod pointwise;
+#[path = "kernels/rotary.rs"]
+mod rotary;
 #[path = "kernels/small.rs"]
 mod small;
 

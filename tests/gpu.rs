@@ -29,6 +29,10 @@ mod large;
 mod models;
 #[path = "kernels/norms.rs"]
 mod norms;
+#[path = "kernels/pointwise.rs"]
+mod pointwise;
+#[path = "kernels/rotary.rs"]
+mod rotary;
 #[path = "kernels/small.rs"]
 mod small;
 

@@ -1,6 +1,6 @@
 //! Pointwise functions by the names that configurations use.
 
-use crate::nn::fused::log_sigmoid;
+use crate::nn::fused::{Pointwise, pointwise};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// A pointwise function. All are computed in f32 and have a gradient.
@@ -76,24 +76,28 @@ impl Activation {
 
     /// Any shape and float dtype to the same.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.forward_f32(&xs.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())
+        self.forward_f32(xs)?.to_dtype(xs.dtype())
     }
 
+    /// Any shape and float dtype, to f32.
     pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
+        let wide = || xs.to_dtype(DType::F32);
         match self {
-            Self::Identity => Ok(xs.clone()),
-            Self::Relu => xs.relu(),
-            Self::SquaredRelu => xs.relu()?.sqr(),
-            Self::EluPlusOne => elu_plus_one(xs),
-            Self::Sigmoid => candle_nn::ops::sigmoid(xs),
-            Self::LogSigmoid => log_sigmoid(xs),
-            Self::Tanh => xs.tanh(),
-            Self::Silu => xs.silu(),
-            Self::Gelu => xs.gelu_erf(),
-            Self::GeluTanh => xs.gelu(),
-            Self::QuickGelu => xs * candle_nn::ops::sigmoid(&(xs * 1.702)?)?,
-            // log(1 + exp(x)) = -log_sigmoid(-x)
-            Self::Mish => xs * log_sigmoid(&xs.neg()?)?.neg()?.tanh()?,
+            Self::Identity => wide(),
+            Self::Relu => wide()?.relu(),
+            Self::SquaredRelu => wide()?.relu()?.sqr(),
+            Self::EluPlusOne => elu_plus_one(&wide()?),
+            Self::Sigmoid => pointwise(Pointwise::Sigmoid, xs),
+            Self::LogSigmoid => pointwise(Pointwise::LogSigmoid, xs),
+            Self::Tanh => wide()?.tanh(),
+            Self::Silu => wide()?.silu(),
+            Self::Gelu => wide()?.gelu_erf(),
+            Self::GeluTanh => wide()?.gelu(),
+            Self::QuickGelu => {
+                let xs = wide()?;
+                &xs * pointwise(Pointwise::Sigmoid, &(&xs * 1.702)?)?
+            }
+            Self::Mish => wide()? * pointwise(Pointwise::Softplus, xs)?.tanh()?,
         }
     }
 }

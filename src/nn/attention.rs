@@ -2,10 +2,12 @@
 
 use crate::Mode;
 use crate::nn::call::{Call, Mixer, public_methods};
+use crate::nn::fused::Gate;
 use crate::nn::heads::{MAX_SIZE, check_size};
+use crate::nn::linear::Projections;
 use crate::nn::softmax_attention::softmax_attention;
-use crate::nn::{Activation, LayerCache, Linear, RmsNorm, RotaryConfig, RotaryEmbedding};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::nn::{LayerCache, Linear, RmsNorm, RotaryConfig, RotaryEmbedding, fused};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// The norm of queries and keys, if there is one.
@@ -131,9 +133,8 @@ impl QkNorms {
 /// has for each head its query and then its gate. Its cache grows with the tokens.
 #[derive(Debug, Clone)]
 pub struct Attention {
-    q_proj: Linear,
-    k_proj: Linear,
-    v_proj: Linear,
+    /// Of queries, keys and values.
+    projections: Projections<3>,
     o_proj: Linear,
     qk_norm: Option<QkNorms>,
     rotary: Option<RotaryEmbedding>,
@@ -155,9 +156,11 @@ impl Attention {
         };
         let gate = if output_gate { 2 } else { 1 };
         Ok(Self {
-            q_proj: linear("q_proj", hidden_size, num_heads * head_dim * gate)?,
-            k_proj: linear("k_proj", hidden_size, num_kv_heads * head_dim)?,
-            v_proj: linear("v_proj", hidden_size, num_kv_heads * head_dim)?,
+            projections: Projections::new([
+                linear("q_proj", hidden_size, num_heads * head_dim * gate)?,
+                linear("k_proj", hidden_size, num_kv_heads * head_dim)?,
+                linear("v_proj", hidden_size, num_kv_heads * head_dim)?,
+            ])?,
             o_proj: linear("o_proj", num_heads * head_dim, hidden_size)?,
             qk_norm: QkNorms::new(cfg, &vb)?,
             rotary: cfg.rotary.as_ref().map(RotaryEmbedding::from_config).transpose()?,
@@ -169,15 +172,15 @@ impl Attention {
         })
     }
 
-    /// Queries and, if there is one, the gate `[B, T, H * D]`.
-    fn queries(&self, xs: &Tensor) -> Result<(Tensor, Option<Tensor>)> {
-        let (batch, tokens, _) = xs.dims3()?;
-        let q = self.q_proj.forward(xs)?.reshape((batch, tokens, self.num_heads, ()))?;
+    /// Queries and, if there is one, the gate, both `[B, T, H, D]`, from what is projected to both.
+    fn queries(&self, q: Tensor) -> Result<(Tensor, Option<Tensor>)> {
+        let (batch, tokens, _) = q.dims3()?;
+        let q = q.reshape((batch, tokens, self.num_heads, ()))?;
         if !self.output_gate {
             return Ok((q, None));
         }
-        let gate = q.narrow(3, self.head_dim, self.head_dim)?.flatten_from(2)?;
-        Ok((q.narrow(3, 0, self.head_dim)?.contiguous()?, Some(gate)))
+        let gate = q.narrow(3, self.head_dim, self.head_dim)?;
+        Ok((q.narrow(3, 0, self.head_dim)?, Some(gate)))
     }
 }
 
@@ -187,26 +190,25 @@ impl Mixer for Attention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.hidden_size)?;
         call.check_key_values()?;
-        let (mut q, gate) = self.queries(xs)?;
-        let heads =
-            |linear: &Linear| linear.forward(xs)?.reshape((size.0, size.1, self.num_kv_heads, self.head_dim));
-        let (mut k, v) = (heads(&self.k_proj)?, heads(&self.v_proj)?);
+        let [q, k, v] = self.projections.forward(xs)?;
+        let (mut q, gate) = self.queries(q)?;
+        let heads = |x: Tensor| x.reshape((size.0, size.1, self.num_kv_heads, self.head_dim));
+        let (mut k, v) = (heads(k)?, heads(v)?);
         if let Some(norms) = &self.qk_norm {
             (q, k) = (norms.forward(0, &q)?, norms.forward(1, &k)?);
         }
         if let Some(rotary) = &self.rotary {
             let positions = call.positions(size.0, size.1);
-            (q, k) = (rotary.forward_at(&q, &positions)?, rotary.forward_at(&k, &positions)?);
+            [q, k] = rotary.rotate([&q, &k], &positions)?;
         }
         let scale = 1. / (self.head_dim as f64).sqrt();
-        let (out, key_values) = softmax_attention([&q, &k, &v], scale, &call)?;
-        let mut out = out.flatten_from(2)?;
-        if let Some(gate) = gate {
-            out = (out
-                * Activation::Sigmoid.forward_f32(&gate.to_dtype(DType::F32)?)?.to_dtype(xs.dtype())?)?;
-        }
+        let (out, key_values) = softmax_attention([&q.contiguous()?, &k, &v], scale, &call)?;
+        let out = match gate {
+            Some(gate) => fused::gated(&out, (&gate, Gate::Sigmoid), xs.dtype())?,
+            None => out,
+        };
         call.finish_key_values(key_values, size);
-        self.o_proj.forward(&out)
+        self.o_proj.forward(&out.flatten_from(2)?)
     }
 
     /// Softmax attention has one algorithm.

@@ -1,6 +1,6 @@
 //! Decays learned in the form that state space models have them.
 
-use crate::nn::Activation;
+use crate::nn::fused;
 use candle_core::{DType, Result, Shape, Tensor, bail};
 use candle_nn::{Init, VarBuilder};
 
@@ -47,9 +47,14 @@ impl Decay {
         self.a_log.to_dtype(DType::F32)?.flatten_all()?.exp()
     }
 
-    /// `g` for `dt: [.., heads]`, f32, where each head has a bias of its own.
+    /// `g` for `dt: [.., biases]`, f32; each head's A is that of as many biases as it has.
     pub fn log_decay(&self, dt: &Tensor) -> Result<Tensor> {
-        softplus(&self.biased(dt)?)?.broadcast_mul(&self.rate()?.neg()?)
+        log_decay(dt, &self.dt_bias, &self.a_log)
+    }
+
+    /// `softplus(dt + dt_bias)` for `dt: [.., biases]`, f32.
+    pub fn time_step(&self, dt: &Tensor) -> Result<Tensor> {
+        fused::decay(dt, &self.dt_bias, None)
     }
 
     /// `dt + dt_bias` for `dt: [.., biases]`, f32.
@@ -58,9 +63,11 @@ impl Decay {
     }
 }
 
-/// `log(1 + exp(x))` of an f32 tensor.
-pub(crate) fn softplus(xs: &Tensor) -> Result<Tensor> {
-    Activation::LogSigmoid.forward_f32(&xs.neg()?)?.neg()
+/// `g = -exp(a_log) * softplus(dt + dt_bias)`, the logarithm of the decay in Gated DeltaNet, Kimi delta attention and Mamba-2,
+/// computed in f32. `dt` is `[.., n]` in f32, f16 or bf16, `dt_bias` `[n]`, and `a_log` has one number for each of n columns, or
+/// for n / heads neighbours as many as there are heads. One operation with a gradient; to the shape of `dt` in f32.
+pub fn log_decay(dt: &Tensor, dt_bias: &Tensor, a_log: &Tensor) -> Result<Tensor> {
+    fused::decay(dt, dt_bias, Some(a_log))
 }
 
 /// A range of two finite numbers, the first above 0 and not above the second.

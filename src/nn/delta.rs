@@ -3,7 +3,7 @@
 use crate::nn::heads::{MAX_SIZE, check_size, whole_width};
 use crate::nn::qkv::{ConvShape, Qkv, QkvShape, Silu};
 use crate::nn::{Activation, Linear};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// Epsilon of the norm of queries and keys, which no configuration changes.
@@ -82,7 +82,7 @@ impl Beta {
 
     /// `[B, T, hidden_size]` to `[B, T, heads]`, f32.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let beta = Activation::Sigmoid.forward_f32(&self.b_proj.forward(xs)?.to_dtype(DType::F32)?)?;
+        let beta = Activation::Sigmoid.forward_f32(&self.b_proj.forward(xs)?)?;
         beta * self.factor
     }
 }

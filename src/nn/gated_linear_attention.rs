@@ -7,7 +7,7 @@ use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear};
 use crate::{Mode, Output, gla};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// What a [`GatedLinearAttention`] layer is made from. The defaults are flash-linear-attention's.
@@ -144,7 +144,7 @@ impl GatedLinearAttention {
     /// would not do.
     fn gates(&self, xs: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = xs.dims3()?;
-        let logits = self.gk_proj[1].forward(&self.gk_proj[0].forward(xs)?)?.to_dtype(DType::F32)?;
+        let logits = self.gk_proj[1].forward(&self.gk_proj[0].forward(xs)?)?;
         let mut g = (Activation::LogSigmoid.forward_f32(&logits)? / self.gate_logit_normalizer)?;
         if let Some(least) = self.clamp_min {
             g = g.maximum(least)?;

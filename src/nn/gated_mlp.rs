@@ -1,7 +1,9 @@
 //! The gated feed-forward layer ([Shazeer, 2020](https://arxiv.org/abs/2002.05202)).
 
+use crate::nn::fused::Gate;
 use crate::nn::heads::check_size;
-use crate::nn::{Activation, Linear, fused};
+use crate::nn::linear::Projections;
+use crate::nn::{Activation, Linear, NormGate, fused};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
@@ -64,8 +66,8 @@ impl Default for MlpNames {
 /// `down_proj(glu(gate_proj(x), up_proj(x)))`, no biases.
 #[derive(Debug, Clone)]
 pub struct GatedMlp {
-    gate_proj: Linear,
-    up_proj: Linear,
+    /// Of the gate and up.
+    projections: Projections<2>,
     down_proj: Linear,
     kind: GluKind,
 }
@@ -91,25 +93,31 @@ impl GatedMlp {
             Some(pair) => pair,
             None => (linear(hidden, inner, names.gate)?, linear(hidden, inner, names.up)?),
         };
-        Ok(Self::from_parts([gate_proj, up_proj, linear(inner, hidden, names.down)?], cfg.kind))
+        Self::from_parts([gate_proj, up_proj, linear(inner, hidden, names.down)?], cfg.kind)
     }
 
     /// From the projections of the gate, up and down.
-    pub(crate) fn from_parts([gate_proj, up_proj, down_proj]: [Linear; 3], kind: GluKind) -> Self {
-        Self { gate_proj, up_proj, down_proj, kind }
+    pub(crate) fn from_parts([gate, up, down_proj]: [Linear; 3], kind: GluKind) -> Result<Self> {
+        Ok(Self { projections: Projections::new([gate, up])?, down_proj, kind })
     }
 
     /// `[.., hidden]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(xs)?.to_dtype(DType::F32)?;
-        let up = self.up_proj.forward(xs)?.to_dtype(DType::F32)?;
+        let [gate, up] = self.projections.forward(xs)?;
+        let product = |gate: Tensor| (gate * up.to_dtype(DType::F32)?)?.to_dtype(xs.dtype());
         let ys = match self.kind {
-            GluKind::Swish => fused::swiglu(&gate, &up)?,
-            GluKind::PowLu => (powlu(&gate)? * up)?,
-            GluKind::Of(activation) => (activation.forward_f32(&gate)? * up)?,
+            GluKind::Swish => fused::gated(&up, (&gate, Gate::Silu), xs.dtype())?,
+            GluKind::PowLu => product(powlu(&gate.to_dtype(DType::F32)?)?)?,
+            GluKind::Of(activation) => product(activation.forward_f32(&gate)?)?,
         };
-        self.down_proj.forward(&ys.to_dtype(xs.dtype())?)
+        self.down_proj.forward(&ys)
     }
+}
+
+/// `y = f(gate) * xs` for two tensors of one shape and dtype, computed in f32: SwiGLU with [`NormGate::Silu`]. One operation
+/// with a gradient; to the same shape and dtype.
+pub fn gated(xs: &Tensor, gate: &Tensor, kind: NormGate) -> Result<Tensor> {
+    fused::gated(xs, (gate, kind), xs.dtype())
 }
 
 /// The two projections of the old layout, if that is what there is. A fresh model has neither tensor yet and gets the

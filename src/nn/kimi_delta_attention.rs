@@ -1,7 +1,7 @@
 //! Kimi delta attention ([Kimi Team, 2025](https://arxiv.org/abs/2510.26692)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::decay::{Decay, DecayRange, softplus};
+use crate::nn::decay::{Decay, DecayRange};
 use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
 use crate::nn::output_norm::{OutputNorm, Projection};
 use crate::nn::qkv::{ConvShape, Projected, Qkv};
@@ -148,13 +148,12 @@ impl KimiDeltaAttention {
     /// The logarithms of the decays, `[B, T, HV, K]`, f32.
     fn gates(&self, xs: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = xs.dims3()?;
-        let f = self.decay.biased(&self.f_proj.forward(xs)?)?;
-        let f = f.reshape((batch, tokens, self.heads.num_v_heads, self.heads.head_k_dim))?;
+        let shape = (batch, tokens, self.heads.num_v_heads, self.heads.head_k_dim);
+        let f = self.f_proj.forward(xs)?;
+        let Some(bound) = self.lower_bound else { return self.decay.log_decay(&f)?.reshape(shape) };
         let rate = self.decay.rate()?.unsqueeze(D::Minus1)?;
-        match self.lower_bound {
-            Some(bound) => Activation::Sigmoid.forward_f32(&f.broadcast_mul(&rate)?)? * bound,
-            None => softplus(&f)?.broadcast_mul(&rate.neg()?),
-        }
+        let f = self.decay.biased(&f)?.reshape(shape)?.broadcast_mul(&rate)?;
+        Activation::Sigmoid.forward_f32(&f)? * bound
     }
 }
 

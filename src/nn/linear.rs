@@ -1,7 +1,7 @@
 //! Projections, and the initialisation the checkpoints' authors use.
 
 use crate::nn::weight::Weight;
-use candle_core::{DType, Error, Result, Tensor};
+use candle_core::{D, DType, Error, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
 
 /// A normal distribution around 0, what every projection and embedding starts from.
@@ -76,16 +76,16 @@ impl<const N: usize> Projections<N> {
         Ok(Self { each, whole: Some(Weight::Dense(whole)) })
     }
 
-    /// `[B, T, inputs]` to `[B, T, outputs]` of each.
+    /// `[.., inputs]` to `[.., outputs]` of each.
     pub fn forward(&self, xs: &Tensor) -> Result<[Tensor; N]> {
-        let (batch, tokens, _) = xs.dims3()?;
+        let tokens: usize = xs.dims().iter().rev().skip(1).product();
         let mut found = Vec::with_capacity(N);
         match &self.whole {
-            Some(whole) if batch * tokens <= FEW => {
+            Some(whole) if tokens <= FEW => {
                 let (ys, mut start) = (project(xs, whole)?, 0);
                 for linear in &self.each {
                     let outputs = linear.weight.outputs()?;
-                    found.push(ys.narrow(2, start, outputs)?);
+                    found.push(ys.narrow(D::Minus1, start, outputs)?);
                     start += outputs;
                 }
             }

@@ -1,7 +1,7 @@
 //! Mamba-2 ([Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::decay::{Decay, DecayRange, check_range, softplus};
+use crate::nn::decay::{Decay, DecayRange, check_range};
 use crate::nn::fused::{self, Gate};
 use crate::nn::heads::{MAX_SIZE, check_size};
 use crate::nn::short_conv::check_conv_size;
@@ -174,9 +174,9 @@ impl GatedNorm {
             return fused::rms_norm_gated(ys, &weight, (gate, Gate::Silu), self.eps, DType::F32);
         }
         if self.before_gate {
-            return self.normalize(ys, &weight)? * gate.silu()?;
+            return fused::gated(&self.normalize(ys, &weight)?, (gate, Gate::Silu), DType::F32);
         }
-        self.normalize(&fused::swiglu(gate, ys)?, &weight)
+        self.normalize(&fused::gated(ys, (gate, Gate::Silu), DType::F32)?, &weight)
     }
 
     /// Each group by itself; the weight is one number a channel of all of them.
@@ -229,7 +229,7 @@ impl Mamba2 {
 
     /// The time step of every token and head, `[B, T, heads]`, f32.
     fn time_step(&self, dt: &Tensor) -> Result<Tensor> {
-        let dt = softplus(&self.decay.biased(dt)?)?;
+        let dt = self.decay.time_step(dt)?;
         let [least, most] = self.dt_limit;
         let dt = if least > 0. { dt.maximum(least)? } else { dt };
         if most.is_finite() { dt.minimum(most) } else { Ok(dt) }

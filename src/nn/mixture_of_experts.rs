@@ -160,7 +160,7 @@ fn shared_output((mlp, gate): &(GatedMlp, Option<Linear>), xs: &Tensor) -> Resul
     let ys = mlp.forward(xs)?.to_dtype(DType::F32)?;
     match gate {
         Some(gate) => {
-            let gate = Activation::Sigmoid.forward_f32(&gate.forward(xs)?.to_dtype(DType::F32)?)?;
+            let gate = Activation::Sigmoid.forward_f32(&gate.forward(xs)?)?;
             ys.broadcast_mul(&gate)
         }
         None => Ok(ys),

@@ -73,7 +73,7 @@ impl OutputNorm {
             Activation::Silu => self.norm.forward_gated_to(out, (&gate, Gate::Silu), xs.dtype()),
             Activation::Sigmoid => self.norm.forward_gated_to(out, (&gate, Gate::Sigmoid), xs.dtype()),
             _ => {
-                let gate = gate_fn.forward_f32(&gate.to_dtype(DType::F32)?)?;
+                let gate = gate_fn.forward_f32(&gate)?;
                 (self.norm.forward_to(out, DType::F32)?.flatten_from(2)? * gate)?.to_dtype(xs.dtype())
             }
         }

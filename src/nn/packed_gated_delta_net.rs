@@ -10,7 +10,7 @@ use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm, ShortConvolution};
 use crate::{Mode, Output, gated_delta_rule};
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// What lies together in the projections of a [`PackedGatedDeltaNet`].
@@ -208,7 +208,7 @@ impl Mixer for PackedGatedDeltaNet {
         }
         let [q, k, v] = self.split(&qkv)?;
         let g = self.decay.log_decay(&a)?;
-        let beta = Activation::Sigmoid.forward_f32(&b.to_dtype(DType::F32)?)?;
+        let beta = Activation::Sigmoid.forward_f32(&b)?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, vec![past], size);
         self.out_proj.forward(&self.norm.forward_gated_to(&out, (&z, Gate::Silu), xs.dtype())?)

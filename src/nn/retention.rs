@@ -143,8 +143,8 @@ impl Mixer for MultiScaleRetention {
         let size = call.check(xs, self.heads.hidden_size)?;
         let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.mapped(self.feature_map)?;
         let positions = call.positions(size.0, size.1);
-        let q = self.rotary.forward_at(&q, &positions)?;
-        let k = self.heads.repeat(&self.rotary.forward_at(&k, &positions)?)?;
+        let [q, k] = self.rotary.rotate([&q, &k], &positions)?;
+        let k = self.heads.repeat(&k)?;
         let v = self.heads.repeat(&v)?;
         let Output { out, state } = retention(&q, &k, &v, &self.log_decay, &call.options(self.mode))?;
         call.finish(state, conv, size);

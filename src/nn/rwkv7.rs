@@ -117,7 +117,7 @@ impl LowRank {
     }
 
     fn sigmoid(&self, xs: &Tensor) -> Result<Tensor> {
-        Activation::Sigmoid.forward_f32(&self.forward(xs)?.to_dtype(DType::F32)?)
+        Activation::Sigmoid.forward_f32(&self.forward(xs)?)
     }
 }
 

@@ -4,6 +4,7 @@ use crate::case::{Case, Op};
 use crate::convolutions::{Convolution, DTYPES, Lies};
 use crate::kernels::{DELTA, check, limits};
 use crate::norms::{KINDS, Norm};
+use crate::pointwise::{Kind, Pointwise};
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_linear_attn::{Mode, Options, cuda_host, linear_attn};
@@ -19,12 +20,14 @@ fn bits(x: &Tensor) -> Vec<u32> {
     numbers.into_iter().map(f32::to_bits).collect()
 }
 
-/// Convolutions and norms whose blocks share sums, of rows in a part of a warp and in several.
-fn layers() -> (Vec<Convolution>, Vec<Norm>) {
+/// Convolutions, norms and decays whose blocks share sums, of rows in a part of a warp and in several.
+fn layers() -> (Vec<Convolution>, Vec<Norm>, Vec<Pointwise>) {
     let conv = |(dtype, width)| Convolution { dtype, width, tokens: 130, ..Default::default() };
     let convolutions = [(DType::F32, 4), (DType::BF16, 3), (DType::F16, 7)].map(conv);
     let norm = |kind| [vec![700, 24], vec![30, 2000]].map(|dims| Norm { kind, dims, ..Default::default() });
-    (convolutions.to_vec(), KINDS.into_iter().flat_map(norm).collect())
+    let decay = |dims| Pointwise { kind: Kind::Decay(4), dims, dtype: DType::BF16, ..Default::default() };
+    let decays = [vec![700, 24], vec![30, 200]].map(decay).to_vec();
+    (convolutions.to_vec(), KINDS.into_iter().flat_map(norm).collect(), decays)
 }
 
 /// A barrier that is missing shows when other threads go first.
@@ -51,14 +54,15 @@ fn the_order_of_the_threads_changes_nothing() {
 
 #[test]
 fn the_order_of_the_threads_changes_nothing_in_layers() {
-    let (convolutions, norms) = layers();
+    let (convolutions, norms, decays) = layers();
     let run = |seed| {
         cuda_host::order(seed);
         // So few multiprocessors that a block has several rows of the largest, one after the other.
         let got: Vec<_> = cuda_host::run_on(1, 227 << 10, || {
             let convolutions = convolutions.iter().map(|c| c.run(&c.numbers()?, &Device::Cpu));
             let norms = norms.iter().map(|n| n.run(&n.numbers()?, &Device::Cpu));
-            convolutions.chain(norms).collect::<Result<_>>()
+            let decays = decays.iter().map(|d| d.run(&d.numbers()?, &Device::Cpu));
+            convolutions.chain(norms).chain(decays).collect::<Result<_>>()
         })
         .unwrap();
         cuda_host::order(0);
@@ -70,10 +74,10 @@ fn the_order_of_the_threads_changes_nothing_in_layers() {
     }
 }
 
-/// The fewer multiprocessors, the longer the pieces of a convolution and the more rows a block of a norm goes over.
+/// The fewer multiprocessors, the longer the pieces of a convolution and the more rows a block of a norm or decay goes over.
 #[test]
 fn any_number_of_multiprocessors_gives_the_same_layers() -> Result<()> {
-    let (mut convolutions, norms) = layers();
+    let (mut convolutions, norms, decays) = layers();
     let cu_seqlens = Some(vec![0, 1, 60, 64, 64, 129, 300, 300]);
     convolutions.push(Convolution { batch: 1, tokens: 300, cu_seqlens, ..Default::default() });
     for (dtype, lies) in DTYPES.into_iter().zip([Lies::Contiguous, Lies::Swapped, Lies::Window(5)]) {
@@ -87,6 +91,12 @@ fn any_number_of_multiprocessors_gives_the_same_layers() -> Result<()> {
             case.compare(&numbers, &got).unwrap_or_else(|e| panic!("{multiprocessors}, {case:?}: {e}"));
         }
         for case in &norms {
+            let numbers = case.numbers()?;
+            let run = || case.run(&numbers, &Device::Cpu);
+            let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;
+            case.compare(&numbers, &got).unwrap_or_else(|e| panic!("{multiprocessors}, {case:?}: {e}"));
+        }
+        for case in &decays {
             let numbers = case.numbers()?;
             let run = || case.run(&numbers, &Device::Cpu);
             let got = cuda_host::run_on(multiprocessors, 227 << 10, run)?;

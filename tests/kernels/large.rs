@@ -5,6 +5,8 @@ use crate::convolutions::{Convolution, DTYPES, Lies};
 use crate::kernels::{by_cpu, check_against};
 use crate::norms::{KINDS, Norm};
 use crate::on_kernels;
+use crate::pointwise::{self, Kind, Pointwise};
+use crate::rotary::Rotary;
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::{Mode, Options, State, linear_attn};
@@ -106,6 +108,25 @@ fn norms() {
             Norm { kind, dtype, dims: vec![2, 3000, 16, 128], flat_gate: true, ..Default::default() }.check();
             Norm { kind, dtype, dims: vec![3000, 2048], ..Default::default() }.check();
             Norm { kind, dtype, dims: vec![500, 4096], lies: Lies::Window(8), ..Default::default() }.check();
+        }
+    }
+}
+
+#[test]
+fn gates_and_decays() {
+    for dtype in DTYPES {
+        for kind in pointwise::KINDS {
+            Pointwise { kind, dtype, dims: vec![2, 3000, 3584], ..Default::default() }.check();
+        }
+        Pointwise { kind: Kind::Decay(1), dtype, dims: vec![4, 20_000, 16], ..Default::default() }.check();
+    }
+}
+
+#[test]
+fn rotation() {
+    for dtype in DTYPES {
+        for (dims, rotated) in [([2, 3000, 8, 256], 64), ([1, 5000, 16, 128], 128)] {
+            Rotary { dims, rotated, dtype, offset: 100_000, ..Default::default() }.check();
         }
     }
 }

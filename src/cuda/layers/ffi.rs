@@ -14,6 +14,10 @@ pub(super) const CONV_PIECES: usize = 4;
 /// Threads in a block of a norm, and the vectors of 16 bytes that each has at most.
 pub(super) const NORM_THREADS: usize = 256;
 pub(super) const NORM_HELD: usize = 4;
+/// Threads in a block of a pointwise function, the columns that each has of one with a single argument, and the most of a row.
+pub(super) const POINTWISE_THREADS: usize = 256;
+pub(super) const COLUMNS_OF_THREAD: usize = 4;
+pub(super) const POINTWISE_COLUMNS: usize = 65535 * 128;
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -47,6 +51,14 @@ pub(super) struct ShortConv {
 
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
+pub(super) enum Function {
+    Sigmoid = 0,
+    LogSigmoid = 1,
+    Softplus = 2,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
 pub(super) enum Gate {
     None = 0,
     Silu = 1,
@@ -71,6 +83,60 @@ pub(super) struct Norm {
     pub team_bits: i32,
     pub blocks: i32,
     pub rows: i64,
+    pub tokens: i64,
+    pub heads: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Gated {
+    pub x: Tensor,
+    pub gate: Tensor,
+    pub out: Tensor,
+    pub grad_out: Tensor,
+    pub dx: Tensor,
+    pub dgate: Tensor,
+    pub gate_kind: Gate,
+    pub width: i32,
+    pub team_bits: i32,
+    pub rows: i64,
+    pub tokens: i64,
+    pub heads: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Pointwise {
+    pub x: Tensor,
+    pub dx: Tensor,
+    pub out: Tensor,
+    pub grad_out: Tensor,
+    pub bias: Numbers,
+    pub log_rate: Numbers,
+    pub partial: *mut f32,
+    pub function: Function,
+    pub width: i32,
+    pub team_bits: i32,
+    pub per_rate: i32,
+    pub blocks: i64,
+    pub rows: i64,
+    pub tokens: i64,
+    pub heads: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Rotary {
+    pub x: Tensor,
+    pub out: Tensor,
+    pub frequencies: *const f32,
+    pub positions: *const u32,
+    pub first: i64,
+    pub factor: f32,
+    pub half: i32,
+    pub width: i32,
+    pub backwards: i32,
+    pub batch: i64,
     pub tokens: i64,
     pub heads: i64,
 }
@@ -119,5 +185,10 @@ unsafe extern "C" {
     pub(super) fn cla_norm_backward(call: *const Norm, stream: *mut c_void) -> i32;
     pub(super) fn cla_softmax_attention(call: *const Attention, stream: *mut c_void) -> i32;
     pub(super) fn cla_softmax_attention_rows(call: *const Attention) -> i32;
+    pub(super) fn cla_gated_forward(call: *const Gated, stream: *mut c_void) -> i32;
+    pub(super) fn cla_gated_backward(call: *const Gated, stream: *mut c_void) -> i32;
+    pub(super) fn cla_pointwise_forward(call: *const Pointwise, stream: *mut c_void) -> i32;
+    pub(super) fn cla_pointwise_backward(call: *const Pointwise, stream: *mut c_void) -> i32;
+    pub(super) fn cla_rotate(call: *const Rotary, stream: *mut c_void) -> i32;
     pub(super) fn cla_column_sums(call: *const Sums, stream: *mut c_void) -> i32;
 }

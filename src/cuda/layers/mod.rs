@@ -1,8 +1,12 @@
-//! What layers do around an operator, short convolutions and norms, and in its place, softmax attention. `cuda/layers.h` says what the kernels compute.
+//! What layers do around an operator, short convolutions, norms, gates, decays and rotation, and in its place, softmax
+//! attention. `cuda/layers.h` says what the kernels compute.
 
 mod attention;
 mod ffi;
+mod gated;
 mod norm;
+mod pointwise;
+mod rotary;
 mod rows;
 mod short_conv;
 mod sums;
@@ -13,7 +17,10 @@ use super::ffi::Dtype;
 use super::memory::{Addresses, Held};
 
 pub(crate) use attention::softmax_attention;
+pub(crate) use gated::gated;
 pub(crate) use norm::{Norm, norm};
+pub(crate) use pointwise::pointwise;
+pub(crate) use rotary::{Positions, Rotation, rotate};
 pub(crate) use short_conv::{last_rows, short_conv, takes_width};
 
 /// The most blocks of a launch.
@@ -26,6 +33,25 @@ pub(crate) fn takes(tensors: &[&Tensor]) -> bool {
         x.device().same_device(first.device()) && matches!(x.dtype(), DType::F32 | DType::F16 | DType::BF16)
     };
     super::takes(first.device()) && tensors.iter().all(fits)
+}
+
+/// Whether all of them fit, and the pointwise kernels take the last dimension of the first as the columns of its rows.
+pub(crate) fn takes_pointwise(tensors: &[&Tensor]) -> bool {
+    let columns = tensors.first().and_then(|x| x.dims().last());
+    takes(tensors) && columns.is_some_and(|&columns| columns <= ffi::POINTWISE_COLUMNS)
+}
+
+/// How many threads are beside one another in rows of `width`, of which each has `each`.
+fn pointwise_team(width: usize, each: usize) -> usize {
+    width.div_ceil(each).next_power_of_two().min(32)
+}
+
+/// The only result of a function.
+fn only_result(name: &str, mut results: Vec<Tensor>) -> Result<Tensor> {
+    match results.pop() {
+        Some(result) => Ok(result),
+        None => bail!("{name}: no result"),
+    }
 }
 
 /// The elements of a contiguous tensor, or none.

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
 
 use super::rows::SharedRows;
 use super::sums::Columns;
-use super::{MOST_BLOCKS, ffi, numbers, only_gradient};
+use super::{MOST_BLOCKS, ffi, numbers, only_gradient, only_result};
 use crate::autograd::{self, Function};
 use crate::cuda::machine::Machine;
 use crate::cuda::memory::{Addresses, Buffer, Held, NO_TENSOR};
@@ -51,10 +51,7 @@ pub(crate) fn norm(
     let op = Op { norm, weight: weight.is_some(), gate: gate.map(|(_, kind)| kind) };
     let inputs = [Some(xs), weight.as_ref(), gate.map(|(gate, _)| gate)];
     let inputs: Vec<Tensor> = inputs.into_iter().flatten().cloned().collect();
-    match autograd::apply(op, &inputs)?.pop() {
-        Some(ys) => Ok(ys),
-        None => bail!("{NAME}: no result"),
-    }
+    only_result(NAME, autograd::apply(op, &inputs)?)
 }
 
 const NAME: &str = "rms_norm";
@@ -140,11 +137,7 @@ impl Op {
             partial: at.out_numbers(partial)?,
             factor: self.norm.factor,
             eps: self.norm.eps,
-            gate_kind: match self.gate {
-                None => ffi::Gate::None,
-                Some(Gate::Silu) => ffi::Gate::Silu,
-                Some(Gate::Sigmoid) => ffi::Gate::Sigmoid,
-            },
+            gate_kind: self.gate.map_or(ffi::Gate::None, ffi::Gate::from),
             width: width as i32,
             team_bits: team.ilog2() as i32,
             blocks: self.blocks(machine, given.x)? as i32,

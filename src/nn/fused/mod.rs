@@ -2,29 +2,30 @@
 //!
 //! Composed of Candle's operations, a norm or a gate is five to ten passes over memory forward and three times as many
 //! backward: more than half of the time of a training step on a CPU. Here each is one pass forward and one backward.
-//! On CUDA, convolutions and RMS norms are kernels (`cuda/short_conv.cu`, `cuda/norms.cu`). On other devices, and for what
-//! the kernels do not take, the composition takes their place; both are held against each other below.
+//! On CUDA, convolutions, RMS norms, gates and pointwise functions are kernels (`cuda/short_conv.cu`, `cuda/norms.cu`,
+//! `cuda/pointwise.cu`). On other devices, and for what the kernels do not take, the composition takes their place; both are
+//! held against each other below.
 //!
 //! Sums are taken in an order that does not depend on the number of threads, so that training can be repeated bit by bit.
 
+mod gated;
 mod linear;
-mod log_sigmoid;
+mod pointwise;
 mod product;
 mod projection;
 mod quantized;
 mod rms_norm;
 mod short_conv;
 mod standardize;
-mod swiglu;
 
+pub(crate) use gated::gated;
 pub(crate) use linear::{batched_product, linear};
-pub(crate) use log_sigmoid::log_sigmoid;
+pub(crate) use pointwise::{Pointwise, decay, pointwise};
 pub(crate) use quantized::{divides, quantized_linear};
 pub use rms_norm::Gate;
 pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated};
 pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
 pub(crate) use standardize::standardize;
-pub(crate) use swiglu::swiglu;
 
 use crate::cpu::exp::exp;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};

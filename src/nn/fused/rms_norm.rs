@@ -34,7 +34,7 @@ pub(crate) fn l2_norm(xs: &Tensor, eps: f64) -> Result<Tensor> {
     rms_norm(xs, &weight, eps / n, xs.dtype())
 }
 
-/// What multiplies a norm, as a function of its gate.
+/// What multiplies a norm, or the argument of [`gated`](crate::nn::gated), as a function of its gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Gate {
     /// x * sigmoid(x)
@@ -45,7 +45,7 @@ pub enum Gate {
 
 impl Gate {
     #[inline(always)]
-    fn value(self, x: f32) -> f32 {
+    pub(super) fn value(self, x: f32) -> f32 {
         match self {
             Self::Silu => x * sigmoid(x),
             Self::Sigmoid => sigmoid(x),
@@ -53,14 +53,14 @@ impl Gate {
     }
 
     #[inline(always)]
-    fn slope(self, x: f32) -> f32 {
+    pub(super) fn slope(self, x: f32) -> f32 {
         match self {
             Self::Silu => silu_slope(x),
             Self::Sigmoid => sigmoid(x) * (1. - sigmoid(x)),
         }
     }
 
-    fn composed(self, xs: &Tensor) -> Result<Tensor> {
+    pub(super) fn composed(self, xs: &Tensor) -> Result<Tensor> {
         match self {
             Self::Silu => xs.silu(),
             Self::Sigmoid => candle_nn::ops::sigmoid(xs),

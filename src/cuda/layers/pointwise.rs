@@ -1,0 +1,199 @@
+//! Functions of one number, see `cla_pointwise` in `cuda/layers.h`.
+
+use candle_core::{DType, Result, Shape, Storage, Tensor, bail};
+
+use super::rows::SharedRows;
+use super::{ffi, numbers, only_gradient, only_result, pointwise_team, sums};
+use crate::autograd::{self, Function};
+use crate::cuda::machine::Machine;
+use crate::cuda::memory::{Addresses, Buffer, Held, NO_TENSOR};
+use crate::nn::fused::Pointwise;
+
+/// Blocks for each multiprocessor, where there are rows for so many: each loads what its columns have in common.
+const BLOCKS: usize = 8;
+
+/// `factor * f(xs + bias)` in f32, in the shape of `xs: [.., width]`. `bias` is `[width]`; the factor is `-exp(log_rate)` for a
+/// `log_rate: [n]` where n divides the width, or 1 without one.
+pub(crate) fn pointwise(
+    f: Pointwise,
+    xs: &Tensor,
+    bias: Option<&Tensor>,
+    log_rate: Option<&Tensor>,
+) -> Result<Tensor> {
+    let op = Op { f, bias: bias.is_some(), log_rate: log_rate.is_some() };
+    let mut inputs = vec![xs.clone()];
+    for x in [bias, log_rate].into_iter().flatten() {
+        inputs.push(x.contiguous()?);
+    }
+    only_result(op.name(), autograd::apply(op, &inputs)?)
+}
+
+impl From<Pointwise> for ffi::Function {
+    fn from(f: Pointwise) -> Self {
+        match f {
+            Pointwise::Sigmoid => Self::Sigmoid,
+            Pointwise::LogSigmoid => Self::LogSigmoid,
+            Pointwise::Softplus => Self::Softplus,
+        }
+    }
+}
+
+struct Op {
+    f: Pointwise,
+    bias: bool,
+    log_rate: bool,
+}
+
+struct Gradients<'a> {
+    grad_out: &'a Tensor,
+    dx: &'a mut Buffer,
+    /// `[blocks, 2 * width]`
+    partial: Option<&'a mut Buffer>,
+}
+
+enum Pass<'a> {
+    Forward { out: &'a mut Buffer },
+    Backward(Gradients<'a>),
+}
+
+fn width(x: &Tensor) -> usize {
+    x.dims().last().copied().unwrap_or(1)
+}
+
+/// How the threads of a launch share rows and columns.
+struct Grid {
+    team: usize,
+    blocks: usize,
+}
+
+impl Grid {
+    fn new(machine: &Machine, x: &Tensor) -> Result<Self> {
+        let width = width(x).max(1);
+        let team = pointwise_team(width, ffi::COLUMNS_OF_THREAD);
+        let rows = x.elem_count() / width;
+        let beside = width.div_ceil(ffi::COLUMNS_OF_THREAD * team);
+        let most = (BLOCKS * machine.card()?.multiprocessors).div_ceil(beside);
+        Ok(Self { team, blocks: rows.div_ceil(ffi::POINTWISE_THREADS / team).min(most) })
+    }
+}
+
+impl Op {
+    /// Bias and log rate.
+    fn columns<'a>(&self, inputs: &'a [Tensor]) -> [Option<&'a Tensor>; 2] {
+        let mut rest = inputs[1..].iter();
+        [self.bias, self.log_rate].map(|there| if there { rest.next() } else { None })
+    }
+
+    fn run(&self, machine: &Machine, inputs: &[Tensor], grid: Grid, pass: Pass) -> Result<()> {
+        let (x, [bias, log_rate]) = (&inputs[0], self.columns(inputs));
+        let width = width(x);
+        let (out, grad_out, dx, partial) = match pass {
+            Pass::Forward { out } => (Some(out), None, None, None),
+            Pass::Backward(Gradients { grad_out, dx, partial }) => (None, Some(grad_out), Some(dx), partial),
+        };
+        let backward = grad_out.is_some();
+        let read: Vec<&Tensor> = [Some(x), grad_out].into_iter().flatten().collect();
+        let shared = SharedRows::new(&read, width)?;
+        let rows = shared.rows();
+        if rows == 0 || width == 0 {
+            return Ok(());
+        }
+        let held: Vec<Held> = shared.tensors.iter().map(Held::new).collect();
+        let per_rate = log_rate.map_or(1, |x| width / x.elem_count().max(1));
+        let [bias, log_rate] = [bias, log_rate].map(|x| x.map(Held::new));
+        let mut at = Addresses::new(machine);
+        let [_, tokens, heads] = shared.sizes;
+        let call = ffi::Pointwise {
+            x: at.strided(held.first(), shared.strides(0))?,
+            dx: at.out_strided(dx, shared.contiguous())?,
+            out: at.out_strided(out, shared.contiguous())?,
+            grad_out: match held.get(1) {
+                Some(grad_out) => at.strided(Some(grad_out), shared.strides(1))?,
+                None => NO_TENSOR,
+            },
+            bias: numbers(&mut at, bias.as_ref())?,
+            log_rate: numbers(&mut at, log_rate.as_ref())?,
+            partial: at.out_numbers(partial)?,
+            function: self.f.into(),
+            width: width as i32,
+            team_bits: grid.team.ilog2() as i32,
+            per_rate: per_rate as i32,
+            blocks: grid.blocks as i64,
+            rows: rows as i64,
+            tokens: tokens as i64,
+            heads: heads as i64,
+        };
+        // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `pointwise`'s caller checks
+        // and `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes after.
+        let code = unsafe {
+            match backward {
+                true => ffi::cla_pointwise_backward(&call, machine.stream()),
+                false => ffi::cla_pointwise_forward(&call, machine.stream()),
+            }
+        };
+        if code != 0 {
+            let name = self.name();
+            bail!("{name}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
+        }
+        Ok(())
+    }
+}
+
+impl Function for Op {
+    fn name(&self) -> &'static str {
+        match self.f {
+            Pointwise::Sigmoid => "sigmoid",
+            Pointwise::LogSigmoid => "log_sigmoid",
+            Pointwise::Softplus => "softplus",
+        }
+    }
+
+    fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
+        let x = &inputs[0];
+        let machine = Machine::of(x.device())?;
+        let mut out = Buffer::new(&machine, DType::F32, x.shape())?;
+        self.run(&machine, inputs, Grid::new(&machine, x)?, Pass::Forward { out: &mut out })?;
+        Ok(vec![out.into_result()])
+    }
+
+    fn backward(
+        &self,
+        inputs: &[Tensor],
+        grads: &[Option<Tensor>],
+        wanted: &[bool],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let (x, [bias, log_rate]) = (&inputs[0], self.columns(inputs));
+        let (machine, width) = (Machine::of(x.device())?, width(x));
+        let grid = Grid::new(&machine, x)?;
+        let mut dx = Buffer::new(&machine, x.dtype(), x.shape())?;
+        let mut partial = match wanted[1..].contains(&true) {
+            true => Some(Buffer::new(&machine, DType::F32, (grid.blocks, 2 * width))?),
+            false => None,
+        };
+        let grad_out = only_gradient(self.name(), grads)?;
+        let of = Gradients { grad_out, dx: &mut dx, partial: partial.as_mut() };
+        self.run(&machine, inputs, grid, Pass::Backward(of))?;
+        let partial = partial.map(Buffer::into_tensor);
+        // Of what begins at column `from` of what the blocks left.
+        let sums = |from: usize, dtype: DType| match &partial {
+            None => Ok(None),
+            Some(of) => {
+                let sums = sums::Columns { of, from, columns: width };
+                sums.sums(self.name(), &machine, dtype, &[width]).map(|x| Some(x.into_tensor()))
+            }
+        };
+        let mut found = vec![wanted[0].then(|| dx.into_tensor())];
+        let mut wanted = wanted[1..].iter();
+        let mut is_wanted = || wanted.next() == Some(&true);
+        if let Some(bias) = bias {
+            found.push(if is_wanted() { sums(0, bias.dtype())? } else { None });
+        }
+        if let Some(log_rate) = log_rate {
+            let sums = if is_wanted() { sums(width, DType::F32)? } else { None };
+            // Over the neighbours that share one.
+            let sum = |x: Tensor| x.reshape((log_rate.elem_count(), ()))?.sum(1)?.to_dtype(log_rate.dtype());
+            found.push(sums.map(sum).transpose()?);
+        }
+        Ok(found)
+    }
+}

@@ -1,0 +1,114 @@
+//! Functions of one number, and the decays that are made of one.
+
+use super::{BLOCK, Held, fits, in_blocks, sigmoid, values};
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::cuda::layers;
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pointwise {
+    /// 1 / (1 + exp(-x))
+    Sigmoid,
+    /// log(sigmoid(x))
+    LogSigmoid,
+    /// log(1 + exp(x))
+    Softplus,
+}
+
+/// `f(xs)` of any shape and float dtype, f32.
+pub(crate) fn pointwise(f: Pointwise, xs: &Tensor) -> Result<Tensor> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if layers::takes_pointwise(&[xs]) {
+        return layers::pointwise(f, xs, None, None);
+    }
+    let xs = xs.to_dtype(DType::F32)?;
+    match f {
+        Pointwise::Sigmoid => candle_nn::ops::sigmoid(&xs),
+        Pointwise::LogSigmoid => log_sigmoid(&xs),
+        Pointwise::Softplus => log_sigmoid(&xs.neg()?)?.neg(),
+    }
+}
+
+/// `-exp(a_log) * softplus(xs + bias)` for `xs: [.., n]`, f32; without an `a_log`, `softplus(xs + bias)`. `bias` is `[n]`;
+/// `a_log` has any shape, and a number for each of n columns or for as many neighbours as divide n.
+pub(crate) fn decay(xs: &Tensor, bias: &Tensor, a_log: Option<&Tensor>) -> Result<Tensor> {
+    let n = bias.dims1()?;
+    let a_log = a_log.map(Tensor::flatten_all).transpose()?;
+    let heads = a_log.as_ref().map_or(n, Tensor::elem_count);
+    if n == 0 || xs.dims().last() != Some(&n) || heads == 0 || !n.is_multiple_of(heads) {
+        bail!("decay: xs is {:?}, its last dimension must be {n}, a multiple of {heads} heads", xs.dims());
+    }
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if layers::takes_pointwise(&[xs, bias, a_log.as_ref().unwrap_or(bias)]) {
+        return layers::pointwise(Pointwise::Softplus, xs, Some(bias), a_log.as_ref());
+    }
+    let biased = xs.to_dtype(DType::F32)?.broadcast_add(&bias.to_dtype(DType::F32)?)?;
+    let steps = pointwise(Pointwise::Softplus, &biased)?;
+    let Some(a_log) = a_log else { return Ok(steps) };
+    let rates = a_log.to_dtype(DType::F32)?.exp()?.neg()?.unsqueeze(1)?.broadcast_as((heads, n / heads))?;
+    steps.broadcast_mul(&rates.reshape(n)?)
+}
+
+/// `log(sigmoid(x))`, any shape, f32.
+fn log_sigmoid(xs: &Tensor) -> Result<Tensor> {
+    match fits(&[xs]) {
+        true => xs.contiguous()?.apply_op1(LogSigmoid),
+        false => composed(xs),
+    }
+}
+
+/// `min(x, 0) - log(1 + exp(-|x|))`, which neither overflows nor loses small values. `x - relu(x)` rather than a
+/// minimum: Candle's derivatives at 0 (1 for relu, 1 for abs) then add up to the right one, 1/2.
+fn composed(xs: &Tensor) -> Result<Tensor> {
+    let below = (xs - xs.relu()?)?;
+    below - (xs.abs()?.neg()?.exp()? + 1.)?.log()?
+}
+
+struct LogSigmoid;
+
+impl CustomOp1 for LogSigmoid {
+    fn name(&self) -> &'static str {
+        "log_sigmoid"
+    }
+
+    fn cpu_fwd(&self, xs: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let xs = values(xs, layout)?;
+        let ys = in_blocks(xs.len(), BLOCK, |at, ys| {
+            for (y, x) in ys.iter_mut().zip(&xs[at]) {
+                *y = x.min(0.) - (-x.abs()).exp().ln_1p();
+            }
+        });
+        Ok((CpuStorage::F32(ys), layout.shape().clone()))
+    }
+
+    fn bwd(&self, xs: &Tensor, _: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let shape = xs.shape();
+        let [xs, dy] = [&Held::new(xs), &Held::new(&dy)];
+        let [xs, dy] = [xs.values()?, dy.values()?];
+        let mut dx = vec![0.; xs.len()];
+        dx.par_chunks_mut(BLOCK).zip(xs.par_chunks(BLOCK)).zip(dy.par_chunks(BLOCK)).for_each(
+            |((dx, xs), dy)| {
+                for ((dx, x), dy) in dx.iter_mut().zip(xs).zip(dy) {
+                    *dx = dy * sigmoid(-x);
+                }
+            },
+        );
+        Tensor::from_vec(dx, shape, &Device::Cpu).map(Some)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::fused::tests::agree;
+
+    #[test]
+    fn agrees_with_its_composition() -> Result<()> {
+        for shape in [&[1, 1][..], &[3, 5], &[2, 100, 200]] {
+            agree(&[shape], |x| log_sigmoid(&x[0]), |x| composed(&x[0]))?;
+        }
+        Ok(())
+    }
+}
