@@ -183,7 +183,7 @@ fn experts(cfg: &MixtureOfExpertsConfig, vb: VarBuilder) -> Result<Vec<GatedMlp>
     let expert = |i| {
         let (both, down) = (both.get(i)?, down.get(i)?);
         let half = |start| Linear::from_parts(both.narrow(0, start, inner)?, None);
-        Ok(GatedMlp::from_parts([half(0)?, half(inner)?, Linear::from_parts(down, None)?], cfg.kind))
+        GatedMlp::from_parts([half(0)?, half(inner)?, Linear::from_parts(down, None)?], cfg.kind)
     };
     (0..count).map(expert).collect()
 }
