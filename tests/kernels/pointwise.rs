@@ -261,6 +261,8 @@ fn no_rows() -> Result<()> {
                 (Tensor::zeros(8, DType::F32, device)?, Tensor::zeros(2, DType::F32, device)?);
             assert_eq!(gated(&x, &x, NormGate::Silu)?.shape(), x.shape());
             assert_eq!(log_decay(&x, &bias, &a_log)?.shape(), x.shape());
+            // In f32, where no conversion follows: Candle's cannot take what is empty on a GPU.
+            let x = Tensor::zeros(dims, DType::F32, device)?;
             assert_eq!(Activation::LogSigmoid.forward(&x)?.shape(), x.shape());
             Ok::<_, candle_core::Error>(())
         })?;
