@@ -111,6 +111,9 @@ typedef struct {
   cla_tensor v, grad_out;
   cla_tensor written, of_written;  // m of the two sweeps, f32
   cla_delta_states starts, ends;   // their anchors
+  // Columns that these have in memory. All gradients here are sums over V: a call may have some of the columns, from where its
+  // tensors and states begin, as if they were all, and leaves their part.
+  int32_t state_columns;
   // [B, T, HV, K], and dbeta [B, T, HV, 1]; null: not wanted. dg is [B, T, HV, K] or, for a decay by token, f32
   // [B, T, HV, slices of CLA_DELTA_COLUMNS channels], to be summed up.
   cla_tensor dq, dk, da, db, dg, dbeta;
@@ -121,6 +124,8 @@ typedef struct {
 
 // V up to 256 and any K.
 int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream);
+// Columns that a call had best have at a time: all V, or fewer where the kernels in matrix form take no more.
+int32_t cla_delta_gradient_columns(const cla_delta_gradient *call);
 
 #ifdef __cplusplus
 }

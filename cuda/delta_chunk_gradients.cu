@@ -10,26 +10,45 @@ template <class Gradients> CLA_KERNEL(256, 1) void delta_chunk_gradients_kernel(
   Gradients(c, SegmentOf(c.starts, c.of.sequences, index), index, block_x() % c.of.heads).run();
 }
 
-template <class Gradients> int32_t launch_chunk_gradients(const cla_delta_gradient &c, void *stream) {
-  if (Gradients::SHARED > c.shared_limit) return NOT_IN_CHUNKS;
-  const Dims grid = {c.starts.all * c.of.heads, 1};
-  return launch(delta_chunk_gradients_kernel<Gradients>, grid, Gradients::THREADS, Gradients::SHARED, stream, c);
-}
-template <int R> int32_t launch_chunk_gradients_of(const cla_delta_gradient &c, void *stream) {
-  return c.of.gate_kind == CLA_GATE_ROWS ? launch_chunk_gradients<DeltaChunkGradientsDecayed<R>>(c, stream)
-                                         : launch_chunk_gradients<DeltaChunkGradients<R, 128>>(c, stream);
-}
+template <class Gradients> struct Kind {
+  using type = Gradients;
+};
 
-int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
+// Values that a head has at most.
+constexpr int MOST_VALUES = 128;
+
+// f(the Kind of gradients that a call takes), or NOT_IN_CHUNKS.
+template <class F> int32_t with_gradients(const cla_delta_gradient &c, F f) {
   for (const cla_tensor &x : {c.of.q, c.of.k, c.of.a, c.of.b, c.v, c.grad_out}) {
     if (x.data && x.dtype != CLA_BF16) return NOT_IN_CHUNKS;
   }
+  auto fitting = [&](auto kind) { return decltype(kind)::type::SHARED > c.shared_limit ? NOT_IN_CHUNKS : f(kind); };
   if (c.of.low_rank) {
     const bool fits = c.of.k_dim <= 64 && c.of.v_dim <= 64 && c.of.gate_kind == CLA_GATE_ROWS;
-    return fits ? launch_chunk_gradients<DeltaChunkGradientsLowRank<64>>(c, stream) : NOT_IN_CHUNKS;
+    return fits ? fitting(Kind<DeltaChunkGradientsLowRank<64>>()) : NOT_IN_CHUNKS;
   }
-  if (c.of.k_dim > 128 || c.of.v_dim > 128) return NOT_IN_CHUNKS;
-  return c.of.k_dim <= 64 ? launch_chunk_gradients_of<64>(c, stream) : launch_chunk_gradients_of<128>(c, stream);
+  if (c.of.k_dim > 128 || c.of.v_dim > MOST_VALUES) return NOT_IN_CHUNKS;
+  auto of_rows = [&](auto rows) {
+    constexpr int R = decltype(rows)::value;
+    return c.of.gate_kind == CLA_GATE_ROWS ? fitting(Kind<DeltaChunkGradientsDecayed<R>>())
+                                           : fitting(Kind<DeltaChunkGradients<R, MOST_VALUES>>());
+  };
+  return c.of.k_dim <= 64 ? of_rows(std::integral_constant<int, 64>()) : of_rows(std::integral_constant<int, 128>());
+}
+
+int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
+  return with_gradients(c, [&](auto kind) -> int32_t {
+    using Gradients = typename decltype(kind)::type;
+    const Dims grid = {c.starts.all * c.of.heads, 1};
+    return launch(delta_chunk_gradients_kernel<Gradients>, grid, Gradients::THREADS, Gradients::SHARED, stream, c);
+  });
 }
 
 }  // namespace cla
+
+extern "C" int32_t cla_delta_gradient_columns(const cla_delta_gradient *call) {
+  cla_delta_gradient part = *call;
+  if (part.of.v_dim <= cla::MOST_VALUES) return part.of.v_dim;
+  part.of.v_dim = cla::MOST_VALUES;
+  return cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0 ? cla::MOST_VALUES : call->of.v_dim;
+}

@@ -65,7 +65,7 @@ template <int R, int V> struct DeltaChunkGradients {
   // Up to eight numbers from `from` on, zeros behind them. What sweeps leave is contiguous: rows of whole pieces are aligned.
   CLA_DEVICE void load8(float (&x)[8], const float *from, int count) const {
     float first[4] = {0.f, 0.f, 0.f, 0.f}, second[4] = {0.f, 0.f, 0.f, 0.f};
-    if (c.of.v_dim % 8 == 0) {
+    if ((c.of.v_dim | c.state_columns) % 8 == 0) {
       if (count > 0) {
         load4(first, from);
         load4(second, from + 4);
@@ -110,8 +110,8 @@ template <int R, int V> struct DeltaChunkGradients {
   // there) before, if MULTIPLY.
   template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
     constexpr int AT_ONCE = R / EVERY < 4 ? R / EVERY : 4;  // loads under way before the first is used
-    const int64_t size = (int64_t)c.of.k_dim * c.of.v_dim;
-    const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.of.v_dim + own_column();
+    const int64_t size = (int64_t)c.of.k_dim * c.state_columns;
+    const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.state_columns + own_column();
     const int left = c.of.v_dim - own_column();
     CLA_NO_UNROLL
     for (int first = 0; first < R; first += AT_ONCE * EVERY) {
@@ -119,7 +119,7 @@ template <int R, int V> struct DeltaChunkGradients {
       CLA_UNROLL
       for (int i = 0; i < AT_ONCE; i++) {
         const int row = first + i * EVERY;
-        load8(x[i], from + row * c.of.v_dim, own_row() + row < c.of.k_dim ? left : 0);
+        load8(x[i], from + row * c.state_columns, own_row() + row < c.of.k_dim ? left : 0);
       }
       CLA_UNROLL
       for (int i = 0; i < AT_ONCE; i++) {

@@ -135,6 +135,30 @@ fn large_head_sizes() {
     check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
 }
 
+/// The matrix form of their gradients has 128 columns at a time.
+#[test]
+fn delta_gradients_of_many_values() {
+    for (i, (k, v)) in [(128, 256), (64, 200), (100, 129), (7, 250), (128, 131)].into_iter().enumerate() {
+        for op in DELTA {
+            let case =
+                Case { op, k, v, t: 70, h: 1, group: 1 + i % 2, dtype: DType::BF16, ..Case::default() };
+            check(&case, &[Mode::FusedChunk], Graph::ALL);
+        }
+    }
+    let ends = vec![0, 65, 65, 66];
+    let case = Case {
+        op: Op::Kda,
+        k: 16,
+        v: 136,
+        t: 66,
+        h: 1,
+        dtype: DType::BF16,
+        cu_seqlens: Some(ends),
+        ..Case::default()
+    };
+    check(&case, &[Mode::FusedChunk], Graph::ALL);
+}
+
 #[test]
 fn packed_sequences() {
     for case in operators() {

@@ -14,7 +14,7 @@ use super::forward::states;
 use super::memory::Buffer;
 use super::sweep::Pass;
 use crate::problem::{Decay, Inputs, Role, Update};
-use sweep::{Gradients, Segments, Sweep, run, run_gradients};
+use sweep::{Given, Gradients, Segments, Sweep, gradient_columns, run, run_gradients};
 
 /// The output, in the problem's dtype, and the final states if they are asked for.
 pub(super) fn forward(pass: &Pass, x: &Inputs<Tensor>) -> Result<(Buffer, Option<Buffer>)> {
@@ -101,46 +101,54 @@ fn key_gradients(
 ) -> Result<Vec<(Role, Tensor)>> {
     let p = pass.problem;
     let groups = p.v_heads / p.k_heads;
-    let buffer = |dtype, dim| Buffer::new(&pass.machine, dtype, (p.batch, p.tokens, p.v_heads, dim));
+    let gate = x.g.as_ref().filter(|_| wants(Role::G));
+    let beta = x.beta.as_ref().filter(|_| wants(Role::Beta));
+    let [(written, starts), (of_written, ends)] =
+        left.map(|(m, states)| (m.into_tensor(), states.into_tensor()));
+    let given = Given {
+        grad_out,
+        written: &written,
+        of_written: &of_written,
+        segments,
+        starts: &starts,
+        ends: &ends,
+    };
+    let parts = gradient_columns(pass, x, &given)?;
+    // In f32 as long as they are to be added up.
+    let one = |dtype| if parts.len() == 1 { dtype } else { DType::F32 };
+    let buffer = |dtype, dim| Buffer::new(&pass.machine, one(dtype), (p.batch, p.tokens, p.v_heads, dim));
     // Of a key head that several value heads read, each of these has its part.
     let of_key = |role, x: Option<&Tensor>| {
         let x = x.filter(|_| wants(role))?;
         Some(buffer(if groups > 1 { DType::F32 } else { x.dtype() }, p.k_dim))
     };
-    let mut dq = of_key(Role::Q, Some(&x.q)).transpose()?;
-    let mut dk = of_key(Role::K, Some(&x.k)).transpose()?;
-    let mut da = of_key(Role::A, x.a.as_ref()).transpose()?;
-    let mut db = of_key(Role::B, x.b.as_ref()).transpose()?;
-    let gate = x.g.as_ref().filter(|_| wants(Role::G));
-    let by_channel = p.decay == Decay::Channel;
-    let mut dg = match gate {
-        Some(_) if !by_channel => Some(buffer(DType::F32, p.k_dim.div_ceil(ffi::COLUMNS))),
+    let of_gate = || match gate {
+        Some(_) if p.decay != Decay::Channel => Some(buffer(DType::F32, p.k_dim.div_ceil(ffi::COLUMNS))),
         Some(g) if p.update == Update::Delta => Some(buffer(g.dtype(), p.k_dim)),
         gate => of_key(Role::G, gate),
+    };
+    let mut sums: [Option<Tensor>; 6] = Default::default();
+    for columns in parts.clone() {
+        let mut part = Gradients {
+            dq: of_key(Role::Q, Some(&x.q)).transpose()?,
+            dk: of_key(Role::K, Some(&x.k)).transpose()?,
+            da: of_key(Role::A, x.a.as_ref()).transpose()?,
+            db: of_key(Role::B, x.b.as_ref()).transpose()?,
+            dg: of_gate().transpose()?,
+            dbeta: beta.map(|beta| buffer(beta.dtype(), 1)).transpose()?,
+        };
+        run_gradients(pass, x, &given, columns, &mut part)?;
+        let Gradients { dq, dk, da, db, dg, dbeta } = part;
+        for (sum, part) in sums.iter_mut().zip([dq, dk, da, db, dg, dbeta]) {
+            let part = part.map(Buffer::into_tensor);
+            *sum = match (sum.take(), part) {
+                (Some(sum), Some(part)) => Some((sum + part)?),
+                (None, part) => part,
+                (sum, None) => sum,
+            };
+        }
     }
-    .transpose()?;
-    let beta = x.beta.as_ref().filter(|_| wants(Role::Beta));
-    let mut dbeta = beta.map(|beta| buffer(beta.dtype(), 1)).transpose()?;
-    let [(written, starts), (of_written, ends)] =
-        left.map(|(m, states)| (m.into_tensor(), states.into_tensor()));
-    run_gradients(
-        pass,
-        x,
-        Gradients {
-            grad_out,
-            written: &written,
-            of_written: &of_written,
-            segments,
-            starts: &starts,
-            ends: &ends,
-            dq: dq.as_mut(),
-            dk: dk.as_mut(),
-            da: da.as_mut(),
-            db: db.as_mut(),
-            dg: dg.as_mut(),
-            dbeta: dbeta.as_mut(),
-        },
-    )?;
+    let [dq, dk, da, db, dg, dbeta] = sums;
     let mut found = Vec::new();
     let of_keys = [
         (Role::Q, dq, Some(&x.q)),
@@ -150,14 +158,13 @@ fn key_gradients(
     ];
     for (role, grad, x) in of_keys {
         if let (Some(grad), Some(x)) = (grad, x) {
-            found.push((role, sum_groups(p, grad.into_tensor(), x.dtype())?));
+            found.push((role, sum_groups(p, grad, x.dtype())?));
         }
     }
-    if let (Some(dbeta), Some(_)) = (dbeta, beta) {
-        found.push((Role::Beta, dbeta.into_tensor().squeeze(3)?));
+    if let (Some(dbeta), Some(beta)) = (dbeta, beta) {
+        found.push((Role::Beta, dbeta.squeeze(3)?.to_dtype(beta.dtype())?));
     }
     if let (Some(dg), Some(gate)) = (dg, gate) {
-        let dg = dg.into_tensor();
         let dg = match p.decay {
             Decay::Channel if p.update == Update::LowRank => sum_groups(p, dg, gate.dtype())?,
             Decay::Channel => dg,

@@ -1,5 +1,7 @@
 //! The calls of the delta families' kernels, from their tensors to the launches. See `cuda/delta.h`.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result, Tensor};
 
 use super::ffi::{self, SegmentStates};
@@ -195,51 +197,98 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
     Ok(())
 }
 
-/// What `cla_delta_gradients` reads and writes beside the inputs.
-pub(super) struct Gradients<'a> {
+/// What `cla_delta_gradients` reads beside the inputs.
+pub(super) struct Given<'a> {
     pub grad_out: Option<&'a Tensor>,
     pub written: &'a Tensor,
     pub of_written: &'a Tensor,
     pub segments: &'a Segments,
     pub starts: &'a Tensor,
     pub ends: &'a Tensor,
-    pub dq: Option<&'a mut Buffer>,
-    pub dk: Option<&'a mut Buffer>,
-    pub da: Option<&'a mut Buffer>,
-    pub db: Option<&'a mut Buffer>,
-    pub dg: Option<&'a mut Buffer>,
-    pub dbeta: Option<&'a mut Buffer>,
 }
 
-/// Queues the gradients of keys, gates and beta.
-pub(super) fn run_gradients(pass: &Pass, x: &Inputs<Tensor>, of: Gradients) -> Result<()> {
+/// What it writes.
+#[derive(Default)]
+pub(super) struct Gradients {
+    pub dq: Option<Buffer>,
+    pub dk: Option<Buffer>,
+    pub da: Option<Buffer>,
+    pub db: Option<Buffer>,
+    pub dg: Option<Buffer>,
+    pub dbeta: Option<Buffer>,
+}
+
+/// The columns of V, in as many parts as calls of [`run_gradients`] are to have them.
+pub(super) fn gradient_columns(pass: &Pass, x: &Inputs<Tensor>, given: &Given) -> Result<Vec<Range<usize>>> {
+    let p = pass.problem;
+    let all = 0..p.v_dim;
+    if p.batch * p.tokens == 0 {
+        return Ok(vec![all]);
+    }
+    let each = with_gradient(pass, x, given, all.clone(), &mut Gradients::default(), |call| {
+        // SAFETY: it only looks at sizes, kinds and dtypes.
+        Ok(unsafe { ffi::cla_delta_gradient_columns(call) } as usize)
+    })?;
+    if each >= p.v_dim {
+        return Ok(vec![all]);
+    }
+    Ok(all.step_by(each.max(1)).map(|from| from..p.v_dim.min(from + each)).collect())
+}
+
+/// Queues the gradients of keys, gates and beta, as far as they come from some of the columns of V.
+pub(super) fn run_gradients(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    given: &Given,
+    columns: Range<usize>,
+    found: &mut Gradients,
+) -> Result<()> {
+    with_gradient(pass, x, given, columns, found, |call| {
+        // SAFETY: as in `run`.
+        let code = unsafe { ffi::cla_delta_gradients(call, pass.machine.stream()) };
+        pass.check("cla_delta_gradients", code)
+    })
+}
+
+fn with_gradient<R>(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    given: &Given,
+    columns: Range<usize>,
+    found: &mut Gradients,
+    f: impl FnOnce(&ffi::Gradient) -> Result<R>,
+) -> Result<R> {
     let heads = pass.problem.v_heads;
     let opened = Opened::new(pass, x);
-    let numbers = [of.segments.cu.as_ref(), Some(of.starts), Some(of.ends)];
+    let numbers = [given.segments.cu.as_ref(), Some(given.starts), Some(given.ends)];
     let [cu_segments, starts, ends] = numbers.map(|x| x.map(Held::new));
-    let of_values = [Some(&x.v), of.grad_out, Some(of.written), Some(of.of_written)];
-    let of_values = of_values.map(|x| x.map(Held::new));
+    let part = |x: &Tensor| x.narrow(3, columns.start, columns.len());
+    let of_values = [Some(&x.v), given.grad_out, Some(given.written), Some(given.of_written)];
+    let [v, grad_out, written, of_written] = of_values.map(|x| x.map(part).transpose());
+    let of_values = [v?, grad_out?, written?, of_written?];
+    let of_values = of_values.each_ref().map(|x| x.as_ref().map(Held::new));
     let [v, grad_out, written, of_written] = of_values.each_ref().map(Option::as_ref);
     let mut at = Addresses::new(&pass.machine);
     let cu_segments = at.numbers(cu_segments.as_ref())?;
     let [starts, ends]: [*const f32; 2] = [at.numbers(starts.as_ref())?, at.numbers(ends.as_ref())?];
+    let states =
+        |data: *const f32| given.segments.of(data.wrapping_add(columns.start).cast_mut(), cu_segments);
     let call = ffi::Gradient {
-        of: opened.problem(&mut at)?,
+        of: ffi::Problem { v_dim: columns.len() as i32, ..opened.problem(&mut at)? },
         v: at.tensor(v, heads)?,
         grad_out: at.tensor(grad_out, heads)?,
         written: at.tensor(written, heads)?,
         of_written: at.tensor(of_written, heads)?,
-        starts: of.segments.of(starts.cast_mut(), cu_segments),
-        ends: of.segments.of(ends.cast_mut(), cu_segments),
-        dq: at.out(of.dq)?,
-        dk: at.out(of.dk)?,
-        da: at.out(of.da)?,
-        db: at.out(of.db)?,
-        dg: at.out(of.dg)?,
-        dbeta: at.out(of.dbeta)?,
+        starts: states(starts),
+        ends: states(ends),
+        state_columns: pass.problem.v_dim as i32,
+        dq: at.out(found.dq.as_mut())?,
+        dk: at.out(found.dk.as_mut())?,
+        da: at.out(found.da.as_mut())?,
+        db: at.out(found.db.as_mut())?,
+        dg: at.out(found.dg.as_mut())?,
+        dbeta: at.out(found.dbeta.as_mut())?,
         shared_limit: if pass.problem.mode == Mode::Recurrent { 0 } else { pass.card.shared_memory as i64 },
     };
-    // SAFETY: as in `run`.
-    let code = unsafe { ffi::cla_delta_gradients(&call, pass.machine.stream()) };
-    pass.check("cla_delta_gradients", code)
+    f(&call)
 }
