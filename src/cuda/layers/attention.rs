@@ -29,9 +29,9 @@ pub(crate) fn softmax_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) 
     }
     let machine = Machine::of(q.device())?;
     let card = machine.card()?;
-    let mut out = Buffer::new(&machine, DType::BF16, (tokens, heads, v_dim))?;
+    let new = || Buffer::new(&machine, DType::BF16, (tokens, heads, v_dim));
     if tokens == 0 || heads == 0 || v_dim == 0 {
-        return Ok(Some(out.into_tensor()));
+        return Ok(Some(new()?.into_tensor()));
     }
     let held = all.map(Held::new);
     let mut at = Addresses::new(&machine);
@@ -71,6 +71,7 @@ pub(crate) fn softmax_attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) 
         1 => None,
         _ => Some(Buffer::new(&machine, DType::F32, (splits, tokens, heads, v_dim + 2))?),
     };
+    let mut out = new()?;
     let mut at = Addresses::new(&machine);
     call.out = at.out_strided(Some(&mut out), [0, heads * v_dim, v_dim, 1])?;
     call.partial = at.out_numbers(partial.as_mut())?;
