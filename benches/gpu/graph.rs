@@ -11,10 +11,10 @@ pub fn with_gradient(x: &Tensor, grad: &Tensor) -> Result<Tensor> {
     Ok(x.apply_op1(Gradient(grad.clone()))?)
 }
 
-/// A function of three tensors, the first of which is its result, whose gradients cost nothing to compute.
-pub fn free([q, k, v]: &[Var; 3]) -> Result<Tensor> {
-    let gradients = [q, k, v].map(|x| x.as_detached_tensor());
-    Ok(q.apply_op3(k, v, Given(gradients))?)
+/// A function of three tensors, the last of which is its result, whose gradients cost nothing to compute.
+pub fn free([q, k, v]: [&Var; 3]) -> Result<Tensor> {
+    let gradients = [v, k, q].map(|x| x.as_detached_tensor());
+    Ok(v.apply_op3(k, q, Given(gradients))?)
 }
 
 struct Gradient(Tensor);

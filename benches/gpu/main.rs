@@ -79,6 +79,9 @@ const SHAPES: [Shape; 6] = [
     [1, 32768, 16, 128],
 ];
 
+/// B, T, H, K, V: heads as wide as those of flash-linear-attention's larger models.
+const WIDE_SHAPES: [[usize; 5]; 2] = [[8, 4096, 4, 256, 256], [8, 4096, 4, 256, 512]];
+
 /// Shapes for which others publish a gated delta rule, beside the last of [`SHAPES`].
 const DELTA_SHAPES: [Shape; 1] = [[8, 4096, 32, 128]];
 
@@ -91,9 +94,9 @@ struct Problem {
 }
 
 impl Problem {
-    fn new(op: Op, [b, t, h, d]: Shape, dtype: DType, device: &Device) -> Result<Self> {
+    fn new(op: Op, [b, t, h, d, v]: [usize; 5], dtype: DType, device: &Device) -> Result<Self> {
         let random = |shape: &[usize]| Tensor::randn(0f32, 1., shape, device);
-        let input = || Ok::<_, anyhow::Error>(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?);
+        let input = |d| Ok::<_, anyhow::Error>(Var::from_tensor(&random(&[b, t, h, d])?.to_dtype(dtype)?)?);
         // As gated models have them: most a few hundredths a token.
         let gate = |shape: &[usize], dtype| random(shape)?.abs()?.affine(-0.05, 0.)?.to_dtype(dtype);
         let gate = match op {
@@ -116,10 +119,10 @@ impl Problem {
             Op::Rwkv7 => vec![unit(1.)?, unit(-0.5)?],
             _ => vec![],
         };
-        let k = if of_delta.is_empty() { input()? } else { unit(1.)? };
+        let k = if of_delta.is_empty() { input(d)? } else { unit(1.)? };
         Ok(Self {
             op,
-            qkv: [input()?, k, input()?],
+            qkv: [input(d)?, k, input(v)?],
             gate: gate.map(|g| Var::from_tensor(&g)).transpose()?,
             of_delta,
         })
@@ -157,25 +160,31 @@ fn main() -> Result<()> {
     println!("{}: a copy within its memory moves {:.2} TB/s, reads plus writes", clock.card()?, rate / 1e12);
     println!();
     println!(
-        "| operator | B, T, H, D | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |"
+        "| operator | B, T, H, D (or K x V) | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |"
     );
     println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    let square = |[b, t, h, d]: Shape| [b, t, h, d, d];
     for (dtype, shapes) in
         [(DType::BF16, &SHAPES[..]), (DType::F16, &SHAPES[..1]), (DType::F32, &SHAPES[..1])]
     {
         for op in Op::ALL {
             for &shape in shapes {
-                line(&args, &clock, &device, rate, op, shape, dtype, Mode::Auto)?;
+                line(&args, &clock, &device, rate, op, square(shape), dtype, Mode::Auto)?;
             }
+        }
+    }
+    for op in Op::ALL {
+        for shape in WIDE_SHAPES {
+            line(&args, &clock, &device, rate, op, shape, DType::BF16, Mode::Auto)?;
         }
     }
     for op in [Op::GatedDelta, Op::Kda] {
         for shape in DELTA_SHAPES {
-            line(&args, &clock, &device, rate, op, shape, DType::BF16, Mode::Auto)?;
+            line(&args, &clock, &device, rate, op, square(shape), DType::BF16, Mode::Auto)?;
         }
     }
     for mode in [Mode::Chunk, Mode::FusedChunk] {
-        line(&args, &clock, &device, rate, Op::Linear, SHAPES[5], DType::BF16, mode)?;
+        line(&args, &clock, &device, rate, Op::Linear, square(SHAPES[5]), DType::BF16, mode)?;
     }
     println!();
     println!("| decode, T = 1 | B, H, D | ms | of the copy rate |");
@@ -198,11 +207,12 @@ fn line(
     device: &Device,
     rate: f64,
     op: Op,
-    shape: Shape,
+    shape: [usize; 5],
     dtype: DType,
     mode: Mode,
 ) -> Result<()> {
-    let [b, t, h, d] = shape;
+    let [b, t, h, k, v] = shape;
+    let d = if k == v { k.to_string() } else { format!("{k} x {v}") };
     let what = format!("| {} | {b}, {t}, {h}, {d} | {} | {mode:?} |", op.name(), dtype.as_str());
     if !what.contains(&args.only) {
         return Ok(());
@@ -216,7 +226,7 @@ fn line(
     let grad = Tensor::randn(0f32, 1., out.shape(), device)?.to_dtype(dtype)?;
     let loss = graph::with_gradient(&out, &grad)?;
     let backward = clock.median(|| Ok(loss.backward()?))?;
-    let free = graph::with_gradient(&graph::free(&problem.qkv)?, &grad)?;
+    let free = graph::with_gradient(&graph::free(problem.qkv.each_ref())?, &grad)?;
     let sums = clock.median(|| Ok(free.backward()?))?;
     println!("{what} {forward:.3} | {:.0}% | {:.3} | {backward:.3} |", 100. * of_rate, backward - sums);
     Ok(())
@@ -234,7 +244,7 @@ fn decode(
     if !what.contains(&args.only) {
         return Ok(());
     }
-    let problem = Problem::new(op, [b, 1, h, d], DType::BF16, device)?;
+    let problem = Problem::new(op, [b, 1, h, d, d], DType::BF16, device)?;
     let state = State { kv: Tensor::randn(0f32, 1., (b, h, d, d), device)?, z: None };
     let opts = Options::default().with_initial_state(&state).with_final_state(true);
     let time = clock.median(|| problem.run(&opts))?;
