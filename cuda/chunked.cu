@@ -60,6 +60,6 @@ extern "C" int32_t cla_scan_segments(const cla_sweep *sweep, void *stream) {
 
 extern "C" int64_t cla_chunked_shared_memory(const cla_sweep *sweep) {
   int64_t bytes = -1;
-  if (sweep->rows <= 256) cla::chunked({*sweep, false, nullptr, &bytes});
+  cla::chunked({*sweep, false, nullptr, &bytes});
   return bytes;
 }

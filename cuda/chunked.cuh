@@ -29,7 +29,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   using Fetched = typename Base::Fetched;
   static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
-  static constexpr bool WGMMA = HAS_WGMMA && R <= 128;
+  static constexpr bool WGMMA = HAS_WGMMA;
 
   float state[R / 8][4];
 

@@ -49,7 +49,7 @@ template <int R, int W, bool BF16_OUT, int GATE> int32_t run_narrow(const Call &
   using Whole = ChunkLayout<R, W, false, true, BF16_OUT, GATE>;
   int32_t code = NONE_FITS;
   if constexpr (Whole::AHEAD || !Whole::FOR_AHEAD) code = run_chunked<Whole>(call);
-  if constexpr (R <= 128 && (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR)) {
+  if constexpr (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR) {
     if (code == NONE_FITS) return run_chunked<ChunkLayout<R, W, true, true, BF16_OUT, GATE>>(call);
   }
   return code;
@@ -57,30 +57,21 @@ template <int R, int W, bool BF16_OUT, int GATE> int32_t run_narrow(const Call &
 
 // Two warpgroups where the state has the columns for it and the machine the memory.
 template <int R, bool BF16_OUT, int GATE> int32_t choose_width(const Call &call) {
-  if constexpr (R <= 128) {
-    if (call.sweep.cols > 64) {
-      const int32_t code = run_narrow<R, 2, BF16_OUT, GATE>(call);
-      if (code != NONE_FITS) return code;
-    }
+  if (call.sweep.cols > 64) {
+    const int32_t code = run_narrow<R, 2, BF16_OUT, GATE>(call);
+    if (code != NONE_FITS) return code;
   }
   return run_narrow<R, 1, BF16_OUT, GATE>(call);
 }
 
 template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
-  // Results in f32 are dq and dk, whose states have the channels of keys as columns.
-  if constexpr (BF16_OUT || GATE != CLA_GATE_ROWS) {
-    if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
-    if (call.sweep.rows <= 128) return choose_width<128, BF16_OUT, GATE>(call);
-  }
-  // Copies of 256 rows to be decayed do not fit any machine beside the rest; those rows go the other way.
-  if constexpr (BF16_OUT && GATE != CLA_GATE_ROWS) return choose_width<256, BF16_OUT, GATE>(call);
-  return NONE_FITS;
+  if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
+  return choose_width<128, BF16_OUT, GATE>(call);
 }
 
 template <int GATE> int32_t choose_wide(const Call &call) {
   if (call.sweep.rows <= 64) return run_chunked<ChunkLayout<64, 1, false, false, false, GATE>>(call);
-  if (call.sweep.rows <= 128) return run_chunked<ChunkLayout<128, 1, false, false, false, GATE>>(call);
-  return run_chunked<ChunkLayout<256, 1, false, false, false, GATE>>(call);
+  return run_chunked<ChunkLayout<128, 1, false, false, false, GATE>>(call);
 }
 
 // Calls `choose` with the kind of the call's gate as a type.

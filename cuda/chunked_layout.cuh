@@ -25,7 +25,7 @@ template <int ROWS, int W_, bool COMPACT_, bool NARROW_, bool BF16_OUT_, int GAT
   // machine that moves sub-tiles by itself moves the rows of such a sweep; others take the compact form instead.
   static constexpr bool FOR_AHEAD = NARROW && !VECTOR && !COMPACT && (R == 64 || (R == 128 && W == 2));
   static constexpr bool AHEAD = HAS_SUBTILE_COPIES && FOR_AHEAD;
-  static_assert(!COMPACT || (NARROW && !VECTOR && R <= 128), "what a compact kernel takes");
+  static_assert(R <= CLA_CHUNKED_ROWS && (!COMPACT || (NARROW && !VECTOR)), "what the kernels take");
   // What is not copied but computed into shared memory has no second stage.
   static constexpr int KEY_STAGES = AHEAD ? 3 : KEY_PARTS == 1 ? 2 : 1, VALUE_STAGES = VALUE_PARTS == 1 && !COMPACT ? 2 : 1;
   static constexpr int SCORE_SETS = AHEAD ? 2 : 1;

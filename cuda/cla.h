@@ -56,8 +56,10 @@ typedef struct {
   int32_t segments;
   float *starts, *totals;
   // Recurrent sweeps only: if not null, the faded state at the last token of each segment of `segment` tokens, counted from
-  // the first token whichever way the sweep goes, before that token's write and times last_scale. As `starts`.
+  // the first token whichever way the sweep goes, before that token's write and times last_scale. As `starts`, but for the
+  // rows that a state has there: `ends` begins with the first of this sweep's.
   float *ends;
+  int32_t ends_rows;
   int64_t shared_limit;  // dynamic shared memory that a block may have, in bytes
 } cla_sweep;
 
@@ -65,18 +67,30 @@ typedef struct {
 
 // All return 0 or a cudaError_t; they only queue work on `stream`.
 
-// Token by token. Any rows and cols up to 256 (rows) and any cols.
+// Token by token. Up to CLA_RECURRENT_ROWS rows and any cols.
+#define CLA_RECURRENT_ROWS 256
 int32_t cla_sweep_recurrent(const cla_sweep *sweep, void *stream);
 
-// In chunks of CLA_CHUNK steps, on tensor cores. With segments: needs `starts`, which the next two fill.
+// In chunks of CLA_CHUNK steps, on tensor cores. Up to CLA_CHUNKED_ROWS rows and any cols. With segments: needs `starts`, which
+// the next two fill.
+#define CLA_CHUNKED_ROWS 128
 int32_t cla_sweep_chunked(const cla_sweep *sweep, void *stream);
 // What each segment adds to a zero state, into `starts`, and its decay, into `totals`.
 int32_t cla_segment_states(const cla_sweep *sweep, void *stream);
 // Turns what segments add into the states that they start from.
 int32_t cla_scan_segments(const cla_sweep *sweep, void *stream);
-// The dynamic shared memory, in bytes, of the kernel that cla_sweep_chunked would launch; -1 if none fits `shared_limit`
-// or rows > 256.
+// The dynamic shared memory, in bytes, of the kernel that cla_sweep_chunked would launch; -1 if none fits `shared_limit`.
 int64_t cla_chunked_shared_memory(const cla_sweep *sweep);
+
+// The sums over the middle dimension of [outer, count, inner] in f32, to [outer, inner] in any dtype; both contiguous.
+typedef struct {
+  const float *data;
+  void *out;
+  int32_t dtype;  // enum cla_dtype
+  int64_t outer, count, inner;
+} cla_middle_sums;
+
+int32_t cla_sum_middle(const cla_middle_sums *call, void *stream);
 
 // The gradient of the log decay from dq and dk [B, T, HV, K], f32, contiguous, computed by exclusive sweeps:
 //
@@ -100,7 +114,7 @@ typedef struct {
   float *terms;    // [B, T, HV, K] or, with `summed`, [B, T, HV]; contiguous
   cla_tensor dg;   // no data: it takes the place of the terms
   float scale;
-  int32_t k_dim, v_dim, heads, summed;  // K and V up to 256
+  int32_t k_dim, v_dim, heads, summed;
   const uint32_t *cu_seqlens;
   int32_t sequences;
   int64_t batch, tokens;

@@ -122,9 +122,10 @@ typedef struct {
 
 #define CLA_DELTA_COLUMNS 32
 
-// V up to 256 and any K.
+// V up to CLA_DELTA_GRADIENT_VALUES and any K.
+#define CLA_DELTA_GRADIENT_VALUES 256
 int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream);
-// Columns that a call had best have at a time: all V, or fewer where the kernels in matrix form take no more.
+// Columns that a call had best have at a time: all V, or as many as the kernels take.
 int32_t cla_delta_gradient_columns(const cla_delta_gradient *call);
 
 #ifdef __cplusplus

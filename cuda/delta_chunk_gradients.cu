@@ -47,8 +47,9 @@ int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
 }  // namespace cla
 
 extern "C" int32_t cla_delta_gradient_columns(const cla_delta_gradient *call) {
+  auto least = [&](int32_t columns) { return call->of.v_dim < columns ? call->of.v_dim : columns; };
   cla_delta_gradient part = *call;
-  if (part.of.v_dim <= cla::MOST_VALUES) return part.of.v_dim;
-  part.of.v_dim = cla::MOST_VALUES;
-  return cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0 ? cla::MOST_VALUES : call->of.v_dim;
+  part.of.v_dim = least(cla::MOST_VALUES);
+  const bool in_chunks = cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0;
+  return in_chunks ? part.of.v_dim : least(CLA_DELTA_GRADIENT_VALUES);
 }

@@ -34,11 +34,11 @@ CLA_DEVICE cla_tensor f32_of(float *data, const cla_gate_gradient &c) {
 }
 
 // A warp for each token and value head: its terms, and its dq and dk with what it adds to them itself. A token's rows are
-// read once, all at the same time: what a lane has of them waits in registers until the warp knows v . do.
+// read once, up to 256 columns of all at the same time: what a lane has of them waits in registers until the warp knows v . do.
 template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_gate_gradient c) {
   using Input = Vector<DTYPE, 4, IN_FOURS>;
   using Gradient = Vector<CLA_F32, 4, IN_FOURS>;
-  constexpr int MOST = 2;  // of K = 256, four elements a lane
+  constexpr int MOST = 2, COLUMNS = 128 * MOST;  // of which each lane has four, twice, at a time
   const int64_t index = block_x() * (int64_t)(TERM_THREADS / 32) + thread_index() / 32;
   const int first = (thread_index() & 31) * 4;
   if (index >= c.batch * c.tokens * c.heads) return;
@@ -49,45 +49,58 @@ template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_
   const Rows dq_out = c.dq_out.data ? Rows(c.dq_out, batch, head) : dq, dk_out = c.dk_out.data ? Rows(c.dk_out, batch, head) : dk;
   Input of_q[MOST], of_k[MOST], of_v[MOST], of_out[MOST];
   Gradient of_dq[MOST], of_dk[MOST];
-  CLA_UNROLL
-  for (int j = 0; j < MOST; j++) {
-    const int i = first + 128 * j;
-    auto load = [&](auto &x, const Rows &rows, int width) {
-      x.clear();
-      if (rows.data && i < width) x.load(rows, t, i, width);
-    };
-    load(of_v[j], v, c.v_dim);
-    load(of_out[j], grad_out, c.v_dim);
-    load(of_q[j], q, c.k_dim);
-    load(of_k[j], k, c.k_dim);
-    load(of_dq[j], dq, c.k_dim);
-    load(of_dk[j], dk, c.k_dim);
-  }
-  float own = 0.f;
-  CLA_UNROLL
-  for (int j = 0; j < MOST; j++) {
+  auto load = [&](auto &x, const Rows &rows, int i, int width) {
+    x.clear();
+    if (rows.data && i < width) x.load(rows, t, i, width);
+  };
+  auto load_keys = [&](int from) {
     CLA_UNROLL
-    for (int e = 0; e < 4; e++) own += of_v[j][e] * of_out[j][e];
+    for (int j = 0; j < MOST; j++) {
+      const int i = from + first + 128 * j;
+      load(of_q[j], q, i, c.k_dim);
+      load(of_k[j], k, i, c.k_dim);
+      load(of_dq[j], dq, i, c.k_dim);
+      load(of_dk[j], dk, i, c.k_dim);
+    }
+  };
+  load_keys(0);
+  float own = 0.f;
+  CLA_NO_UNROLL
+  for (int from = 0; from < c.v_dim; from += COLUMNS) {
+    CLA_UNROLL
+    for (int j = 0; j < MOST; j++) {
+      load(of_v[j], v, from + first + 128 * j, c.v_dim);
+      load(of_out[j], grad_out, from + first + 128 * j, c.v_dim);
+    }
+    CLA_UNROLL
+    for (int j = 0; j < MOST; j++) {
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) own += of_v[j][e] * of_out[j][e];
+    }
   }
   own = c.scale * sum_of_lanes(own);
   // What a last token's k dk has is not in `after`.
   const float behind = is_last(c, t) ? 0.f : 1.f;
   double sum = 0.;
-  CLA_UNROLL
-  for (int j = 0; j < MOST; j++) {
-    const int i = first + 128 * j;
-    if (i >= c.k_dim) continue;
-    float term[4], with_own_q[4], with_own_k[4];
+  CLA_NO_UNROLL
+  for (int from = 0; from < c.k_dim; from += COLUMNS) {
+    if (from > 0) load_keys(from);
     CLA_UNROLL
-    for (int e = 0; e < 4; e++) {
-      term[e] = of_q[j][e] * of_dq[j][e] - behind * (of_k[j][e] * of_dk[j][e]);
-      if (c.summed) sum += (double)of_q[j][e] * of_dq[j][e] - behind * ((double)of_k[j][e] * of_dk[j][e]);
-      with_own_q[e] = of_dq[j][e] + own * of_k[j][e];
-      with_own_k[e] = of_dk[j][e] + own * of_q[j][e];
+    for (int j = 0; j < MOST; j++) {
+      const int i = from + first + 128 * j;
+      if (i >= c.k_dim) continue;
+      float term[4], with_own_q[4], with_own_k[4];
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) {
+        term[e] = of_q[j][e] * of_dq[j][e] - behind * (of_k[j][e] * of_dk[j][e]);
+        if (c.summed) sum += (double)of_q[j][e] * of_dq[j][e] - behind * ((double)of_k[j][e] * of_dk[j][e]);
+        with_own_q[e] = of_dq[j][e] + own * of_k[j][e];
+        with_own_k[e] = of_dk[j][e] + own * of_q[j][e];
+      }
+      if (!c.summed) store_four<IN_FOURS>(Rows(f32_of(c.terms, c), batch, head), t, i, c.k_dim, term);
+      store_four<IN_FOURS>(dq_out, t, i, c.k_dim, with_own_q);
+      store_four<IN_FOURS>(dk_out, t, i, c.k_dim, with_own_k);
     }
-    if (!c.summed) store_four<IN_FOURS>(Rows(f32_of(c.terms, c), batch, head), t, i, c.k_dim, term);
-    store_four<IN_FOURS>(dq_out, t, i, c.k_dim, with_own_q);
-    store_four<IN_FOURS>(dk_out, t, i, c.k_dim, with_own_k);
   }
   sum = sum_of_lanes(sum);
   if (c.summed && first == 0) c.terms[index] = (float)sum;

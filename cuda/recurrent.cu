@@ -83,7 +83,7 @@ CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS ? 4 : 8) void recurrent_kernel
     if (ENDS && (tokens == steps.count || tokens % s.segment == 0)) {
       Place end = place;
       end.segment = (tokens - 1) / s.segment;
-      float *to = s.ends + end.index(s.heads, s.segments) * s.rows * (int64_t)s.cols;
+      float *to = s.ends + end.index(s.heads, s.segments) * s.ends_rows * (int64_t)s.cols;
       CLA_UNROLL
       for (int i = 0; i < EACH; i++) {
         const int row = y + ROW_GROUPS * i;
@@ -162,5 +162,6 @@ extern "C" int32_t cla_sweep_recurrent(const cla_sweep *sweep, void *stream) {
   if (sweep->rows <= 32) return cla::launch_recurrent<2>(*sweep, stream);
   if (sweep->rows <= 64) return cla::launch_recurrent<4>(*sweep, stream);
   if (sweep->rows <= 128) return cla::launch_recurrent<8>(*sweep, stream);
+  static_assert(cla::ROW_GROUPS * 16 == CLA_RECURRENT_ROWS, "the most that threads have");
   return cla::launch_recurrent<16>(*sweep, stream);
 }

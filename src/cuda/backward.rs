@@ -76,7 +76,7 @@ pub(super) fn backward(
     }
     for (role, grad) in [(Role::Q, dq), (Role::K, dk)] {
         if let Some(grad) = grad {
-            found.push((role, sum_groups(p, grad.into_tensor(), dtype)?));
+            found.push((role, pass.sum_groups(grad.into_tensor(), dtype)?));
         }
     }
     found.extend(dv.map(|dv| (Role::V, dv.into_tensor())));
@@ -221,17 +221,6 @@ fn gate_gradient(
 fn sum_states(p: &Problem, products: Tensor, values: D) -> Result<Tensor> {
     let over_values = products.sum(values)?;
     if p.decay == Decay::Channel { Ok(over_values) } else { over_values.sum(D::Minus1) }
-}
-
-/// Adds up, in f32, the gradients of a key head over the value heads that read it: `[B, T, HV, K]` to `[B, T, H, K]`.
-pub(super) fn sum_groups(p: &Problem, grad: Tensor, dtype: DType) -> Result<Tensor> {
-    let groups = p.v_heads / p.k_heads;
-    let shape = (p.batch, p.tokens, p.k_heads, groups, p.k_dim);
-    match groups {
-        1 => grad.to_dtype(dtype),
-        _ if grad.elem_count() == 0 => grad.reshape((p.batch, p.tokens, p.k_heads, p.k_dim))?.to_dtype(dtype),
-        _ => grad.reshape(shape)?.sum(3)?.to_dtype(dtype),
-    }
 }
 
 #[cfg(test)]

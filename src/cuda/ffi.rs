@@ -5,6 +5,9 @@ use std::ffi::c_void;
 
 /// Steps in a chunk.
 pub(super) const CHUNK: usize = 64;
+/// The most rows of a state in a sweep token by token and in one in chunks.
+pub(super) const RECURRENT_ROWS: usize = 256;
+pub(super) const CHUNKED_ROWS: usize = 128;
 
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
@@ -74,7 +77,19 @@ pub(super) struct Sweep {
     pub starts: *mut f32,
     pub totals: *mut f32,
     pub ends: *mut f32,
+    pub ends_rows: i32,
     pub shared_limit: i64,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct MiddleSums {
+    pub data: *const f32,
+    pub out: *mut c_void,
+    pub dtype: Dtype,
+    pub outer: i64,
+    pub count: i64,
+    pub inner: i64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -113,5 +128,6 @@ unsafe extern "C" {
     pub(super) fn cla_segment_states(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_scan_segments(sweep: *const Sweep, stream: *mut c_void) -> i32;
     pub(super) fn cla_chunked_shared_memory(sweep: *const Sweep) -> i64;
+    pub(super) fn cla_sum_middle(call: *const MiddleSums, stream: *mut c_void) -> i32;
     pub(super) fn cla_gate_gradients(call: *const GateGradient, stream: *mut c_void) -> i32;
 }

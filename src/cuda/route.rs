@@ -1,18 +1,21 @@
 //! Which kernels a sweep takes, or why none: plain functions of its sizes and the GPU's numbers.
 
+use std::ops::Range;
+
 use candle_core::{Result, bail};
 
-use super::ffi::CHUNK;
+use super::ffi::{CHUNK, CHUNKED_ROWS, RECURRENT_ROWS};
 use crate::options::Mode;
+use crate::problem::Update;
 
-/// The most rows of a state that a block of threads holds, so the largest K and V: one sweep or another has them as rows.
-pub(super) const MOST_ROWS: usize = 256;
 /// Steps up to which a chunk of 64 would be mostly padding.
 const SHORT: usize = 16;
 /// Chunks in a segment of [`Mode::Chunk`], and the fewest that a division over time is worth.
 const SEGMENT_CHUNKS: usize = 4;
 /// Columns of the state that a block of a chunked kernel has, where it has the most.
 const BLOCK_COLUMNS: usize = 128;
+/// The same where it has the fewest.
+const LEAST_COLUMNS: usize = 32;
 /// The most blocks along the first dimension of a grid.
 const MOST_BLOCKS: usize = i32::MAX as usize;
 
@@ -34,7 +37,6 @@ pub(super) struct Size {
     /// Steps in the longest sequence.
     pub longest: usize,
     pub heads: usize,
-    pub rows: usize,
     pub cols: usize,
 }
 
@@ -49,8 +51,32 @@ pub(super) enum Route {
     Segments { steps: usize, segments: usize },
 }
 
-/// Says what is wrong with a GPU or with sizes that no kernel takes.
-pub(super) fn check(name: &str, card: &Card, [k, v]: [usize; 2], states: usize, steps: usize) -> Result<()> {
+impl Route {
+    /// The most rows that a block of threads holds. The rows of an additive sweep do not see each other, but for its outputs, which
+    /// are sums over them: more are taken in parts.
+    pub fn most_rows(self) -> usize {
+        if self == Self::Recurrent { RECURRENT_ROWS } else { CHUNKED_ROWS }
+    }
+}
+
+/// The rows of a state in as few parts of at most `most` as there can be, of nearly the same size. They begin where 16 bytes do.
+pub(super) fn row_parts(rows: usize, most: usize) -> Vec<Range<usize>> {
+    if rows <= most {
+        return vec![0..rows];
+    }
+    let each = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(16);
+    (0..rows).step_by(each).map(|from| from..rows.min(from + each)).collect()
+}
+
+/// Says what is wrong with a GPU or with sizes that no kernel takes. `[k, v]` are those of a head.
+pub(super) fn check(
+    name: &str,
+    card: &Card,
+    update: Update,
+    [k, v]: [usize; 2],
+    states: usize,
+    steps: usize,
+) -> Result<()> {
     if card.major < 8 {
         bail!(
             "{name}: the GPU has compute capability {}.{}, the kernels need at least 8.0",
@@ -58,15 +84,17 @@ pub(super) fn check(name: &str, card: &Card, [k, v]: [usize; 2], states: usize, 
             card.minor
         );
     }
-    for (what, size) in [("K", k), ("V", v)] {
-        if size > MOST_ROWS {
-            bail!("{name}: {what} is {size}, on CUDA K and V go up to {MOST_ROWS}");
-        }
+    // What a token writes there needs all of what the state has for its key.
+    if update != Update::Additive && k > RECURRENT_ROWS {
+        bail!("{name}: K is {k}, on CUDA it goes up to {RECURRENT_ROWS}");
     }
-    // Blocks and scratch memory are counted by segment; a division over time has no shorter ones than a chunk.
-    if states.saturating_mul(steps.div_ceil(CHUNK).max(1)) > MOST_BLOCKS {
+    // Blocks and scratch memory are counted by segment; a division over time has no shorter ones than a chunk. Token by token
+    // they are counted by columns, of which K or V are.
+    let each = steps.div_ceil(CHUNK).max(k.max(v).div_ceil(LEAST_COLUMNS)).max(1);
+    if states.saturating_mul(each) > MOST_BLOCKS {
         bail!(
-            "{name}: {states} states of sequences of {steps} tokens are more blocks than a launch takes, {MOST_BLOCKS}"
+            "{name}: {states} states of {k} x {v} and of sequences of {steps} tokens are more blocks than a launch takes, \
+             {MOST_BLOCKS}"
         );
     }
     Ok(())
@@ -77,7 +105,7 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, fits: bool) -> Route {
     let steps = match mode {
         Mode::Recurrent => return Route::Recurrent,
         Mode::Auto if size.longest <= SHORT => return Route::Recurrent,
-        _ if !fits || size.rows > MOST_ROWS => return Route::Recurrent,
+        _ if !fits => return Route::Recurrent,
         Mode::FusedChunk => return Route::Chunked,
         Mode::Chunk => SEGMENT_CHUNKS * CHUNK,
         Mode::Auto => balanced(size, card),
@@ -103,7 +131,7 @@ mod tests {
     const H200: Card = Card { multiprocessors: 132, shared_memory: 227 * 1024, major: 9, minor: 0 };
 
     fn size(sequences: usize, longest: usize, heads: usize, head_size: usize) -> Size {
-        Size { sequences, longest, heads, rows: head_size, cols: head_size }
+        Size { sequences, longest, heads, cols: head_size }
     }
 
     #[test]
@@ -160,6 +188,21 @@ mod tests {
     }
 
     #[test]
+    fn parts_cover_the_rows() {
+        for most in [128, 256] {
+            for rows in [0, 1, 127, 128, 129, 255, 256, 257, 320, 512, 640, 1000] {
+                let parts = row_parts(rows, most);
+                assert_eq!((parts[0].start, parts[parts.len() - 1].end), (0, rows));
+                assert!(
+                    parts.windows(2).all(|p| p[0].end == p[1].start && p[1].start % 16 == 0),
+                    "{parts:?}"
+                );
+                assert!(parts.iter().all(|p| p.len() <= most) && parts.len() == rows.div_ceil(most).max(1));
+            }
+        }
+    }
+
+    #[test]
     fn what_does_not_fit_goes_token_by_token() {
         for mode in [Mode::Auto, Mode::Chunk, Mode::FusedChunk] {
             assert_eq!(route(mode, &size(1, 4096, 4, 256), &H200, false), Route::Recurrent);
@@ -169,18 +212,19 @@ mod tests {
     #[test]
     fn refusals_say_what_is_wrong() {
         let check = |card: &Card, k, v, states, steps| {
-            check("gla", card, [k, v], states, steps).map_err(|e| e.to_string())
+            super::check("kda", card, Update::Delta, [k, v], states, steps).map_err(|e| e.to_string())
         };
-        assert!(check(&H200, 256, 256, 64, 4096).is_ok());
+        assert!(check(&H200, 256, 1000, 64, 4096).is_ok());
         assert!(check(&H200, 1, 1, 0, 0).is_ok());
         let k = check(&H200, 257, 64, 1, 1).unwrap_err();
-        assert!(k.contains("gla: K is 257") && k.contains("256"), "{k}");
-        let v = check(&H200, 64, 300, 1, 1).unwrap_err();
-        assert!(v.contains("V is 300"), "{v}");
+        assert!(k.contains("kda: K is 257") && k.contains("256"), "{k}");
+        assert!(super::check("gla", &H200, Update::Additive, [1000, 1000], 1, 1).is_ok());
         let old = check(&Card { major: 7, minor: 5, ..H200 }, 64, 64, 1, 1).unwrap_err();
         assert!(old.contains("7.5") && old.contains("8.0"), "{old}");
-        let many = check(&H200, 64, 64, 1 << 26, 64 << 10).unwrap_err();
-        assert!(many.contains("blocks"), "{many}");
+        for (states, v, steps) in [(1 << 26, 64, 64 << 10), (1 << 26, 1 << 12, 1)] {
+            let many = check(&H200, 64, v, states, steps).unwrap_err();
+            assert!(many.contains("blocks"), "{many}");
+        }
         assert!(check(&H200, 64, 64, usize::MAX, usize::MAX).is_err());
     }
 }

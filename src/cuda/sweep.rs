@@ -1,11 +1,15 @@
 //! A sweep (see `cuda/cla.h`), from its tensors to the kernels' launches.
 
+use std::ffi::c_void;
+use std::ops::Range;
+use std::ptr::{NonNull, null_mut};
+
 use candle_core::{DType, Result, Tensor, bail};
 
 use super::ffi::{self, Gate};
 use super::machine::Machine;
 use super::memory::{Addresses, Buffer, Held};
-use super::route::{self, Card, Route, Size};
+use super::route::{self, Card, Route, Size, row_parts};
 use crate::options::Mode;
 use crate::problem::{Decay, Problem, Sequence};
 
@@ -25,7 +29,7 @@ impl<'a> Pass<'a> {
         let card = machine.card()?;
         let longest = problem.sequences.iter().map(|s| s.tokens.len()).max().unwrap_or(0);
         let states = problem.sequences.len().saturating_mul(problem.v_heads);
-        route::check(problem.name, &card, [problem.k_dim, problem.v_dim], states, longest)?;
+        route::check(problem.name, &card, problem.update, [problem.k_dim, problem.v_dim], states, longest)?;
         let whole = |(n, s): (usize, &Sequence)| s.batch == n && s.tokens == (0..problem.tokens);
         let packed = !problem.sequences.iter().enumerate().all(whole);
         let ends = || problem.sequences.iter().map(|s| s.tokens.end as u32);
@@ -64,13 +68,13 @@ impl<'a> Pass<'a> {
         if self.states() == 0 {
             return Ok(());
         }
-        let heads = self.problem.v_heads;
+        let p = self.problem;
+        let (sequences, heads) = (p.sequences.len(), p.v_heads);
         let (rows, cols) = (sweep.rows, sweep.cols);
-        let size = Size { sequences: self.problem.sequences.len(), longest: self.longest, heads, rows, cols };
         let held = [sweep.read, sweep.write, sweep.value, sweep.gate, sweep.first, self.cu_seqlens.as_ref()];
         let held = held.map(|x| x.map(Held::new));
         let [read, write, value, gate, first, cu_seqlens] = held.each_ref().map(Option::as_ref);
-        let gate_kind = match (sweep.gate, self.problem.decay, sweep.transposed) {
+        let gate_kind = match (sweep.gate, p.decay, sweep.transposed) {
             (None, _, _) | (_, Decay::None, _) => Gate::None,
             (_, Decay::Head | Decay::Scalar, _) => Gate::Scalar,
             (_, Decay::Channel, false) => Gate::Rows,
@@ -78,7 +82,7 @@ impl<'a> Pass<'a> {
         };
         let with_ends = sweep.ends.is_some();
         let mut at = Addresses::new(&self.machine);
-        let mut call = ffi::Sweep {
+        let whole = ffi::Sweep {
             read: at.tensor(read, heads)?,
             write: at.tensor(write, heads)?,
             value: at.tensor(value, heads)?,
@@ -97,41 +101,105 @@ impl<'a> Pass<'a> {
             reverse: sweep.reverse.into(),
             inclusive: sweep.inclusive.into(),
             cu_seqlens: at.numbers(cu_seqlens)?,
-            sequences: size.sequences as i32,
-            tokens: self.problem.tokens as i64,
+            sequences: sequences as i32,
+            tokens: p.tokens as i64,
             segment: 0,
             segments: 1,
-            starts: std::ptr::null_mut(),
-            totals: std::ptr::null_mut(),
+            starts: null_mut(),
+            totals: null_mut(),
             ends: at.out_numbers(sweep.ends)?,
+            ends_rows: rows as i32,
             shared_limit: self.card.shared_memory as i64,
         };
-        // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole.
-        let fits = unsafe { ffi::cla_chunked_shared_memory(&call) } >= 0;
-        let mode = if with_ends { Mode::Recurrent } else { self.problem.mode };
-        let chosen = route::route(mode, &size, &self.card, fits);
-        if with_ends {
-            (call.segment, call.segments) = (ffi::CHUNK as i64, self.chunks() as i32);
-        }
-        let decays = match gate_kind {
-            Gate::None | Gate::Scalar => 1,
-            Gate::Rows => rows,
-            Gate::Cols => cols,
-        };
-        let (mut starts, mut totals) = (None, None);
-        if let Route::Segments { steps, segments } = chosen {
-            let shape = (size.sequences, segments, heads);
-            let buffer = |of_each: usize| {
-                let shape = [shape.0, shape.1, shape.2, of_each];
-                Buffer::new(&self.machine, DType::F32, shape.as_slice())
+        let chosen = {
+            let in_chunks = match &row_parts(rows, ffi::CHUNKED_ROWS)[..] {
+                [first, _, ..] => {
+                    whole.of_rows(first, whole.sums_at(NonNull::<[f32; 4]>::dangling().as_ptr().cast()))
+                }
+                _ => whole,
             };
-            (starts, totals) = (Some(buffer(rows * cols)?), Some(buffer(decays)?));
-            (call.segment, call.segments) = (steps as i64, segments as i32);
+            // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole, and whether addresses are aligned.
+            let fits = unsafe { ffi::cla_chunked_shared_memory(&in_chunks) } >= 0;
+            let mode = if with_ends { Mode::Recurrent } else { p.mode };
+            route::route(mode, &Size { sequences, longest: self.longest, heads, cols }, &self.card, fits)
+        };
+        let parts = row_parts(rows, chosen.most_rows());
+        let most = parts[0].len();
+        let (mut starts, mut totals, mut sums) = (None, None, None);
+        let (segment, segments) = match chosen {
+            _ if with_ends => (ffi::CHUNK, self.chunks()),
+            Route::Segments { steps, segments } => {
+                let decays = match gate_kind {
+                    Gate::None | Gate::Scalar => 1,
+                    Gate::Rows => most,
+                    Gate::Cols => cols,
+                };
+                let buffer = |of_each: usize| {
+                    Buffer::new(&self.machine, DType::F32, (sequences, segments, heads, of_each))
+                };
+                (starts, totals) = (Some(buffer(most * cols)?), Some(buffer(decays)?));
+                (steps, segments)
+            }
+            _ => (0, 1),
+        };
+        let outs = p.batch * p.tokens * heads * cols;
+        if parts.len() > 1 && !whole.out.data.is_null() {
+            sums = Some(Buffer::new(&self.machine, DType::F32, (parts.len(), outs))?);
         }
         let mut at_scratch = Addresses::new(&self.machine);
-        call.starts = at_scratch.out_numbers(starts.as_mut())?;
-        call.totals = at_scratch.out_numbers(totals.as_mut())?;
-        self.launch(&call, chosen)
+        let starts = at_scratch.out_numbers(starts.as_mut())?;
+        let totals = at_scratch.out_numbers(totals.as_mut())?;
+        let in_parts = sums.is_some();
+        let sums = at_scratch.out_numbers(sums.as_mut())?;
+        for (i, part) in parts.iter().enumerate() {
+            let out = if in_parts { whole.sums_at(sums.wrapping_add(i * outs).cast()) } else { whole.out };
+            let (segment, segments) = (segment as i64, segments as i32);
+            let call = ffi::Sweep { segment, segments, starts, totals, ..whole.of_rows(part, out) };
+            self.launch(&call, chosen)?;
+        }
+        if in_parts {
+            self.sum_middle(ffi::MiddleSums {
+                data: sums,
+                out: whole.out.data,
+                dtype: whole.out.dtype,
+                outer: 1,
+                count: parts.len() as i64,
+                inner: outs as i64,
+            })?;
+        }
+        Ok(())
+    }
+
+    fn sum_middle(&self, call: ffi::MiddleSums) -> Result<()> {
+        // SAFETY: as in `launch`, for contiguous tensors of these sizes.
+        let code = unsafe { ffi::cla_sum_middle(&call, self.machine.stream()) };
+        self.check("cla_sum_middle", code)
+    }
+
+    /// Adds up the gradients of a key head over the value heads that read it: `[B, T, HV, K]`, contiguous and in f32 if these
+    /// are several, to `[B, T, H, K]`.
+    pub fn sum_groups(&self, grad: Tensor, dtype: DType) -> Result<Tensor> {
+        let p = self.problem;
+        let groups = p.v_heads / p.k_heads;
+        if groups == 1 {
+            return grad.to_dtype(dtype);
+        }
+        let mut out = Buffer::new(&self.machine, dtype, (p.batch, p.tokens, p.k_heads, p.k_dim))?;
+        let held = Held::new(&grad);
+        {
+            let mut at = Addresses::new(&self.machine);
+            let out = at.out(Some(&mut out))?;
+            self.sum_middle(ffi::MiddleSums {
+                data: at.numbers(Some(&held))?,
+                out: out.data,
+                dtype: out.dtype,
+                outer: (p.batch * p.tokens * p.k_heads) as i64,
+                count: groups as i64,
+                inner: p.k_dim as i64,
+            })?;
+        }
+        drop(held);
+        Ok(out.into_tensor())
     }
 
     fn launch(&self, call: &ffi::Sweep, chosen: Route) -> Result<()> {
@@ -223,6 +291,57 @@ impl<'a> Pass<'a> {
             );
         }
         Ok(())
+    }
+}
+
+impl ffi::Tensor {
+    /// Without what it has in the columns before `at`.
+    fn from_column(self, at: usize) -> Self {
+        let size: i64 = if matches!(self.dtype, ffi::Dtype::F32) { 4 } else { 2 };
+        if self.data.is_null() {
+            return self;
+        }
+        Self { data: self.data.wrapping_byte_offset((at as i64 * self.element * size) as isize), ..self }
+    }
+}
+
+impl ffi::States {
+    fn from_row(self, at: usize) -> Self {
+        if self.data.is_null() {
+            return self;
+        }
+        Self { data: self.data.wrapping_offset((at as i64 * self.row) as isize), ..self }
+    }
+}
+
+impl ffi::Sweep {
+    /// The sweep over some of the rows, with the outputs that come from them.
+    fn of_rows(&self, rows: &Range<usize>, out: ffi::Tensor) -> Self {
+        let at = rows.start;
+        let ends = match self.ends.is_null() {
+            true => self.ends,
+            false => self.ends.wrapping_add(at * self.cols as usize),
+        };
+        Self {
+            read: self.read.from_column(at),
+            write: self.write.from_column(at),
+            gate: if self.gate_kind == Gate::Rows { self.gate.from_column(at) } else { self.gate },
+            out,
+            first: self.first.from_row(at),
+            last: self.last.from_row(at),
+            rows: rows.len() as i32,
+            ends,
+            ..*self
+        }
+    }
+
+    /// The outputs, in f32 and somewhere else; nothing if none are wanted.
+    fn sums_at(&self, data: *mut c_void) -> ffi::Tensor {
+        if self.out.data.is_null() {
+            self.out
+        } else {
+            ffi::Tensor { data, dtype: ffi::Dtype::F32, ..self.out }
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use crate::norms::{KINDS, Norm};
 use crate::pointwise::{Kind, Pointwise};
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Result, Tensor};
-use candle_linear_attn::{Mode, Options, cuda_host, linear_attn};
+use candle_linear_attn::{Mode, Options, cuda_host, delta_rule};
 
 fn outcome(case: &Case, mode: Mode) -> Vec<Vec<u32>> {
     let inputs = case.inputs().unwrap();
@@ -233,11 +233,12 @@ fn auto_divides_the_chunked_delta_kernels_in_odd_spans() -> Result<()> {
     Ok(())
 }
 
-/// K = 300 is refused by the kernels and not by the CPU backend: which of them is at work shows.
+/// A delta rule with K = 300 is refused by the kernels and not by the CPU backend: which of them is at work shows.
 #[test]
 fn the_kernels_are_for_the_thread_and_time_that_asked_for_them() {
     let x = Tensor::ones((1, 2, 1, 300), DType::F32, &Device::Cpu).unwrap();
-    let on_cpu = || linear_attn(&x, &x, &x, &Options::default()).is_ok();
+    let beta = Tensor::ones((1, 2, 1), DType::F32, &Device::Cpu).unwrap();
+    let on_cpu = || delta_rule(&x, &x, &x, &beta, &Options::default()).is_ok();
     assert!(on_cpu());
     cuda_host::run(|| {
         assert!(!on_cpu());

@@ -37,7 +37,8 @@ fn normalized() {
 
 #[test]
 fn head_sizes() {
-    for (k, v) in [(64, 64), (64, 128), (96, 192), (100, 36), (256, 256), (128, 256), (256, 128)] {
+    let sizes = [(64, 64), (64, 128), (96, 192), (100, 36), (256, 256), (128, 256), (256, 128), (256, 512)];
+    for (k, v) in sizes {
         for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Rwkv7] {
             for dtype in [DType::BF16, DType::F32] {
                 let case = Case { op, dtype, t: 520, h: 3, k, v, ..Case::default() };

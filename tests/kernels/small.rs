@@ -7,7 +7,7 @@ use crate::layout::{self, Layout};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
 use candle_core::{DType, Device, Tensor, Var};
-use candle_linear_attn::{Mode, Options, linear_attn};
+use candle_linear_attn::{Mode, Options, delta_rule, linear_attn};
 use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::RngSeed;
@@ -133,6 +133,41 @@ fn large_head_sizes() {
     }
     let case = Case { normalize: true, k: 8, v: 256, t: 5, h: 1, ..Case::default() };
     check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+}
+
+/// More rows of a state than a block has, K forwards and V for the gradients of keys: sums over parts of them.
+#[test]
+fn heads_wider_than_a_block() {
+    for (i, (k, v)) in [(257, 20), (20, 257), (320, 640), (256, 512), (9, 300)].into_iter().enumerate() {
+        for (j, op) in
+            [Op::LinearAttn, Op::ADDITIVE[1 + i % 3], Op::ADDITIVE[1 + (i + 1) % 3]].into_iter().enumerate()
+        {
+            let dtype = DTYPES[(i + j) % 3];
+            let case =
+                Case { op, k, v, dtype, scale: SCALES[(i + j) % SCALES.len()], h: 1, ..Case::default() };
+            check(&Case { t: 67, group: 1 + j % 2, ..case.clone() }, &[Mode::FusedChunk], Graph::ALL);
+            check(&Case { t: 3, ..case.clone() }, &[Mode::Recurrent], Graph::ALL);
+            if i < 2 {
+                check(&Case { t: 270, ..case }, &[Mode::Chunk], Graph::ALL);
+            }
+        }
+        if k <= 256 {
+            let case = Case { op: DELTA[i % 4], k, v, dtype: DTYPES[i % 3], t: 66, h: 1, ..Case::default() };
+            check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+        }
+    }
+    let ends = Some(vec![0, 0, 65, 65, 70]);
+    for (op, dtype) in [(Op::Gla, DType::BF16), (Op::SimpleGla, DType::F32)] {
+        let case =
+            Case { op, dtype, k: 264, v: 136, t: 70, h: 1, cu_seqlens: ends.clone(), ..Case::default() };
+        check(&case, &[Mode::FusedChunk, Mode::Chunk], Graph::ALL);
+    }
+    let case = Case { normalize: true, k: 300, v: 8, t: 66, h: 1, ..Case::default() };
+    check(&case, &[Mode::Recurrent, Mode::FusedChunk], Graph::ALL);
+    for (b, t) in [(2, 0), (0, 5)] {
+        let case = Case { op: Op::Gla, k: 300, v: 300, b, t, ..Case::default() };
+        check(&case, &MODES, Graph { loss: [false; 3], ..Graph::NONE });
+    }
 }
 
 /// The matrix form of their gradients has 128 columns at a time.
@@ -285,15 +320,13 @@ fn golden_cases() {
 
 #[test]
 fn what_the_kernels_do_not_take_is_refused() {
-    for (k, v) in [(257, 4), (4, 257)] {
-        let error = on_kernels(|device| {
-            let q = Tensor::zeros((1, 3, 1, k), DType::F32, device)?;
-            let values = Tensor::zeros((1, 3, 1, v), DType::F32, device)?;
-            linear_attn(&q, &q, &values, &Options::default())
-        });
-        let error = error.map(|_| ()).unwrap_err().to_string();
-        assert!(error.contains("257") && error.contains("up to 256"), "{error}");
-    }
+    let error = on_kernels(|device| {
+        let q = Tensor::zeros((1, 3, 1, 257), DType::F32, device)?;
+        let beta = Tensor::zeros((1, 3, 1), DType::F32, device)?;
+        delta_rule(&q, &q, &q, &beta, &Options::default())
+    });
+    let error = error.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains("delta_rule: K is 257") && error.contains("up to 256"), "{error}");
 }
 
 /// A graph that was built on the kernels is differentiated there.

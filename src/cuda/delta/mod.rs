@@ -9,7 +9,7 @@ mod sweep;
 
 use candle_core::{DType, Result, Tensor};
 
-use super::backward::{Grads, sum_groups};
+use super::backward::Grads;
 use super::forward::states;
 use super::memory::Buffer;
 use super::sweep::Pass;
@@ -158,7 +158,7 @@ fn key_gradients(
     ];
     for (role, grad, x) in of_keys {
         if let (Some(grad), Some(x)) = (grad, x) {
-            found.push((role, sum_groups(p, grad, x.dtype())?));
+            found.push((role, pass.sum_groups(grad, x.dtype())?));
         }
     }
     if let (Some(dbeta), Some(beta)) = (dbeta, beta) {
@@ -166,7 +166,7 @@ fn key_gradients(
     }
     if let (Some(dg), Some(gate)) = (dg, gate) {
         let dg = match p.decay {
-            Decay::Channel if p.update == Update::LowRank => sum_groups(p, dg, gate.dtype())?,
+            Decay::Channel if p.update == Update::LowRank => pass.sum_groups(dg, gate.dtype())?,
             Decay::Channel => dg,
             _ if dg.elem_count() == 0 || dg.dim(3)? == 1 => dg.narrow(3, 0, 1)?.squeeze(3)?,
             _ => dg.sum(3)?,
