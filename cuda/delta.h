@@ -84,8 +84,8 @@ typedef struct {
 // Token by token, K up to 256 and any V.
 int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
 
-// A segment at a time, in matrix form, on tensor cores: bf16, K up to 128. What does not depend on the
-// state is prepared for all segments first, by cla_delta_prepare.
+// A segment at a time, in matrix form, on tensor cores: bf16, K up to 128, or 256 with a decay by token or none. What does not
+// depend on the state is prepared for all segments first, by cla_delta_prepare.
 int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep);
 int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
 int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);
@@ -111,9 +111,9 @@ typedef struct {
   cla_tensor v, grad_out;
   cla_tensor written, of_written;  // m of the two sweeps, f32
   cla_delta_states starts, ends;   // their anchors
-  // Columns that these have in memory. All gradients here are sums over V: a call may have some of the columns, from where its
-  // tensors and states begin, as if they were all, and leaves their part.
-  int32_t state_columns;
+  // Rows and columns that these have in memory. A call may have some of both, from where its tensors and states begin, as if
+  // they were all: channels of keys do not see one another, and all gradients here are sums over V, of which it leaves its part.
+  int32_t state_rows, state_columns;
   // [B, T, HV, K], and dbeta [B, T, HV, 1]; null: not wanted. dg is [B, T, HV, K] or, for a decay by token, f32
   // [B, T, HV, slices of CLA_DELTA_COLUMNS channels], to be summed up.
   cla_tensor dq, dk, da, db, dg, dbeta;
@@ -125,8 +125,8 @@ typedef struct {
 // V up to CLA_DELTA_GRADIENT_VALUES and any K.
 #define CLA_DELTA_GRADIENT_VALUES 256
 int32_t cla_delta_gradients(const cla_delta_gradient *call, void *stream);
-// Columns that a call had best have at a time: all V, or as many as the kernels take.
-int32_t cla_delta_gradient_columns(const cla_delta_gradient *call);
+// Rows and columns that a call had best have at a time: as many as the kernels in matrix form take, or others if these take none.
+void cla_delta_gradient_part(const cla_delta_gradient *call, int32_t *rows, int32_t *columns);
 
 #ifdef __cplusplus
 }

@@ -14,8 +14,8 @@ template <class Gradients> struct Kind {
   using type = Gradients;
 };
 
-// Values that a head has at most.
-constexpr int MOST_VALUES = 128;
+// Channels of keys, and of values, that a head has at most.
+constexpr int most_in_chunks(bool low_rank) { return low_rank ? 64 : 128; }
 
 // f(the Kind of gradients that a call takes), or NOT_IN_CHUNKS.
 template <class F> int32_t with_gradients(const cla_delta_gradient &c, F f) {
@@ -23,15 +23,15 @@ template <class F> int32_t with_gradients(const cla_delta_gradient &c, F f) {
     if (x.data && x.dtype != CLA_BF16) return NOT_IN_CHUNKS;
   }
   auto fitting = [&](auto kind) { return decltype(kind)::type::SHARED > c.shared_limit ? NOT_IN_CHUNKS : f(kind); };
+  const int most = most_in_chunks(c.of.low_rank);
+  if (c.of.k_dim > most || c.of.v_dim > most) return NOT_IN_CHUNKS;
   if (c.of.low_rank) {
-    const bool fits = c.of.k_dim <= 64 && c.of.v_dim <= 64 && c.of.gate_kind == CLA_GATE_ROWS;
-    return fits ? fitting(Kind<DeltaChunkGradientsLowRank<64>>()) : NOT_IN_CHUNKS;
+    return c.of.gate_kind == CLA_GATE_ROWS ? fitting(Kind<DeltaChunkGradientsLowRank<64>>()) : NOT_IN_CHUNKS;
   }
-  if (c.of.k_dim > 128 || c.of.v_dim > MOST_VALUES) return NOT_IN_CHUNKS;
   auto of_rows = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     return c.of.gate_kind == CLA_GATE_ROWS ? fitting(Kind<DeltaChunkGradientsDecayed<R>>())
-                                           : fitting(Kind<DeltaChunkGradients<R, MOST_VALUES>>());
+                                           : fitting(Kind<DeltaChunkGradients<R, 128>>());
   };
   return c.of.k_dim <= 64 ? of_rows(std::integral_constant<int, 64>()) : of_rows(std::integral_constant<int, 128>());
 }
@@ -46,10 +46,13 @@ int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
 
 }  // namespace cla
 
-extern "C" int32_t cla_delta_gradient_columns(const cla_delta_gradient *call) {
-  auto least = [&](int32_t columns) { return call->of.v_dim < columns ? call->of.v_dim : columns; };
+extern "C" void cla_delta_gradient_part(const cla_delta_gradient *call, int32_t *rows, int32_t *columns) {
+  auto least = [](int32_t x, int32_t y) { return x < y ? x : y; };
+  const int most = cla::most_in_chunks(call->of.low_rank);
   cla_delta_gradient part = *call;
-  part.of.v_dim = least(cla::MOST_VALUES);
-  const bool in_chunks = cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0;
-  return in_chunks ? part.of.v_dim : least(CLA_DELTA_GRADIENT_VALUES);
+  part.of.k_dim = *rows = least(call->of.k_dim, most);
+  part.of.v_dim = *columns = least(call->of.v_dim, most);
+  if (cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0) return;
+  *rows = call->of.k_dim;
+  *columns = least(call->of.v_dim, CLA_DELTA_GRADIENT_VALUES);
 }

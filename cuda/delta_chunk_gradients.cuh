@@ -110,7 +110,7 @@ template <int R, int V> struct DeltaChunkGradients {
   // there) before, if MULTIPLY.
   template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
     constexpr int AT_ONCE = R / EVERY < 4 ? R / EVERY : 4;  // loads under way before the first is used
-    const int64_t size = (int64_t)c.of.k_dim * c.state_columns;
+    const int64_t size = (int64_t)c.state_rows * c.state_columns;
     const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.state_columns + own_column();
     const int left = c.of.v_dim - own_column();
     CLA_NO_UNROLL

@@ -118,7 +118,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
   CLA_DEVICE void store_first_read() const {
     if (!c.da.data || at.first != at.steps.start || tid >= c.of.k_dim) return;
     const Rows read = rows_of(c.of_written);
-    const float *state = c.starts.data + ((this->segment * c.of.heads + this->head) * c.of.k_dim + tid) * (int64_t)c.state_columns;
+    const float *state = c.starts.data + ((this->segment * c.of.heads + this->head) * c.state_rows + tid) * (int64_t)c.state_columns;
     float sum = 0.f;
     for (int v = 0; v < c.of.v_dim; v++) sum += state[v] * read.load(at.first, v);
     rows_of(c.da).store(at.first, tid, sum);

@@ -9,9 +9,10 @@
 
 namespace cla {
 
-// By MOVING threads rows come to shared memory and go from there.
-template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
-  static constexpr int COLUMNS = 64 * W, STEPS = CHUNK / 16, KEY = R * 128;
+// By MOVING threads rows come to shared memory and go from there. With SHARED_COLUMNS warpgroups have the same columns, and
+// each R rows of its own: a state of more rows than a warpgroup has registers for.
+template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> struct DeltaChunkSweep {
+  static constexpr int COLUMNS = SHARED_COLUMNS ? 64 : 64 * W, STEPS = CHUNK / 16, KEY = R * 128;
   static constexpr bool WGMMA = HAS_WGMMA;
 
   const cla_delta_sweep &s;
@@ -77,8 +78,11 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
     if (identity(s)) rows.data = nullptr, rows.token = 0;
     return rows;
   }
+  // The first of the warpgroup's columns within the block, and of its rows.
+  CLA_DEVICE int group_column() const { return SHARED_COLUMNS ? 0 : 64 * group; }
+  CLA_DEVICE int group_row() const { return SHARED_COLUMNS ? R * group : 0; }
   // The thread's columns of the state within the block, h = 0 or 1.
-  CLA_DEVICE int column(int h) const { return 64 * group + 16 * warp + row0 + 8 * h; }
+  CLA_DEVICE int column(int h) const { return group_column() + 16 * warp + row0 + 8 * h; }
 
   CLA_DEVICE int64_t prepared_index(int i) const { return (first_segment + segment(i)) * s.of.heads + head; }
 
@@ -87,14 +91,14 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   // f(element, where it lies in memory from `first` on) for those that the state has. Addresses are found whether they are
   // used or not: that is less than to branch.
   template <class F> CLA_DEVICE void each_of_state(float *first, int64_t row, int64_t col, F f) {
-    float *at = first + pair * row + column(0) * col;
+    float *at = first + (group_row() + pair) * row + column(0) * col;
     const bool inside[2] = {column(0) < columns(), column(1) < columns()};
     CLA_UNROLL
     for (int j = 0; j < R / 8; j++, at += 8 * row) {
       CLA_UNROLL
       for (int e = 0; e < 4; e++) {
         float *x = at + (e & 1 ? row : 0) + (e >> 1 ? 8 * col : 0);
-        if (inside[e >> 1] && 8 * j + pair + (e & 1) < s.of.k_dim) f(state[j][e], x);
+        if (inside[e >> 1] && group_row() + 8 * j + pair + (e & 1) < s.of.k_dim) f(state[j][e], x);
       }
     }
   }
@@ -110,7 +114,9 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
       CLA_UNROLL
       for (int j = 0; j < R / 8; j++) {
         CLA_UNROLL
-        for (int e = 0; e < 4; e++) state[j][e] = 8 * j + pair + (e & 1) == first_column + column(e >> 1) ? 1.f : 0.f;
+        for (int e = 0; e < 4; e++) {
+          state[j][e] = group_row() + 8 * j + pair + (e & 1) == first_column + column(e >> 1) ? 1.f : 0.f;
+        }
       }
     } else if (s.spans.starts) {
       load_state(s.spans.starts + ((int64_t)index(s) * s.of.v_dim + first_column) * s.of.k_dim, 1, s.of.k_dim);
@@ -318,7 +324,7 @@ template <int R, int W, bool REVERSE, int MOVING> struct DeltaChunkSweep {
   }
   // The transpose of a result into the tile that it waits in.
   CLA_DEVICE void wait_with(Tile tile, const float (&acc)[8][4], float factor) const {
-    const Tile to = tile.from_column(64 * group);
+    const Tile to = tile.from_column(group_column());
     CLA_UNROLL
     for (int j = 0; j < 8; j += 2) {
       uint32_t x[4];

@@ -4,12 +4,15 @@
 
 namespace cla {
 
-// AHEAD: what is read of a segment is copied while the one before it is solved, and so there twice.
-template <int ROWS, int GROUPS, bool CHANNELS, bool TWICE> struct DeltaChunkLayout {
-  static constexpr int R = ROWS, W = GROUPS, COLUMNS = 64 * W;
-  static constexpr bool BY_CHANNEL = CHANNELS, AHEAD = TWICE;
+// AHEAD: what is read of a segment is copied while the one before it is solved, and so there twice. SHARED_COLUMNS: each of two
+// warpgroups has R of the rows, and they exchange what both read of the state.
+template <int R_, int W_, bool BY_CHANNEL_, bool AHEAD_, bool SHARED_COLUMNS_ = false> struct DeltaChunkLayout {
+  static constexpr int R = R_, W = W_;
+  static constexpr bool BY_CHANNEL = BY_CHANNEL_, AHEAD = AHEAD_, SHARED_COLUMNS = SHARED_COLUMNS_;
+  static constexpr int COLUMNS = SHARED_COLUMNS ? 64 : 64 * W, ROWS = SHARED_COLUMNS ? W * R : R;
   static_assert(AHEAD || !BY_CHANNEL, "decayed keys leave no room anyway");
-  static constexpr int KEY = R * 128, VALUES = W * SUBTILE;
+  static_assert(!SHARED_COLUMNS || (W == 2 && !AHEAD), "as it is written");
+  static constexpr int KEY = ROWS * 128, VALUES = COLUMNS * 128;
   // Keys that a decay by channel has been multiplied into are too many for a second stage: what is read of the state and what
   // is written to it are each loaded when those of the segment before have been used.
   static constexpr int DECAYED = BY_CHANNEL ? PreparedKeys<R>::BYTES : 0;
@@ -17,7 +20,10 @@ template <int ROWS, int GROUPS, bool CHANNELS, bool TWICE> struct DeltaChunkLayo
   static constexpr int K = 0, Q = KEY, VALUE = BY_CHANNEL ? 0 : 2 * KEY, PREPARED = VALUE + VALUES;
   static constexpr int STAGES = DECAYED, STAGE = PREPARED + Prepared::BYTES;
   // Results wait for the next segment in one of two tiles, so that whole rows go out and nobody waits for them.
-  static constexpr int OUT = STAGES + (AHEAD ? 2 : 1) * STAGE, SHARED = OUT + 2 * VALUES;
+  static constexpr int OUT = STAGES + (AHEAD ? 2 : 1) * STAGE;
+  // What warpgroups have read, in f32: each for the system, and the second for the output.
+  static constexpr int EXCHANGED = CHUNK * 64 * 4, EXCHANGE = OUT + 2 * VALUES;
+  static constexpr int SHARED = EXCHANGE + (SHARED_COLUMNS ? 3 * EXCHANGED : 0);
 };
 
 // What a sweep leaves beside its final state: the output, or m, or, in reverse, both. That it is known to the compiler keeps
@@ -27,13 +33,14 @@ enum class Leaves { OUTPUT, WRITTEN, BOTH_IN_REVERSE };
 // One warpgroup that solves has another beside it that moves rows in and out: there are registers for two. Sweeps that leave
 // states have more to store than to compute, and gain nothing.
 constexpr bool moves_apart(int w, Leaves leaves) { return w == 1 && leaves == Leaves::OUTPUT; }
-template <int R, int W, Leaves LEAVES>
-using SweepOf = DeltaChunkSweep<R, W, LEAVES == Leaves::BOTH_IN_REVERSE, moves_apart(W, LEAVES) ? 128 : 128 * W>;
+template <class L, Leaves LEAVES>
+using SweepOf = DeltaChunkSweep<L::R, L::W, LEAVES == Leaves::BOTH_IN_REVERSE, moves_apart(L::W, LEAVES) ? 128 : 128 * L::W,
+                                L::SHARED_COLUMNS>;
 
-template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAVES> {
-  static constexpr int R = L::R, W = L::W;
-  static constexpr bool BY_CHANNEL = L::BY_CHANNEL;
-  using Base = SweepOf<R, W, LEAVES>;
+template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
+  static constexpr int R = L::R, W = L::W, ROWS = L::ROWS;
+  static constexpr bool BY_CHANNEL = L::BY_CHANNEL, SHARED_COLUMNS = L::SHARED_COLUMNS;
+  using Base = SweepOf<L, LEAVES>;
   using Keys = PreparedKeys<R>;
   using Base::s, Base::shared, Base::tid, Base::group, Base::head, Base::begin, Base::end, Base::steps, Base::state, Base::columns;
   using Base::segment, Base::count_at, Base::of_columns, Base::prepared_index, Base::zero, Base::each_pair;
@@ -51,10 +58,13 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
   CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
   CLA_DEVICE static Tile prepared(unsigned char *stage, int which) { return {stage + L::PREPARED + which}; }
   // What is read of the state, written to it, and which of these q is.
-  CLA_DEVICE Tile reads(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::READS : stage + L::K}; }
-  CLA_DEVICE Tile writes(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::WRITES : stage + L::K}; }
-  CLA_DEVICE Tile queries(unsigned char *stage) const { return {BY_CHANNEL ? shared + Keys::QUERIES : stage + L::Q}; }
-  CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(64 * group); }
+  CLA_DEVICE Tile reads(unsigned char *stage) const { return own_key(BY_CHANNEL ? shared + Keys::READS : stage + L::K); }
+  CLA_DEVICE Tile writes(unsigned char *stage) const { return own_key(BY_CHANNEL ? shared + Keys::WRITES : stage + L::K); }
+  CLA_DEVICE Tile queries(unsigned char *stage) const { return own_key(BY_CHANNEL ? shared + Keys::QUERIES : stage + L::Q); }
+  CLA_DEVICE Tile own_key(unsigned char *key) const { return Tile{key}.from_column(this->group_row()); }
+  CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(this->group_column()); }
+  // Whether the warpgroup has the part of its columns in results and values that it need not share.
+  CLA_DEVICE bool leads() const { return !SHARED_COLUMNS || group == 0; }
   CLA_DEVICE Tile out_tile(int i) const { return {shared + L::OUT + (i & 1) * L::VALUES}; }
   CLA_DEVICE static const float *factors(unsigned char *stage, int which) {
     return (const float *)(stage + L::PREPARED + Prepared::FACTORS) + which;
@@ -63,7 +73,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
   // ---- loading ----
 
   struct Moved {
-    Pieces<R> k, q;
+    Pieces<ROWS> k, q;
     Pieces<COLUMNS> value, out;
     bool in_pieces;
 
@@ -124,8 +134,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
     unsigned char *to = sweep.stage(i);
     const Rows k(s.of.k, sweep.steps.batch, sweep.head), q(s.of.q, sweep.steps.batch, sweep.head);
     if (!BY_CHANNEL) {
-      TileRows<R, MOVING>::fetch(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
-      TileRows<R, MOVING>::fetch(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
+      TileRows<ROWS, MOVING>::fetch(tile(to, L::K), k, at, s.of.k_dim, sweep.tid);
+      TileRows<ROWS, MOVING>::fetch(tile(to, L::Q), q, at, s.of.k_dim, sweep.tid);
     }
     Base::fetch_values_apart(s, tile(to, L::VALUE), i);
   }
@@ -147,6 +157,31 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
   }
   CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) { Base::template add_to_state<BY_CHANNEL>(a, b); }
 
+  // What the warpgroups have read of their rows becomes what is read of all: the system's right side in both, and in the first
+  // what the output has of it. A thread's numbers have the same places in either group.
+  CLA_DEVICE float *exchanged(int which) const {
+    return (float *)(shared + L::EXCHANGE + which * L::EXCHANGED) + 4 * (thread_index() % 128);
+  }
+  CLA_DEVICE void exchange(float (&acc)[8][4], float (&result)[8][4]) const {
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      store4(exchanged(group) + 512 * j, acc[j]);
+      if (OUTPUT && group == 1) store4(exchanged(2) + 512 * j, result[j]);
+    }
+    barrier();
+    CLA_UNROLL
+    for (int j = 0; j < 8; j++) {
+      float other[4];
+      load4(other, exchanged(1 - group) + 512 * j);
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) acc[j][e] += other[e];
+      if (!OUTPUT || group == 1) continue;
+      load4(other, exchanged(2) + 512 * j);
+      CLA_UNROLL
+      for (int e = 0; e < 4; e++) result[j][e] += other[e];
+    }
+  }
+
   CLA_DEVICE void solve(int i, Company &company) {
     unsigned char *of = stage(i);
     const Tile p = prepared(of, Prepared::P);
@@ -167,7 +202,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
       products_commit<WGMMA>();
       if (OUTPUT) add_by_rows(result, x, queries(of));
       products_commit<WGMMA>();
-      products_wait<WGMMA, 1>();
+      products_wait<WGMMA, SHARED_COLUMNS ? 0 : 1>();
+      if (SHARED_COLUMNS) exchange(acc, result);
       if (!BY_CHANNEL) scale(acc, from_start);
       if (!REVERSE) with_values(acc, own_values(of), [](float &x, float v) { x = v - x; });
       products_wait<WGMMA, 0>();
@@ -190,10 +226,10 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
     products_wait<WGMMA, 0>();
     if (BY_CHANNEL) arrive<SECOND>(company, i);
 
-    if (!OUTPUT && s.inner.data) store_inner(i, acc);
+    if (!OUTPUT && s.inner.data && leads()) store_inner(i, acc);
     scale(acc, factors(of, Prepared::BETA));
     if (REVERSE) {
-      if (s.out.data) wait_with(out_tile(i), acc, 1.f);
+      if (s.out.data && leads()) wait_with(out_tile(i), acc, 1.f);
       each_pair(acc, to_end, [](float &a, float &b, float x, float y) {
         a *= BY_CHANNEL ? -1.f : -x, b *= BY_CHANNEL ? -1.f : -y;
       });
@@ -225,10 +261,10 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L::R, L::W, LEAV
       products_fence<WGMMA>();
       add_to_state(BY_CHANNEL ? c : a, writes(of));
       products_commit<WGMMA>();
-      if (OUTPUT) add_by_triangle(result, c, p);
+      if (OUTPUT && leads()) add_by_triangle(result, c, p);
       products_commit<WGMMA>();
       products_wait<WGMMA, 0>();
-      if (OUTPUT) wait_with(out_tile(i), result, s.of.scale);
+      if (OUTPUT && leads()) wait_with(out_tile(i), result, s.of.scale);
     }
   }
 
@@ -323,17 +359,17 @@ template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
     return s.columns <= 64 ? by_gate(rows, std::integral_constant<int, 1>()) : by_gate(rows, std::integral_constant<int, 2>());
   };
   auto by_family = [&](auto rows) { return s.of.low_rank ? f(LowRankLayout<decltype(rows)::value>()) : by_columns(rows); };
+  if (s.of.k_dim > 128) return f(DeltaChunkLayout<128, 2, false, false, true>());
   return s.of.k_dim <= 64 ? by_family(std::integral_constant<int, 64>()) : by_family(std::integral_constant<int, 128>());
 }
 
 // The states before spans, one after another: a thread has one row and EACH columns of a state. What a span makes of them is a
 // product in f32.
-struct SpanStarts {
-  static constexpr int ROWS = 128, EACH = 8, COLUMNS = 16, THREADS = ROWS * COLUMNS / EACH;
+template <int ROWS_> struct SpanStarts {
+  static constexpr int ROWS = ROWS_, EACH = 8, COLUMNS = 16, THREADS = ROWS * COLUMNS / EACH;
   static constexpr int AHEAD = 32;  // loads under way
 };
-CLA_KERNEL(SpanStarts::THREADS, 1) void delta_starts_kernel(const CLA_CONSTANT cla_delta_sweep s) {
-  using L = SpanStarts;
+template <class L> CLA_KERNEL(L::THREADS, 1) void delta_starts_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   const int row = thread_index() % L::ROWS, own = thread_index() / L::ROWS * L::EACH, column = block_y() * L::COLUMNS + own;
   const int head = block_x() % s.of.heads, k_dim = s.of.k_dim, v_dim = s.of.v_dim;
   const int64_t sequence = block_x() / s.of.heads;
@@ -397,18 +433,22 @@ extern "C" int32_t cla_delta_changes(const cla_delta_sweep *sweep, void *stream)
 }
 
 extern "C" int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream) {
-  using L = cla::SpanStarts;
+  using namespace cla;
   const cla_delta_problem &of = sweep->of;
-  const cla::Dims grid = {(int64_t)of.sequences * of.heads, (of.v_dim + L::COLUMNS - 1) / L::COLUMNS};
-  const int64_t shared = L::ROWS * L::COLUMNS * sizeof(float);
-  return cla::launch(cla::delta_starts_kernel, grid, L::THREADS, shared, stream, *sweep);
+  auto run = [&](auto layout) {
+    using L = decltype(layout);
+    const Dims grid = {(int64_t)of.sequences * of.heads, (of.v_dim + L::COLUMNS - 1) / L::COLUMNS};
+    return launch(delta_starts_kernel<L>, grid, L::THREADS, L::ROWS * L::COLUMNS * sizeof(float), stream, *sweep);
+  };
+  return of.k_dim <= 128 ? run(SpanStarts<128>()) : run(SpanStarts<256>());
 }
 
 extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
   auto bf16 = [](const cla_tensor &x) { return !x.data || x.dtype == CLA_BF16; };
-  if (s.of.k_dim > 128 || (s.of.low_rank && s.columns > LowRankLayout<64>::COLUMNS)) return -1;
+  const bool by_channel = s.of.low_rank || s.of.gate_kind == CLA_GATE_ROWS;
+  if (s.of.k_dim > (by_channel ? 128 : 256) || (s.columns > 64 && (s.of.low_rank || s.of.k_dim > 128))) return -1;
   for (const cla_tensor &x : {s.of.q, s.of.k, s.of.a, s.of.b, s.value, s.out}) {
     if (!bf16(x)) return -1;
   }

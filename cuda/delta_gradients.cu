@@ -118,7 +118,7 @@ template <int EACH, bool LOW_RANK> struct DeltaGradients {
     return sum;
   }
   CLA_DEVICE void load(const cla_delta_states &states) {
-    const float *from = anchor_of(states, sequence, segment, head, c.of.heads, (int64_t)c.of.k_dim * c.state_columns);
+    const float *from = anchor_of(states, sequence, segment, head, c.of.heads, (int64_t)c.state_rows * c.state_columns);
     state.load(from + first_channel * (int64_t)c.state_columns, 1, c.state_columns, c.of.v_dim, channels());
   }
   CLA_DEVICE void fade(const float *of) {

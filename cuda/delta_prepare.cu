@@ -5,7 +5,7 @@
 
 namespace cla {
 
-template <int R> CLA_KERNEL(128, 5) void delta_prepare_kernel(cla_delta_sweep s) {
+template <int R> CLA_KERNEL(128, R > 128 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
   const unsigned index = block_x() / s.of.heads;
   DeltaPrepare<R>(s, SegmentOf(s.anchors, s.of.sequences, index), index, (int)(block_x() - index * s.of.heads)).run();
 }
@@ -28,6 +28,7 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
     if (s.of.gate_kind != CLA_GATE_ROWS) return launch_delta_prepare<R>(s, stream);
     return s.reverse ? launch_delta_prepare_decayed<R, true>(s, stream) : launch_delta_prepare_decayed<R, false>(s, stream);
   };
+  if (s.of.k_dim > 128) return launch_delta_prepare<256>(s, stream);
   return s.of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
 }
 

@@ -73,8 +73,8 @@ CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const u
 template <int R> struct DeltaPrepare {
   static constexpr int THREADS = 128, SIDE = 16, PITCH = 20, LEVELS = 6;
   // Tiles of k and q make room for blocks of A and of the diagonal of T, and for P; the blocks for T.
-  static constexpr int TILES = 4 * SUBTILE, KEY = R * 128, BLOCK = 3 * 512;
-  static_assert(2 * KEY <= TILES && 10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
+  static constexpr int KEY = R * 128, TILES = 2 * KEY > 4 * SUBTILE ? 2 * KEY : 4 * SUBTILE, BLOCK = 3 * 512;
+  static_assert(10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
   static constexpr int SUMS = TILES, FACTORS = SUMS + LEVELS * 2 * 4 * CHUNK, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
   static constexpr int SHARED = FACTORS + FACTORS_BYTES;
 
@@ -113,9 +113,13 @@ template <int R> struct DeltaPrepare {
 
   CLA_DEVICE void load() {
     {
-      const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
-      TileRows<R, THREADS>::fetch(tile(0), k, at, s.of.k_dim, tid);
-      TileRows<R, THREADS>::fetch(tile(1), q, at, s.of.k_dim, tid);
+      constexpr int AT_ONCE = R < 128 ? R : 128;
+      Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
+      CLA_UNROLL
+      for (int c = 0; c < R; c += AT_ONCE) {
+        TileRows<AT_ONCE, THREADS>::fetch(tile(0).from_column(c), k.from_column(c), at, s.of.k_dim - c, tid);
+        TileRows<AT_ONCE, THREADS>::fetch(tile(1).from_column(c), q.from_column(c), at, s.of.k_dim - c, tid);
+      }
     }
     copies_commit();
     const Rows gate(s.of.gate, at.steps.batch, head);

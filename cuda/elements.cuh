@@ -107,6 +107,11 @@ struct Rows {
   }
   CLA_DEVICE void store(int64_t t, int d, float x) const { store_element(data, dtype, t * token + d * element, x); }
   CLA_DEVICE unsigned char *row(int64_t t) const { return data + t * token * size(); }
+  CLA_DEVICE Rows from_column(int column) const {
+    Rows rows = *this;
+    if (data) rows.data += column * element * size();
+    return rows;
+  }
   // Whether rows of `width` can be moved 16 bytes at a time.
   CLA_DEVICE bool in_pieces(int width) const {
     const int rest = dtype == CLA_F32 ? 3 : 7;  // a mask: a GPU divides by thirty instructions

@@ -181,6 +181,17 @@ fn tensor(data: *mut c_void, strides: [i64; 4], groups: usize, dtype: DType) -> 
     })
 }
 
+impl ffi::Tensor {
+    /// Without its columns before `at`.
+    pub fn from_column(self, at: usize) -> Self {
+        let size: i64 = if matches!(self.dtype, ffi::Dtype::F32) { 4 } else { 2 };
+        if self.data.is_null() {
+            return self;
+        }
+        Self { data: self.data.wrapping_byte_offset((at as i64 * self.element * size) as isize), ..self }
+    }
+}
+
 impl TryFrom<DType> for ffi::Dtype {
     type Error = candle_core::Error;
 

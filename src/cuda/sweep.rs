@@ -294,17 +294,6 @@ impl<'a> Pass<'a> {
     }
 }
 
-impl ffi::Tensor {
-    /// Without what it has in the columns before `at`.
-    fn from_column(self, at: usize) -> Self {
-        let size: i64 = if matches!(self.dtype, ffi::Dtype::F32) { 4 } else { 2 };
-        if self.data.is_null() {
-            return self;
-        }
-        Self { data: self.data.wrapping_byte_offset((at as i64 * self.element * size) as isize), ..self }
-    }
-}
-
 impl ffi::States {
     fn from_row(self, at: usize) -> Self {
         if self.data.is_null() {

@@ -170,6 +170,28 @@ fn heads_wider_than_a_block() {
     }
 }
 
+/// Two warpgroups have the rows of a state, and what they read of it they exchange; gradients take some rows at a time.
+#[test]
+fn delta_rules_of_wide_keys() {
+    for (i, (k, v)) in [(256, 64), (136, 72), (200, 20), (129, 130)].into_iter().enumerate() {
+        for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+            let gates = [Gates::Mild, Gates::Strong][i % 2];
+            let case = Case { op, gates, k, v, dtype: DType::BF16, h: 1, ..Case::default() };
+            let (scale, group) = (SCALES[i % SCALES.len()], 1 + i % 2);
+            check(&Case { t: 130, scale, group, ..case.clone() }, &[Mode::FusedChunk], Graph::ALL);
+            if i < 2 {
+                check(&Case { t: 590, ..case.clone() }, &[Mode::Chunk], Graph::ALL);
+                let cu_seqlens = Some(vec![0, 0, 65, 65, 70, 135]);
+                check(&Case { t: 135, cu_seqlens, ..case }, &[Mode::FusedChunk], Graph::ALL);
+            }
+        }
+        for (op, k) in [(Op::Kda, k), (Op::Rwkv7, k / 2 + 1)] {
+            let case = Case { op, k, v, dtype: DType::BF16, t: 66, h: 1, ..Case::default() };
+            check(&case, &[Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
 /// The matrix form of their gradients has 128 columns at a time.
 #[test]
 fn delta_gradients_of_many_values() {

@@ -75,6 +75,7 @@ pub(super) struct Gradient {
     pub of_written: Tensor,
     pub starts: SegmentStates,
     pub ends: SegmentStates,
+    pub state_rows: i32,
     pub state_columns: i32,
     pub dq: Tensor,
     pub dk: Tensor,
@@ -94,5 +95,5 @@ unsafe extern "C" {
     pub(super) fn cla_delta_prepared_bytes(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_shared_memory(sweep: *const Sweep) -> i64;
     pub(super) fn cla_delta_gradients(call: *const Gradient, stream: *mut c_void) -> i32;
-    pub(super) fn cla_delta_gradient_columns(call: *const Gradient) -> i32;
+    pub(super) fn cla_delta_gradient_part(call: *const Gradient, rows: *mut i32, columns: *mut i32);
 }

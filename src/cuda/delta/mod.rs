@@ -14,7 +14,7 @@ use super::forward::states;
 use super::memory::Buffer;
 use super::sweep::Pass;
 use crate::problem::{Decay, Inputs, Role, Update};
-use sweep::{Given, Gradients, Segments, Sweep, gradient_columns, run, run_gradients};
+use sweep::{Given, Gradients, Segments, Sweep, gradient_parts, run, run_gradients};
 
 /// The output, in the problem's dtype, and the final states if they are asked for.
 pub(super) fn forward(pass: &Pass, x: &Inputs<Tensor>) -> Result<(Buffer, Option<Buffer>)> {
@@ -113,7 +113,7 @@ fn key_gradients(
         starts: &starts,
         ends: &ends,
     };
-    let parts = gradient_columns(pass, x, &given)?;
+    let (parts, rows) = gradient_parts(pass, x, &given)?;
     // In f32 as long as they are to be added up.
     let one = |dtype| if parts.len() == 1 { dtype } else { DType::F32 };
     let buffer = |dtype, dim| Buffer::new(&pass.machine, one(dtype), (p.batch, p.tokens, p.v_heads, dim));
@@ -137,7 +137,7 @@ fn key_gradients(
             dg: of_gate().transpose()?,
             dbeta: beta.map(|beta| buffer(beta.dtype(), 1)).transpose()?,
         };
-        run_gradients(pass, x, &given, columns, &mut part)?;
+        run_gradients(pass, x, &given, columns, rows, &mut part)?;
         let Gradients { dq, dk, da, db, dg, dbeta } = part;
         for (sum, part) in sums.iter_mut().zip([dq, dk, da, db, dg, dbeta]) {
             let part = part.map(Buffer::into_tensor);

@@ -7,7 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use super::ffi::{self, SegmentStates};
 use super::route::{Route, Size, Spans, is_crowded, route};
 use crate::cuda::ffi::Gate;
-use crate::cuda::memory::{Addresses, Buffer, Held};
+use crate::cuda::memory::{Addresses, Buffer, Held, NO_TENSOR};
 use crate::cuda::sweep::Pass;
 use crate::options::Mode;
 use crate::problem::{Decay, Inputs, Update};
@@ -218,36 +218,69 @@ pub(super) struct Gradients {
     pub dbeta: Option<Buffer>,
 }
 
-/// The columns of V, in as many parts as calls of [`run_gradients`] are to have them.
-pub(super) fn gradient_columns(pass: &Pass, x: &Inputs<Tensor>, given: &Given) -> Result<Vec<Range<usize>>> {
+/// The columns of V in as many parts as calls of [`run_gradients`] are to have them, and how many rows these take at a time.
+pub(super) fn gradient_parts(
+    pass: &Pass,
+    x: &Inputs<Tensor>,
+    given: &Given,
+) -> Result<(Vec<Range<usize>>, usize)> {
     let p = pass.problem;
-    let all = 0..p.v_dim;
     if p.batch * p.tokens == 0 {
-        return Ok(vec![all]);
+        return Ok((vec![0..p.v_dim], p.k_dim));
     }
-    let each = with_gradient(pass, x, given, all.clone(), &mut Gradients::default(), |call| {
-        // SAFETY: it only looks at sizes, kinds and dtypes.
-        Ok(unsafe { ffi::cla_delta_gradient_columns(call) } as usize)
+    let (rows, columns) = with_gradient(pass, x, given, 0..p.v_dim, &mut Gradients::default(), |call| {
+        let (mut rows, mut columns) = (0, 0);
+        // SAFETY: of the call it only looks at sizes, kinds and dtypes.
+        unsafe { ffi::cla_delta_gradient_part(call, &mut rows, &mut columns) };
+        Ok((rows as usize, columns as usize))
     })?;
-    if each >= p.v_dim {
-        return Ok(vec![all]);
-    }
-    Ok(all.step_by(each.max(1)).map(|from| from..p.v_dim.min(from + each)).collect())
+    let columns = (0..p.v_dim).step_by(columns.max(1)).map(|from| from..p.v_dim.min(from + columns));
+    Ok((columns.collect(), rows.max(1)))
 }
 
-/// Queues the gradients of keys, gates and beta, as far as they come from some of the columns of V.
+/// Queues the gradients of keys, gates and beta, as far as they come from some of the columns of V, so many rows at a time.
 pub(super) fn run_gradients(
     pass: &Pass,
     x: &Inputs<Tensor>,
     given: &Given,
     columns: Range<usize>,
+    rows: usize,
     found: &mut Gradients,
 ) -> Result<()> {
     with_gradient(pass, x, given, columns, found, |call| {
-        // SAFETY: as in `run`.
-        let code = unsafe { ffi::cla_delta_gradients(call, pass.machine.stream()) };
-        pass.check("cla_delta_gradients", code)
+        for from in (0..pass.problem.k_dim).step_by(rows) {
+            // SAFETY: as in `run`.
+            let code = unsafe { ffi::cla_delta_gradients(&call.of_rows(from, rows), pass.machine.stream()) };
+            pass.check("cla_delta_gradients", code)?;
+        }
+        Ok(())
     })
+}
+
+impl ffi::Gradient {
+    /// The gradients of up to `count` rows of the states, from `from` on.
+    fn of_rows(&self, from: usize, count: usize) -> Self {
+        let of = &self.of;
+        let [q, k, a, b] = [of.q, of.k, of.a, of.b].map(|x| x.from_column(from));
+        let by_channel = of.gate_kind == Gate::Rows;
+        let gate = if by_channel { of.gate.from_column(from) } else { of.gate };
+        let k_dim = (of.k_dim as usize - from).min(count) as i32;
+        let before = from * self.state_columns as usize;
+        let states = |x: &SegmentStates| SegmentStates { data: x.data.wrapping_add(before), ..*x };
+        Self {
+            of: ffi::Problem { q, k, a, b, gate, k_dim, ..*of },
+            starts: states(&self.starts),
+            ends: states(&self.ends),
+            dq: self.dq.from_column(from),
+            dk: self.dk.from_column(from),
+            da: self.da.from_column(from),
+            db: self.db.from_column(from),
+            dg: self.dg.from_column(if by_channel { from } else { from / ffi::COLUMNS }),
+            // It has no rows.
+            dbeta: if from == 0 { self.dbeta } else { NO_TENSOR },
+            ..*self
+        }
+    }
 }
 
 fn with_gradient<R>(
@@ -281,6 +314,7 @@ fn with_gradient<R>(
         of_written: at.tensor(of_written, heads)?,
         starts: states(starts),
         ends: states(ends),
+        state_rows: pass.problem.k_dim as i32,
         state_columns: pass.problem.v_dim as i32,
         dq: at.out(found.dq.as_mut())?,
         dk: at.out(found.dk.as_mut())?,
