@@ -92,6 +92,12 @@ pub fn device(force_cpu: bool) -> Result<Device> {
     let open = || {
         let device = Device::cuda_if_available(0)?;
         candle_linear_attn::keep_freed_memory(&device)?;
+        #[cfg(feature = "cuda")]
+        if let Device::Cuda(device) = &device {
+            // Two events for each allocation, with which streams wait for one another.
+            // SAFETY: the examples use one device from one thread, and so one stream.
+            unsafe { device.disable_event_tracking() };
+        }
         Ok::<_, candle_core::Error>(device)
     };
     open().context("cannot open the CUDA device; --cpu runs on the CPU instead")

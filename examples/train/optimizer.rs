@@ -1,7 +1,7 @@
 //! AdamW with moments that can be saved, and the learning rate over a run.
 
+use crate::workers::each;
 use candle_core::{D, DType, Result, Tensor, Var, backprop::GradStore, bail};
-use rayon::prelude::*;
 use std::{collections::BTreeMap, f64::consts::PI};
 
 /// Linear warm-up to `peak`, then a cosine down to `last` at the end of the run.
@@ -83,11 +83,12 @@ impl AdamW {
     }
 
     /// The norm of all gradients together, a scalar on their device: reading one number for each parameter would stall a
-    /// GPU at each. Parameters are independent of each other, here and in [`step`](Self::step), so the cores share them out.
-    /// Rows come first: a GPU has one block of threads for each sum.
+    /// GPU at each. Rows come first: a GPU has one block of threads for each sum.
     pub fn norm(grads: &[Tensor]) -> Result<Tensor> {
-        let squares =
-            grads.par_iter().map(|grad| grad.sqr()?.sum(D::Minus1)?.sum_all()).collect::<Result<Vec<_>>>()?;
+        let Some(first) = grads.first() else { bail!("there is no parameter to train") };
+        let squares = each(first.device(), grads.iter().collect(), |grad: &Tensor| {
+            grad.sqr()?.sum(D::Minus1)?.sum_all()
+        })?;
         Tensor::stack(&squares, 0)?.sum_all()?.sqrt()
     }
 
@@ -97,7 +98,9 @@ impl AdamW {
         let scale = (clip / norm).min(1.0);
         let t = (step + 1) as f64;
         let (correct1, correct2) = (1.0 - beta1.powf(t), 1.0 - beta2.powf(t));
-        self.slots.par_iter_mut().zip(grads).try_for_each(|(slot, grad)| {
+        let Some(first) = grads.first() else { return Ok(()) };
+        let pairs = self.slots.iter_mut().zip(grads).collect();
+        each(first.device(), pairs, |(slot, grad): (&mut Slot, &Tensor)| {
             // Scalars are multiplied with each other first: each operation is a pass over memory.
             slot.m = ((&slot.m * beta1)? + (grad * (scale * (1.0 - beta1)))?)?;
             slot.v = ((&slot.v * beta2)? + (grad.sqr()? * (scale * scale * (1.0 - beta2)))?)?;
@@ -106,7 +109,8 @@ impl AdamW {
             let param = slot.var.as_detached_tensor();
             let kept = if slot.decays { (param * (1.0 - lr * weight_decay))? } else { param };
             slot.var.set(&(kept - change)?)
-        })
+        })?;
+        Ok(())
     }
 
     /// Parameters and moments, all that a resumed run needs besides its step.

@@ -11,12 +11,11 @@ use crate::{
     optimizer::{AdamW, Hyperparameters, Schedule},
     params::Parameters,
     progress::Progress,
-    workers::Workers,
+    workers::{Workers, each},
 };
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use candle_core::{DType, Device, Tensor};
 use candle_linear_attn::models::{Config, Model};
-use rayon::prelude::*;
 use serde_json::{Map, Value};
 use std::{
     path::Path,
@@ -278,6 +277,7 @@ fn check_memory(args: &Args, config: &Config) -> Result<()> {
 }
 
 fn add(sum: (Tensor, Vec<Tensor>), part: (Tensor, Vec<Tensor>)) -> Result<(Tensor, Vec<Tensor>)> {
-    let grads = sum.1.par_iter().zip(&part.1).map(|(a, b)| a + b);
-    Ok(((sum.0 + part.0)?, grads.collect::<candle_core::Result<_>>()?))
+    let pairs = sum.1.into_iter().zip(part.1).collect();
+    let grads = each(sum.0.device(), pairs, |(a, b): (Tensor, Tensor)| a + b)?;
+    Ok(((sum.0 + part.0)?, grads))
 }

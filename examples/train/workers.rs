@@ -4,6 +4,20 @@ use anyhow::Result;
 use candle_core::Device;
 use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 
+/// What `of` makes of every item: on a CPU all cores share them out. Candle gives each thread that uses a GPU a stream of its own,
+/// and streams do not wait for one another: there one thread does all there is.
+pub fn each<T: Send, R: Send, E: Send>(
+    device: &Device,
+    items: Vec<T>,
+    of: impl Fn(T) -> Result<R, E> + Sync + Send,
+) -> Result<Vec<R>, E> {
+    if device.is_cpu() {
+        items.into_par_iter().map(of).collect()
+    } else {
+        items.into_iter().map(of).collect()
+    }
+}
+
 /// Threads that each take a share of a batch through the whole model.
 ///
 /// On a CPU that is much faster than all cores working on one operation at a time: most operations of a small model are too

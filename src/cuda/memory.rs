@@ -183,7 +183,7 @@ fn tensor(data: *mut c_void, strides: [i64; 4], groups: usize, dtype: DType) -> 
 
 impl ffi::Tensor {
     /// Without its columns before `at`.
-    pub fn from_column(self, at: usize) -> Self {
+    pub fn at_column(self, at: usize) -> Self {
         let size: i64 = if matches!(self.dtype, ffi::Dtype::F32) { 4 } else { 2 };
         if self.data.is_null() {
             return self;

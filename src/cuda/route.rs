@@ -62,7 +62,7 @@ impl Route {
 /// The rows of a state in as few parts of at most `most` as there can be, of nearly the same size. They begin where 16 bytes do.
 pub(super) fn row_parts(rows: usize, most: usize) -> Vec<Range<usize>> {
     if rows <= most {
-        return vec![0..rows];
+        return std::iter::once(0..rows).collect();
     }
     let each = rows.div_ceil(rows.div_ceil(most)).next_multiple_of(16);
     (0..rows).step_by(each).map(|from| from..rows.min(from + each)).collect()

@@ -295,7 +295,7 @@ impl<'a> Pass<'a> {
 }
 
 impl ffi::States {
-    fn from_row(self, at: usize) -> Self {
+    fn at_row(self, at: usize) -> Self {
         if self.data.is_null() {
             return self;
         }
@@ -312,12 +312,12 @@ impl ffi::Sweep {
             false => self.ends.wrapping_add(at * self.cols as usize),
         };
         Self {
-            read: self.read.from_column(at),
-            write: self.write.from_column(at),
-            gate: if self.gate_kind == Gate::Rows { self.gate.from_column(at) } else { self.gate },
+            read: self.read.at_column(at),
+            write: self.write.at_column(at),
+            gate: if self.gate_kind == Gate::Rows { self.gate.at_column(at) } else { self.gate },
             out,
-            first: self.first.from_row(at),
-            last: self.last.from_row(at),
+            first: self.first.at_row(at),
+            last: self.last.at_row(at),
             rows: rows.len() as i32,
             ends,
             ..*self

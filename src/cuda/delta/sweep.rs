@@ -226,7 +226,7 @@ pub(super) fn gradient_parts(
 ) -> Result<(Vec<Range<usize>>, usize)> {
     let p = pass.problem;
     if p.batch * p.tokens == 0 {
-        return Ok((vec![0..p.v_dim], p.k_dim));
+        return Ok((std::iter::once(0..p.v_dim).collect(), p.k_dim));
     }
     let (rows, columns) = with_gradient(pass, x, given, 0..p.v_dim, &mut Gradients::default(), |call| {
         let (mut rows, mut columns) = (0, 0);
@@ -261,9 +261,9 @@ impl ffi::Gradient {
     /// The gradients of up to `count` rows of the states, from `from` on.
     fn of_rows(&self, from: usize, count: usize) -> Self {
         let of = &self.of;
-        let [q, k, a, b] = [of.q, of.k, of.a, of.b].map(|x| x.from_column(from));
+        let [q, k, a, b] = [of.q, of.k, of.a, of.b].map(|x| x.at_column(from));
         let by_channel = of.gate_kind == Gate::Rows;
-        let gate = if by_channel { of.gate.from_column(from) } else { of.gate };
+        let gate = if by_channel { of.gate.at_column(from) } else { of.gate };
         let k_dim = (of.k_dim as usize - from).min(count) as i32;
         let before = from * self.state_columns as usize;
         let states = |x: &SegmentStates| SegmentStates { data: x.data.wrapping_add(before), ..*x };
@@ -271,11 +271,11 @@ impl ffi::Gradient {
             of: ffi::Problem { q, k, a, b, gate, k_dim, ..*of },
             starts: states(&self.starts),
             ends: states(&self.ends),
-            dq: self.dq.from_column(from),
-            dk: self.dk.from_column(from),
-            da: self.da.from_column(from),
-            db: self.db.from_column(from),
-            dg: self.dg.from_column(if by_channel { from } else { from / ffi::COLUMNS }),
+            dq: self.dq.at_column(from),
+            dk: self.dk.at_column(from),
+            da: self.da.at_column(from),
+            db: self.db.at_column(from),
+            dg: self.dg.at_column(if by_channel { from } else { from / ffi::COLUMNS }),
             // It has no rows.
             dbeta: if from == 0 { self.dbeta } else { NO_TENSOR },
             ..*self
