@@ -11,6 +11,8 @@ pub fn build() -> Result<(), String> {
     build.flag("-x").flag("c++");
     if std::env::var("CLA_SANITIZE").is_ok_and(|x| x == "1") {
         build.flag("-fsanitize=address").flag("-fno-omit-frame-pointer").flag("-g");
+        // x86 loads and stores at any address, a GPU only at a multiple of the size.
+        build.flag("-fsanitize=alignment").flag("-fsanitize-undefined-trap-on-error");
         // Rust links with -nodefaultlibs, which keeps the compiler from adding its runtime by itself.
         println!("cargo::rustc-link-arg=-Wl,--push-state,--no-as-needed,-lasan,--pop-state");
     }

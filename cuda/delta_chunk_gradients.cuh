@@ -365,7 +365,7 @@ template <int R, int V> struct DeltaChunkGradients {
   CLA_DEVICE void store(const cla_tensor &tensor, const float (&acc)[TILES][4], const SegmentSteps &steps) const {
     if (!tensor.data) return;
     const Rows to = rows_of(tensor);
-    // A result is contiguous: pairs lie well.
+    // A result is contiguous: pairs lie well where all channels of a key are an even number, which these may be a part of.
     if (to.dtype == CLA_BF16) {
       each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(uint32_t *)at = pack_bf16(x, y); },
                 [](unsigned char *at, float x) { *(uint16_t *)at = to_bf16(x); });
@@ -377,7 +377,7 @@ template <int R, int V> struct DeltaChunkGradients {
   // pair(address, two neighbours), or one(address, number) for either, of all that is accumulated.
   template <class Pair, class One>
   CLA_DEVICE void each_pair(const Rows &to, const float (&acc)[TILES][4], const SegmentSteps &steps, Pair of_two, One of_one) const {
-    const bool pairs = c.of.k_dim % 2 == 0;
+    const bool pairs = c.state_rows % 2 == 0;
     const int left = c.of.k_dim - channel() - pair;
     CLA_UNROLL
     for (int h = 0; h < 2; h++) {

@@ -1,5 +1,5 @@
 // What the kernels have in common that go over the segments of a delta sweep: a block has one sequence and head, or a span of it,
-// and 64 columns of the state a warpgroup, in f32 registers from the first segment to the last.
+// and 64 columns of the state a warpgroup, or a warpgroup half of their rows, in f32 registers from the first segment to the last.
 //
 // As in the chunked sweep of the additive families, warpgroups hold X^T, and all that they compute has columns of the state as
 // rows: what one product accumulates is, as the sum of two bf16, the A operand of the next in the same registers. So products
@@ -67,11 +67,7 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> s
     return left < CHUNK ? (int)left : CHUNK;
   }
   // The rows of a tensor whose columns are those of the state, from the block's first on.
-  CLA_DEVICE Rows of_columns(const cla_tensor &x) const {
-    Rows rows(x, steps.batch, head);
-    if (rows.data) rows.data += first_column * rows.element * rows.size();
-    return rows;
-  }
+  CLA_DEVICE Rows of_columns(const cla_tensor &x) const { return Rows(x, steps.batch, head).from_column(first_column); }
   // There are none where columns began as the identity's.
   CLA_DEVICE Rows of_values() const {
     Rows rows = of_columns(s.value);

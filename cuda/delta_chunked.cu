@@ -19,10 +19,11 @@ template <int R_, int W_, bool BY_CHANNEL_, bool AHEAD_, bool SHARED_COLUMNS_ = 
   // A stage has all else that is read of one segment.
   static constexpr int K = 0, Q = KEY, VALUE = BY_CHANNEL ? 0 : 2 * KEY, PREPARED = VALUE + VALUES;
   static constexpr int STAGES = DECAYED, STAGE = PREPARED + Prepared::BYTES;
-  // Results wait for the next segment in one of two tiles, so that whole rows go out and nobody waits for them.
+  // Results wait for the next segment in one of two tiles, so that whole rows go out and nobody waits for them; where nothing is
+  // copied ahead in one, since those of the segment before have gone when all meet a second time.
   static constexpr int OUT = STAGES + (AHEAD ? 2 : 1) * STAGE;
   // What warpgroups have read, in f32: each for the system, and the second for the output.
-  static constexpr int EXCHANGED = CHUNK * 64 * 4, EXCHANGE = OUT + 2 * VALUES;
+  static constexpr int EXCHANGED = CHUNK * 64 * 4, EXCHANGE = OUT + (AHEAD ? 2 : 1) * VALUES;
   static constexpr int SHARED = EXCHANGE + (SHARED_COLUMNS ? 3 * EXCHANGED : 0);
 };
 
@@ -65,7 +66,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
   CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(this->group_column()); }
   // Whether the warpgroup has the part of its columns in results and values that it need not share.
   CLA_DEVICE bool leads() const { return !SHARED_COLUMNS || group == 0; }
-  CLA_DEVICE Tile out_tile(int i) const { return {shared + L::OUT + (i & 1) * L::VALUES}; }
+  CLA_DEVICE Tile out_tile(int i) const { return {shared + L::OUT + (L::AHEAD ? i & 1 : 0) * L::VALUES}; }
   CLA_DEVICE static const float *factors(unsigned char *stage, int which) {
     return (const float *)(stage + L::PREPARED + Prepared::FACTORS) + which;
   }
@@ -144,7 +145,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
 
   // All threads meet before a segment, when what is read of it has come and the one before is done; where nothing is copied
   // ahead, once more when it has come; where keys are decayed, once more when what is read of the state has been read and what
-  // is written to it has come; and at the end.
+  // is written to it has come; and at the end. Where they share columns, also to exchange.
   enum Meeting { FIRST, SECOND, LAST };
   struct Nothing {
     CLA_DEVICE Nothing(const DeltaChunked &) {}

@@ -114,7 +114,7 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE void load() {
     {
       constexpr int AT_ONCE = R < 128 ? R : 128;
-      Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
+      const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
       CLA_UNROLL
       for (int c = 0; c < R; c += AT_ONCE) {
         TileRows<AT_ONCE, THREADS>::fetch(tile(0).from_column(c), k.from_column(c), at, s.of.k_dim - c, tid);

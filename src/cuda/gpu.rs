@@ -12,7 +12,8 @@ use candle_core::{CudaDevice, CudaStorage, DType, Device, Result, Storage, bail}
 
 use super::route::Card;
 
-/// To be kept until the kernel that uses the address is queued: then other streams learn what they have to wait for.
+/// To be kept until the kernel that uses the address is queued: then other streams learn what they have to wait for, where
+/// cudarc keeps track of that. It does not for Candle's default, which is a stream for each thread.
 pub(super) type Guard<'a> = SyncOnDrop<'a>;
 
 /// See [`crate::keep_freed_memory`].

@@ -14,7 +14,7 @@ const SHORT: usize = 16;
 const SEGMENT_CHUNKS: usize = 4;
 /// Columns of the state that a block of a chunked kernel has, where it has the most.
 const BLOCK_COLUMNS: usize = 128;
-/// The same where it has the fewest.
+/// Columns of the state that a block has that goes token by token.
 const LEAST_COLUMNS: usize = 32;
 /// The most blocks along the first dimension of a grid.
 const MOST_BLOCKS: usize = i32::MAX as usize;

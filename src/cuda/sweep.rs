@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 use std::ops::Range;
-use std::ptr::{NonNull, null_mut};
+use std::ptr::null_mut;
 
 use candle_core::{DType, Result, Tensor, bail};
 
@@ -112,16 +112,14 @@ impl<'a> Pass<'a> {
             shared_limit: self.card.shared_memory as i64,
         };
         let chosen = {
-            let in_chunks = match &row_parts(rows, ffi::CHUNKED_ROWS)[..] {
-                [first, _, ..] => {
-                    whole.of_rows(first, whole.sums_at(NonNull::<[f32; 4]>::dangling().as_ptr().cast()))
-                }
-                _ => whole,
-            };
+            let parts = row_parts(rows, ffi::CHUNKED_ROWS);
+            // The outputs of parts will lie as well as these.
+            let out = if parts.len() > 1 { whole.sums_at(whole.out.data) } else { whole.out };
             // SAFETY: it only looks at the sizes, kinds and dtypes of a sweep that is whole, and whether addresses are aligned.
-            let fits = unsafe { ffi::cla_chunked_shared_memory(&in_chunks) } >= 0;
+            let fits = |part| unsafe { ffi::cla_chunked_shared_memory(&whole.of_rows(part, out)) } >= 0;
             let mode = if with_ends { Mode::Recurrent } else { p.mode };
-            route::route(mode, &Size { sequences, longest: self.longest, heads, cols }, &self.card, fits)
+            let size = Size { sequences, longest: self.longest, heads, cols };
+            route::route(mode, &size, &self.card, parts.iter().all(fits))
         };
         let parts = row_parts(rows, chosen.most_rows());
         let most = parts[0].len();
@@ -307,10 +305,8 @@ impl ffi::Sweep {
     /// The sweep over some of the rows, with the outputs that come from them.
     fn of_rows(&self, rows: &Range<usize>, out: ffi::Tensor) -> Self {
         let at = rows.start;
-        let ends = match self.ends.is_null() {
-            true => self.ends,
-            false => self.ends.wrapping_add(at * self.cols as usize),
-        };
+        let ends =
+            if self.ends.is_null() { self.ends } else { self.ends.wrapping_add(at * self.cols as usize) };
         Self {
             read: self.read.at_column(at),
             write: self.write.at_column(at),

@@ -34,7 +34,11 @@ fn layers() -> (Vec<Convolution>, Vec<Norm>, Vec<Pointwise>) {
 #[test]
 fn the_order_of_the_threads_changes_nothing() {
     for op in Op::ALL {
-        for (dtype, k, v) in [(DType::F32, 20, 40), (DType::BF16, 64, 72), (DType::BF16, 40, 48)] {
+        let mut sizes = vec![(DType::F32, 20, 40), (DType::BF16, 64, 72), (DType::BF16, 40, 48)];
+        if [Op::DeltaRule, Op::GatedDeltaRule].contains(&op) {
+            sizes.push((DType::BF16, 136, 72));
+        }
+        for (dtype, k, v) in sizes {
             let case = Case { op, dtype, t: 130, h: 1, k, v, ..Case::default() };
             for mode in [Mode::Recurrent, Mode::FusedChunk, Mode::Chunk] {
                 let run = |seed| {
@@ -111,7 +115,7 @@ fn any_number_of_multiprocessors_gives_the_same_layers() -> Result<()> {
 fn less_shared_memory_gives_the_same() -> Result<()> {
     for bytes in [99 << 10, 163 << 10, 40 << 10] {
         for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
-            for (dtype, k, v) in [(DType::BF16, 128, 128), (DType::F32, 64, 100)] {
+            for (dtype, k, v) in [(DType::BF16, 128, 128), (DType::F32, 64, 100), (DType::BF16, 264, 72)] {
                 let case = Case { op, dtype, t: 66, h: 1, k, v, ..Case::default() };
                 let inputs = case.inputs()?;
                 let want = case.expected(&inputs, [true; 3])?;
@@ -127,7 +131,7 @@ fn less_shared_memory_gives_the_same() -> Result<()> {
 #[test]
 fn kernels_with_99_kilobytes() -> Result<()> {
     for op in [Op::LinearAttn, Op::SimpleGla, Op::DeltaRule, Op::GatedDeltaRule] {
-        for (k, v) in [(128, 128), (128, 40), (40, 64), (64, 128)] {
+        for (k, v) in [(128, 128), (128, 40), (40, 64), (64, 128), (144, 40)] {
             let cu_seqlens = (k == v).then(|| vec![0, 130, 130, 200]);
             let case = Case { op, k, v, t: 200, h: 1, cu_seqlens, dtype: DType::BF16, ..Case::default() };
             let case = Case { scale: Some(-0.7), ..case };
@@ -202,7 +206,11 @@ fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
 #[test]
 fn spans_of_the_chunked_delta_kernels() -> Result<()> {
     for (n, op) in DELTA.into_iter().enumerate() {
-        for (order, multiprocessors, k, v) in [(0, 132, 16, 72), (1, 132, 100, 130), (2, 1, 70, 40)] {
+        let mut sizes = vec![(0, 132, 16, 72), (1, 132, 100, 130), (2, 1, 70, 40)];
+        if [Op::DeltaRule, Op::GatedDeltaRule].contains(&op) {
+            sizes.push((3, 132, 200, 40));
+        }
+        for (order, multiprocessors, k, v) in sizes {
             let cu_seqlens = (n % 2 == 0).then(|| vec![0, 0, 64, 600, 600, 601, 1130]);
             // Even, or a and b are in f32, which go token by token.
             let seed = 2 * n as u64;

@@ -158,7 +158,7 @@ fn prompt_and_single_tokens() {
     crate::compare::close(&out, &want.outputs[0], DType::BF16, 2.5e-3, "in pieces").unwrap();
 }
 
-/// Kernels of several threads queue on one stream.
+/// Each thread has a stream of its own.
 #[test]
 fn threads_share_a_gpu() {
     std::thread::scope(|scope| {

@@ -9,8 +9,9 @@ use crate::options::Mode;
 /// Steps up to which a chunk of 64 would be mostly padding.
 const SHORT: usize = 16;
 /// Columns of the state that a block of the chunked kernel can have, and about how long a segment takes with them, in
-/// microseconds. More share what they read, fewer make more blocks.
+/// microseconds. More share what they read, fewer make more blocks. With more rows the fewer take as long as the more.
 const COLUMNS: [(usize, usize); 2] = [(128, 4), (64, 2)];
+const MANY_ROWS: usize = 128;
 /// Segments in a span of [`Mode::Chunk`].
 const SPAN: usize = 4;
 /// What it takes, in the same unit, to launch what a division of time needs besides, and to find where a span starts.
@@ -61,7 +62,11 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
             let tiles: usize = widths.iter().map(|width: &usize| width.div_ceil(columns)).sum();
             (states * tiles).div_ceil(card.multiprocessors)
         };
-        fitting.clone().map(|(columns, time)| (columns, time * rounds(columns))).min_by_key(|(_, time)| *time)
+        let halves = if size.rows > MANY_ROWS { 2 } else { 1 };
+        fitting
+            .clone()
+            .map(|(columns, time)| (columns, halves * time * rounds(columns)))
+            .min_by_key(|(_, time)| *time)
     };
     let segments = size.longest.div_ceil(ffi::SEGMENT).max(1);
     // How long a division into spans of so many segments takes, and what it is.

@@ -234,8 +234,8 @@ pub(super) fn gradient_parts(
         unsafe { ffi::cla_delta_gradient_part(call, &mut rows, &mut columns) };
         Ok((rows as usize, columns as usize))
     })?;
-    let columns = (0..p.v_dim).step_by(columns.max(1)).map(|from| from..p.v_dim.min(from + columns));
-    Ok((columns.collect(), rows.max(1)))
+    let columns = (0..p.v_dim).step_by(columns).map(|from| from..p.v_dim.min(from + columns));
+    Ok((columns.collect(), rows))
 }
 
 /// Queues the gradients of keys, gates and beta, as far as they come from some of the columns of V, so many rows at a time.
