@@ -7,7 +7,7 @@
 
 namespace cla {
 
-constexpr int TERM_THREADS = 256, SUM_THREADS = 128, AHEAD = 8;
+constexpr int TERM_THREADS = 256, TERM_COLUMNS = 256, SUM_THREADS = 128, AHEAD = 8;
 
 // Whether token t is one that `after` stands behind.
 CLA_DEVICE bool is_last(const cla_gate_gradient &c, int64_t t) {
@@ -35,10 +35,11 @@ CLA_DEVICE cla_tensor f32_of(float *data, const cla_gate_gradient &c) {
 
 // A warp for each token and value head: its terms, and its dq and dk with what it adds to them itself. A token's rows are
 // read once, up to 256 columns of all at the same time: what a lane has of them waits in registers until the warp knows v . do.
-template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_kernel(cla_gate_gradient c) {
+// AT_ONCE: there are no more. A loop that might go on took a third longer.
+template <int DTYPE, bool IN_FOURS, bool AT_ONCE> CLA_KERNEL(TERM_THREADS, AT_ONCE ? 3 : 2) void gate_terms_kernel(cla_gate_gradient c) {
   using Input = Vector<DTYPE, 4, IN_FOURS>;
   using Gradient = Vector<CLA_F32, 4, IN_FOURS>;
-  constexpr int MOST = 2, COLUMNS = 128 * MOST;  // of which each lane has four, twice, at a time
+  constexpr int COLUMNS = TERM_COLUMNS, MOST = COLUMNS / 128;  // a lane has four neighbours of each 128
   const int64_t index = block_x() * (int64_t)(TERM_THREADS / 32) + thread_index() / 32;
   const int first = (thread_index() & 31) * 4;
   if (index >= c.batch * c.tokens * c.heads) return;
@@ -65,8 +66,7 @@ template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_
   };
   load_keys(0);
   float own = 0.f;
-  CLA_NO_UNROLL
-  for (int from = 0; from < c.v_dim; from += COLUMNS) {
+  for (int from = 0; from == 0 || (!AT_ONCE && from < c.v_dim); from += COLUMNS) {
     CLA_UNROLL
     for (int j = 0; j < MOST; j++) {
       load(of_v[j], v, from + first + 128 * j, c.v_dim);
@@ -82,8 +82,7 @@ template <int DTYPE, bool IN_FOURS> CLA_KERNEL(TERM_THREADS, 3) void gate_terms_
   // What a last token's k dk has is not in `after`.
   const float behind = is_last(c, t) ? 0.f : 1.f;
   double sum = 0.;
-  CLA_NO_UNROLL
-  for (int from = 0; from < c.k_dim; from += COLUMNS) {
+  for (int from = 0; from == 0 || (!AT_ONCE && from < c.k_dim); from += COLUMNS) {
     if (from > 0) load_keys(from);
     CLA_UNROLL
     for (int j = 0; j < MOST; j++) {
@@ -208,8 +207,13 @@ extern "C" int32_t cla_gate_gradients(const cla_gate_gradient *call, void *strea
   const bool fast = in_fours(c.q, c.k_dim) && in_fours(c.k, c.k_dim) && in_fours(c.v, c.v_dim) && in_fours(c.grad_out, c.v_dim);
   int32_t code = by_dtype(c.q.dtype, [&](auto dtype) {
     constexpr int DTYPE = decltype(dtype)::value;
-    return fast ? launch(gate_terms_kernel<DTYPE, true>, tokens, TERM_THREADS, 0, stream, c)
-                : launch(gate_terms_kernel<DTYPE, false>, tokens, TERM_THREADS, 0, stream, c);
+    auto run = [&](auto in_fours, auto at_once) {
+      const auto kernel = gate_terms_kernel<DTYPE, decltype(in_fours)::value, decltype(at_once)::value>;
+      return launch(kernel, tokens, TERM_THREADS, 0, stream, c);
+    };
+    const bool at_once = c.k_dim <= TERM_COLUMNS && c.v_dim <= TERM_COLUMNS;
+    if (fast) return at_once ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
+    return at_once ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
   });
   const Dims grid = {(int64_t)c.sequences * c.segments, (width + SUM_THREADS - 1) / SUM_THREADS};
   if (code != 0) return code;
