@@ -1,45 +1,75 @@
-# Times flash-linear-attention's operators: forward, and forward and backward, median of CUDA events, in one table.
-# python3 -c THIS '[[B, T, H, D], ...]' WORDS_IN_THE_LINES
+# Times flash-linear-attention's operators: forward, and forward and backward, medians of CUDA events in milliseconds.
+# python3 -c THIS '[[LABEL, OPERATOR, [B, T, H, K, V]], ...]' prints a line {"label", "forward", "both"} for each that it has.
 import json
 import sys
 
 import torch
+import torch.nn.functional as F
 import triton
-from fla.ops.gla import chunk_gla
-from fla.ops.linear_attn import chunk_linear_attn
-from fla.ops.simple_gla import chunk_simple_gla
+
+LOG = sys.stderr
 
 
-def operators(b, t, h, d):
-    def gate(*shape, dtype):
+def operator(name, b, t, h, k_dim, v_dim):
+    """A function of q, k and v, as the bench in Rust gives the same operator its inputs."""
+
+    def gate(*shape, dtype=torch.bfloat16):
         return torch.randn(*shape, device="cuda").abs().mul(-0.05).to(dtype).requires_grad_()
 
-    yield "linear_attn", None, lambda q, k, v, g: chunk_linear_attn(q, k, v, normalize=False)[0]
-    scalar = gate(b, t, h, dtype=torch.float32)
-    yield "simple_gla", scalar, lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0]
-    vector = gate(b, t, h, d, dtype=torch.bfloat16)
-    yield "gla", vector, lambda q, k, v, g: chunk_gla(q, k, v, g=g)[0]
+    def beta():
+        return torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    if name == "linear_attn":
+        from fla.ops.linear_attn import chunk_linear_attn
+
+        return lambda q, k, v: chunk_linear_attn(q, k, v, normalize=False)[0]
+    if name == "simple_gla":
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        g = gate(b, t, h, dtype=torch.float32)
+        return lambda q, k, v: chunk_simple_gla(q, k, v, g=g)[0]
+    if name == "gla":
+        from fla.ops.gla import chunk_gla
+
+        g = gate(b, t, h, k_dim)
+        return lambda q, k, v: chunk_gla(q, k, v, g=g)[0]
+    if name == "delta_rule":
+        from fla.ops.delta_rule import chunk_delta_rule
+
+        x = beta()
+        return lambda q, k, v: chunk_delta_rule(q, k, v, x)[0]
+    if name == "gated_delta_rule":
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        g, x = gate(b, t, h, dtype=torch.float32), beta()
+        return lambda q, k, v: chunk_gated_delta_rule(q, k, v, g=g, beta=x)[0]
+    if name == "kda":
+        from fla.ops.kda import chunk_kda
+
+        g, x = gate(b, t, h, k_dim), beta()
+        return lambda q, k, v: chunk_kda(q, k, v, g=g, beta=x)[0]
+    return None
 
 
 def milliseconds(f):
     return triton.testing.do_bench(f, return_mode="median")
 
 
-print()
-print("| flash-linear-attention | B, T, H, D | dtype | forward, ms | forward and backward, ms |")
-print("| --- | --- | --- | --- | --- |")
-shapes, only = json.loads(sys.argv[1]), sys.argv[2]
-for b, t, h, d in shapes:
-    q, k, v = (torch.randn(b, t, h, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+for label, name, (b, t, h, k_dim, v_dim) in json.loads(sys.argv[1]):
+    op = operator(name, b, t, h, k_dim, v_dim)
+    if op is None:
+        continue
+    tensor = lambda d: torch.randn(b, t, h, d, device="cuda")
+    k = tensor(k_dim)
+    if name in ("delta_rule", "gated_delta_rule", "kda"):
+        k = F.normalize(k, dim=-1)
+    q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (tensor(k_dim), k, tensor(v_dim)))
     do = torch.randn_like(v)
-    for name, g, op in operators(b, t, h, d):
-        line = f"| {name} | {b}, {t}, {h}, {d} | bf16 |"
-        if only not in line:
-            continue
+    found = {"label": label, "forward": None, "both": None}
+    try:
         with torch.no_grad():
-            forward = milliseconds(lambda: op(q, k, v, g))
-        try:
-            both = f"{milliseconds(lambda: op(q, k, v, g).backward(do)):.3f}"
-        except Exception as error:  # its gated backward passes refuse some pairs of GPU and Triton
-            both = str(error).splitlines()[0][:60]
-        print(f"{line} {forward:.3f} | {both} |", flush=True)
+            found["forward"] = milliseconds(lambda: op(q, k, v))
+        found["both"] = milliseconds(lambda: op(q, k, v).backward(do))
+    except Exception as error:  # its gated backward passes refuse some pairs of GPU and Triton
+        print(f"{label} {str(error).splitlines()[0][:200]}", file=LOG)
+    print(json.dumps(found), flush=True)

@@ -1,7 +1,7 @@
 //! The operators on a GPU, beside the copy rate of the same card and, with `--fla`, flash-linear-attention in Python.
 //!
 //! `cargo bench --features cuda --bench gpu` prints one table. `-- --only simple_gla` runs the lines that contain the words,
-//! `-- --fla` needs a python3 with torch, triton and fla, whose autotuning takes minutes.
+//! `-- --fla` needs a python3 with torch, triton and fla, whose autotuning takes minutes, and adds its times and the ratios.
 
 #[path = "../common/given.rs"]
 mod given;
@@ -21,7 +21,7 @@ struct Args {
     /// Only lines whose description contains this.
     #[arg(long, default_value = "")]
     only: String,
-    /// Also time flash-linear-attention on the same shapes.
+    /// Also time flash-linear-attention on the same shapes, in bf16: `both` is forward and backward, of ours with Candle's sums.
     #[arg(long)]
     fla: bool,
     /// What `cargo bench` passes.
@@ -151,6 +151,70 @@ impl Problem {
     }
 }
 
+/// A line of the table.
+#[derive(Clone, Copy)]
+struct Line {
+    op: Op,
+    /// B, T, H, K, V.
+    shape: [usize; 5],
+    dtype: DType,
+    mode: Mode,
+}
+
+impl Line {
+    fn label(&self) -> String {
+        let [b, t, h, k, v] = self.shape;
+        let d = if k == v { k.to_string() } else { format!("{k} x {v}") };
+        format!("| {} | {b}, {t}, {h}, {d} | {} | {:?} |", self.op.name(), self.dtype.as_str(), self.mode)
+    }
+
+    fn all() -> Vec<Self> {
+        let square = |[b, t, h, d]: Shape| [b, t, h, d, d];
+        let line = |op, shape| Self { op, shape, dtype: DType::BF16, mode: Mode::Auto };
+        let mut lines = Vec::new();
+        for op in Op::ALL {
+            lines.extend(SHAPES.map(|shape| line(op, square(shape))));
+        }
+        for dtype in [DType::F16, DType::F32] {
+            lines.extend(Op::ALL.map(|op| Self { dtype, ..line(op, square(SHAPES[0])) }));
+        }
+        for op in Op::ALL {
+            lines.extend(WIDE_SHAPES.map(|shape| line(op, shape)));
+        }
+        for op in [Op::GatedDelta, Op::Kda] {
+            lines.extend(DELTA_SHAPES.map(|shape| line(op, square(shape))));
+        }
+        lines.extend(
+            [Mode::Chunk, Mode::FusedChunk].map(|mode| Self { mode, ..line(Op::Linear, square(SHAPES[5])) }),
+        );
+        lines
+    }
+
+    /// Its columns behind the label.
+    fn measure(&self, clock: &Clock, device: &Device, rate: f64) -> Result<Measured> {
+        let problem = Problem::new(self.op, self.shape, self.dtype, device)?;
+        let opts = Options::default().with_mode(self.mode);
+        let forward = clock.median(|| problem.run(&opts))?;
+        let out = problem.run(&opts)?.out;
+        let bytes = problem.bytes() + out.elem_count() * self.dtype.size_in_bytes();
+        let of_rate = bytes as f64 / (forward * 1e-3) / rate;
+        let grad = Tensor::randn(0f32, 1., out.shape(), device)?.to_dtype(self.dtype)?;
+        let loss = graph::with_gradient(&out, &grad)?;
+        let backward = clock.median(|| Ok(loss.backward()?))?;
+        let free = graph::with_gradient(&graph::free(problem.qkv.each_ref())?, &grad)?;
+        let sums = clock.median(|| Ok(free.backward()?))?;
+        Ok(Measured { forward, of_rate, backward, sums })
+    }
+}
+
+/// Milliseconds; `of_rate` is the part of the copy rate, `sums` what of `backward` is Candle's.
+struct Measured {
+    forward: f64,
+    of_rate: f64,
+    backward: f64,
+    sums: f64,
+}
+
 fn main() -> Result<()> {
     let args = Args::parse();
     let device = Device::new_cuda(0).context("this bench needs a GPU")?;
@@ -159,32 +223,37 @@ fn main() -> Result<()> {
     let rate = clock.copy_rate()?;
     println!("{}: a copy within its memory moves {:.2} TB/s, reads plus writes", clock.card()?, rate / 1e12);
     println!();
-    println!(
-        "| operator | B, T, H, D (or K x V) | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |"
+    let lines: Vec<Line> = Line::all().into_iter().filter(|line| line.label().contains(&args.only)).collect();
+    let of_peer = |line: &&Line| line.dtype == DType::BF16 && line.mode == Mode::Auto;
+    let peer = args.fla.then(|| peer::times(lines.iter().filter(of_peer))).transpose()?;
+    let mut header = String::from(
+        "| operator | B, T, H, D (or K x V) | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |",
     );
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
-    let square = |[b, t, h, d]: Shape| [b, t, h, d, d];
-    for (dtype, shapes) in
-        [(DType::BF16, &SHAPES[..]), (DType::F16, &SHAPES[..1]), (DType::F32, &SHAPES[..1])]
-    {
-        for op in Op::ALL {
-            for &shape in shapes {
-                line(&args, &clock, &device, rate, op, square(shape), dtype, Mode::Auto)?;
+    if peer.is_some() {
+        header += " FLA forward, ms | times as fast | FLA both, ms | times as fast |";
+    }
+    println!("{header}");
+    println!("|{}", " --- |".repeat(header.matches('|').count() - 1));
+    for line in lines {
+        let Measured { forward, of_rate, backward, sums } = line.measure(&clock, &device, rate)?;
+        print!(
+            "{} {forward:.3} | {:.0}% | {:.3} | {backward:.3} |",
+            line.label(),
+            100. * of_rate,
+            backward - sums
+        );
+        if let Some(peer) = &peer {
+            let theirs = peer.get(&line.label());
+            for (theirs, ours) in
+                [(theirs.and_then(|x| x.forward), forward), (theirs.and_then(|x| x.both), forward + backward)]
+            {
+                match theirs {
+                    Some(theirs) => print!(" {theirs:.3} | {:.2} |", theirs / ours),
+                    None => print!(" | |"),
+                }
             }
         }
-    }
-    for op in Op::ALL {
-        for shape in WIDE_SHAPES {
-            line(&args, &clock, &device, rate, op, shape, DType::BF16, Mode::Auto)?;
-        }
-    }
-    for op in [Op::GatedDelta, Op::Kda] {
-        for shape in DELTA_SHAPES {
-            line(&args, &clock, &device, rate, op, square(shape), DType::BF16, Mode::Auto)?;
-        }
-    }
-    for mode in [Mode::Chunk, Mode::FusedChunk] {
-        line(&args, &clock, &device, rate, Op::Linear, square(SHAPES[5]), DType::BF16, mode)?;
+        println!();
     }
     println!();
     println!("| decode, T = 1 | B, H, D | ms | of the copy rate |");
@@ -194,41 +263,6 @@ fn main() -> Result<()> {
             decode(&args, &clock, &device, rate, op, (b, h, d))?;
         }
     }
-    if args.fla {
-        peer::print(&SHAPES, &args.only)?;
-    }
-    Ok(())
-}
-
-#[allow(clippy::too_many_arguments)]
-fn line(
-    args: &Args,
-    clock: &Clock,
-    device: &Device,
-    rate: f64,
-    op: Op,
-    shape: [usize; 5],
-    dtype: DType,
-    mode: Mode,
-) -> Result<()> {
-    let [b, t, h, k, v] = shape;
-    let d = if k == v { k.to_string() } else { format!("{k} x {v}") };
-    let what = format!("| {} | {b}, {t}, {h}, {d} | {} | {mode:?} |", op.name(), dtype.as_str());
-    if !what.contains(&args.only) {
-        return Ok(());
-    }
-    let problem = Problem::new(op, shape, dtype, device)?;
-    let opts = Options::default().with_mode(mode);
-    let forward = clock.median(|| problem.run(&opts))?;
-    let out = problem.run(&opts)?.out;
-    let bytes = problem.bytes() + out.elem_count() * dtype.size_in_bytes();
-    let of_rate = bytes as f64 / (forward * 1e-3) / rate;
-    let grad = Tensor::randn(0f32, 1., out.shape(), device)?.to_dtype(dtype)?;
-    let loss = graph::with_gradient(&out, &grad)?;
-    let backward = clock.median(|| Ok(loss.backward()?))?;
-    let free = graph::with_gradient(&graph::free(problem.qkv.each_ref())?, &grad)?;
-    let sums = clock.median(|| Ok(free.backward()?))?;
-    println!("{what} {forward:.3} | {:.0}% | {:.3} | {backward:.3} |", 100. * of_rate, backward - sums);
     Ok(())
 }
 

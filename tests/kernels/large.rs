@@ -1,8 +1,9 @@
 //! Problems of the sizes that models have, against the CPU backend in f32.
 
 use crate::case::{Case, Gates, Op};
+use crate::compare::Limits;
 use crate::convolutions::{Convolution, DTYPES, Lies};
-use crate::kernels::{by_cpu, check_against};
+use crate::kernels::{by_cpu, check_against, limits};
 use crate::norms::{KINDS, Norm};
 use crate::on_kernels;
 use crate::pointwise::{self, Kind, Pointwise};
@@ -24,6 +25,21 @@ fn every_operator_mode_and_dtype() {
             let case = Case { op, dtype, b: 2, t: 1000, h: 4, group: 2, k: 128, v: 128, ..Case::default() };
             check(&case, &MODES);
         }
+    }
+}
+
+#[test]
+fn outputs_in_bf16_are_rounded_once() {
+    for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla, Op::GatedDeltaRule] {
+        let case = Case { op, dtype: DType::BF16, t: 8192, h: 2, k: 128, v: 128, ..Case::default() };
+        let inputs = case.inputs().unwrap();
+        let want = by_cpu(&case, &inputs, Graph::NONE).unwrap();
+        let limits = Limits { out: 1.75e-3, ..limits(case.dtype) };
+        on_kernels(|device| {
+            let got = case.run(Mode::Auto, &inputs.on(device)?, Graph::NONE)?;
+            case.check_within(limits, &got, &want, Graph::NONE, &format!("{case:?}"))
+        })
+        .unwrap_or_else(|e| panic!("{case:?}: {e}"));
     }
 }
 

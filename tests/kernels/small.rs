@@ -1,8 +1,9 @@
 //! Every kernel on small problems: what each mode, dtype, scale, length, head size, layout and gate comes to.
 
 use crate::case::{ARGS, Case, GATE, Gates, Op, SCALES};
+use crate::compare::Limits;
 use crate::files;
-use crate::kernels::{DELTA, check};
+use crate::kernels::{DELTA, check, limits};
 use crate::layout::{self, Layout};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
@@ -102,6 +103,25 @@ fn scales_in_16_bits() {
         for op in [Op::LinearAttn, Op::SimpleGla, Op::GatedDeltaRule, Op::Rwkv7] {
             let case = Case { op, scale, dtype: DType::BF16, t: 130, h: 1, ..Case::default() };
             check(&case, &[Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
+/// To round a result costs 1.66e-3. All that is rounded before must not show beside that.
+#[test]
+fn outputs_in_bf16_are_rounded_once() {
+    for op in Op::ALL {
+        let case = Case { op, dtype: DType::BF16, t: 520, h: 1, k: 64, v: 64, ..Case::default() };
+        let inputs = case.inputs().unwrap();
+        let want = case.expected(&inputs, [false; 3]).unwrap();
+        for mode in [Mode::Chunk, Mode::FusedChunk] {
+            let label = format!("{mode:?} of {case:?}");
+            let limits = Limits { out: 1.75e-3, ..limits(case.dtype) };
+            on_kernels(|device| {
+                let got = case.run(mode, &inputs.on(device)?, Graph::NONE)?;
+                case.check_within(limits, &got, &want, Graph::NONE, &label)
+            })
+            .unwrap_or_else(|e| panic!("{label}: {e}"));
         }
     }
 }
