@@ -1,5 +1,5 @@
-# Times flash-linear-attention's operators: forward, and forward and backward, medians of CUDA events in milliseconds.
-# python3 -c THIS '[[LABEL, OPERATOR, [B, T, H, K, V]], ...]' prints a line {"label", "forward", "both"} for each that it has.
+# Times an operator of flash-linear-attention: forward, and forward and backward, medians of CUDA events in milliseconds.
+# python3 -c THIS OPERATOR '[B, T, H, K, V]' prints {"forward": .., "both": ..}, null for what it does not do.
 import json
 import sys
 
@@ -7,6 +7,7 @@ import fla  # that there is none at all is an error, that it has no operator of 
 import torch
 import torch.nn.functional as F
 import triton
+
 
 def operator(name, b, t, h, k_dim, v_dim):
     """A function of q, k and v, as the bench in Rust gives the same operator its inputs."""
@@ -53,21 +54,20 @@ def milliseconds(f):
     return triton.testing.do_bench(f, return_mode="median")
 
 
-for label, name, (b, t, h, k_dim, v_dim) in json.loads(sys.argv[1]):
-    found = {"label": label, "forward": None, "both": None}
-    try:
-        op = operator(name, b, t, h, k_dim, v_dim)
-        if op is None:
-            continue
-        tensor = lambda d: torch.randn(b, t, h, d, device="cuda")
-        k = tensor(k_dim)
+name, (b, t, h, k_dim, v_dim) = sys.argv[1], json.loads(sys.argv[2])
+found = {"forward": None, "both": None}
+try:
+    op = operator(name, b, t, h, k_dim, v_dim)
+    if op is not None:
+        k = torch.randn(b, t, h, k_dim, device="cuda")
         if name in ("delta_rule", "gated_delta_rule", "kda"):
             k = F.normalize(k, dim=-1)
-        q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (tensor(k_dim), k, tensor(v_dim)))
+        q, v = torch.randn_like(k), torch.randn(b, t, h, v_dim, device="cuda")
+        q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (q, k, v))
         do = torch.randn_like(v)
         with torch.no_grad():
             found["forward"] = milliseconds(lambda: op(q, k, v))
         found["both"] = milliseconds(lambda: op(q, k, v).backward(do))
-    except Exception as error:  # its gated backward passes refuse some pairs of GPU and Triton
-        print(f"{label} {str(error).splitlines()[0][:200]}", file=sys.stderr)
-    print(json.dumps(found), flush=True)
+except Exception as error:  # its gated backward passes refuse some pairs of GPU and Triton
+    print(f"fla: {name}: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+print(json.dumps(found))

@@ -224,12 +224,10 @@ fn main() -> Result<()> {
     println!("{}: a copy within its memory moves {:.2} TB/s, reads plus writes", clock.card()?, rate / 1e12);
     println!();
     let lines: Vec<Line> = Line::all().into_iter().filter(|line| line.label().contains(&args.only)).collect();
-    let of_peer = |line: &&Line| line.dtype == DType::BF16 && line.mode == Mode::Auto;
-    let peer = args.fla.then(|| peer::times(lines.iter().filter(of_peer))).transpose()?;
     let mut header = String::from(
         "| operator | B, T, H, D (or K x V) | dtype | mode | forward, ms | of the copy rate | backward, ms | with Candle's sums, ms |",
     );
-    if peer.is_some() {
+    if args.fla {
         header += " FLA forward, ms | times as fast | FLA both, ms | times as fast |";
     }
     println!("{header}");
@@ -242,11 +240,10 @@ fn main() -> Result<()> {
             100. * of_rate,
             backward - sums
         );
-        if let Some(peer) = &peer {
-            let theirs = peer.get(&line.label());
-            for (theirs, ours) in
-                [(theirs.and_then(|x| x.forward), forward), (theirs.and_then(|x| x.both), forward + backward)]
-            {
+        if args.fla {
+            let has = line.dtype == DType::BF16 && line.mode == Mode::Auto;
+            let theirs = if has { peer::times(&line)? } else { peer::Times::default() };
+            for (theirs, ours) in [(theirs.forward, forward), (theirs.both, forward + backward)] {
                 match theirs {
                     Some(theirs) => print!(" {theirs:.3} | {:.2} |", theirs / ours),
                     None => print!(" | |"),

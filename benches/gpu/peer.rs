@@ -1,6 +1,5 @@
 //! flash-linear-attention on the same shapes, if there is a Python that has it.
 
-use std::collections::HashMap;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -10,27 +9,20 @@ use crate::Line;
 
 const SCRIPT: &str = include_str!("fla.py");
 
-/// Milliseconds; `None` where it refuses.
-#[derive(Deserialize)]
+/// Milliseconds; `None` where it has no such operator, or refuses, and says so on stderr.
+#[derive(Default, Deserialize)]
 pub struct Times {
-    label: String,
     pub forward: Option<f64>,
+    /// Forward and backward.
     pub both: Option<f64>,
 }
 
-/// Its times of the lines that it has an operator for, by their labels. What it refuses goes to stderr.
-pub fn times<'a>(lines: impl Iterator<Item = &'a Line>) -> Result<HashMap<String, Times>> {
-    let lines: Vec<_> = lines.map(|line| (line.label(), line.op.name(), line.shape)).collect();
+/// Its times of a line, from a process of its own: what it tunes takes minutes, and what has been measured should not wait for
+/// the rest.
+pub fn times(line: &Line) -> Result<Times> {
     let mut python = Command::new("python3");
-    python.args(["-c", SCRIPT, &serde_json::to_string(&lines)?]).stderr(Stdio::inherit());
-    let done = python.output().context("python3 cannot be started")?;
+    python.args(["-c", SCRIPT, line.op.name(), &serde_json::to_string(&line.shape)?]);
+    let done = python.stderr(Stdio::inherit()).output().context("python3 cannot be started")?;
     ensure!(done.status.success(), "fla.py failed: it needs torch, triton and fla, and a GPU");
-    let found = String::from_utf8(done.stdout)?;
-    found
-        .lines()
-        .map(|line| {
-            let times: Times = serde_json::from_str(line)?;
-            Ok((times.label.clone(), times))
-        })
-        .collect()
+    serde_json::from_slice(&done.stdout).context("fla.py printed something else than its times")
 }
