@@ -128,15 +128,14 @@ template <class L> struct ChunkInputs {
   // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
   // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).
   template <int WIDTH> struct Pieces {
-    static constexpr int PART = WIDTH < THREADS ? WIDTH : THREADS, PARTS = WIDTH / PART;  // columns at a time
-    static constexpr int EACH = CHUNK * PART / 8 / THREADS, EVERY = THREADS * 8 / PART;
-    static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK && PARTS * PART == WIDTH, "pieces cover the chunk");
+    static constexpr int PER_ROW = WIDTH / 8, EVERY = THREADS / PER_ROW, EACH = CHUNK / EVERY;
+    static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK, "pieces cover the chunk");
     unsigned char *data;  // of the step at hand
     int64_t stride;       // bytes between EVERY steps
     int row, column;
 
     CLA_DEVICE Pieces(const ChunkInputs &sweep, const Rows &rows)
-        : row(sweep.tid / (PART / 8)), column(sweep.tid % (PART / 8) * 8) {
+        : row(sweep.tid / PER_ROW), column(sweep.tid % PER_ROW * 8) {
       const int64_t step = sweep.s.reverse ? -2 * rows.token : 2 * rows.token;
       stride = EVERY * step;
       data = rows.data + 2 * column + sweep.steps.token(0) * rows.token * 2 + (sweep.begin + row) * step;
@@ -146,15 +145,11 @@ template <class L> struct ChunkInputs {
 
   // Zeros for rows from `count` and columns from `width` on.
   template <int WIDTH> CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, int count, int width) {
+    unsigned char *into = to.piece(at.row, at.column / 8);
     CLA_UNROLL
-    for (int part = 0; part < at.PARTS; part++) {
-      const int column = at.column + part * at.PART;
-      unsigned char *into = to.piece(at.row, column / 8);
-      CLA_UNROLL
-      for (int i = 0; i < at.EACH; i++) {
-        const bool valid = column < width && at.row + i * at.EVERY < count;
-        copy16_async(into + i * at.EVERY * 128, at.data + part * at.PART * 2 + i * at.stride, valid);
-      }
+    for (int i = 0; i < at.EACH; i++) {
+      const bool valid = at.column < width && at.row + i * at.EVERY < count;
+      copy16_async(into + i * at.EVERY * 128, at.data + i * at.stride, valid);
     }
     at.next_chunk();
   }

@@ -66,7 +66,6 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
         }
       }
     } else {
-      static_assert(Pieces<COLUMNS>::PARTS == 1, "a block has no more columns than threads");
       const unsigned char *data = out_tile(stage).piece(at.row, at.column / 8);
       CLA_UNROLL
       for (int i = 0; i < at.EACH; i++) {
