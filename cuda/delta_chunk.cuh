@@ -63,20 +63,48 @@ struct SegmentSteps {
   CLA_DEVICE int64_t token(int row) const { return steps.reverse ? first - row : first + row; }
 };
 
-// What is left at each step of what is written at each one before, f(later, earlier, left), and of what is there before the
-// first, f(later, -1, left). By THREADS threads. Logarithms are summed up a step at a time: a difference of two sums would be
-// one of large numbers, or of infinities.
-template <int THREADS, class F> CLA_DEVICE void each_fade(const float *gates, int tid, F f) {
-  constexpr int STEPS = CHUNK / (THREADS / CHUNK);
-  const int from = tid % CHUNK, first = tid / CHUNK * STEPS;
-  float sum = 0.f;
-  for (int t = from + 1; t < first; t++) sum += gates[t];
-  for (int t = first; t < first + STEPS; t++) {
-    if (t > from) sum += gates[t];
-    f(t, from, t < from ? 0.f : exp_fast(sum));
-    if (from == 0) f(t, -1, exp_fast(gates[0] + sum));
+// What a gate with a number for each step leaves between any two steps of a segment, as exponents of 2. Logarithms are summed up
+// from one step to another, in two parts that meet where their halves do: a difference of two sums would be one of large
+// numbers, or of infinities.
+struct GateSums {
+  static constexpr int LEVELS = 6, HALF = CHUNK / 2, BYTES = LEVELS * 2 * 4 * CHUNK;
+  float *sums;
+
+  // Steps are halves of halves, down to one. The sums of the gates from the start of a step's part of 2^level steps up to and
+  // with its own, and from there to the part's end.
+  CLA_DEVICE float *until(int level) const { return sums + 2 * level * CHUNK; }
+  CLA_DEVICE float *since(int level) const { return until(level) + CHUNK; }
+
+  // By the first CHUNK threads, each with the gate of its step. To be followed by a barrier.
+  CLA_DEVICE void sum(int step, float gate) const {
+    float left = 0.f;
+    gate *= 1.4426950408889634f;
+    CLA_UNROLL
+    for (int level = 0; level < LEVELS; level++) {
+      until(level)[step] = gate;
+      since(level)[step] = left;
+      if (level == LEVELS - 1) break;
+      const int half = 1 << level, lane = step & 31;
+      const float other = shuffle(gate, (lane | (half - 1)) ^ half);
+      if (lane & half) gate += other;
+      else left += other;
+    }
   }
-}
+
+  // What is left of the start of the segment after a step, of the step at the end, and of the start there.
+  CLA_DEVICE float from_start(int step) const {
+    const float *last = until(LEVELS - 1);
+    return step < HALF ? last[step] : last[HALF - 1] + last[step];
+  }
+  CLA_DEVICE float to_end(int step) const {
+    const float left = since(LEVELS - 1)[step];
+    return step < HALF ? left + until(LEVELS - 1)[CHUNK - 1] : left;
+  }
+  CLA_DEVICE float all() const { return from_start(CHUNK - 1); }
+  // Of an earlier step at a later one; `level` is that of the halves they are in.
+  CLA_DEVICE float between(int later, int earlier, int level) const { return since(level)[earlier] + until(level)[later]; }
+  CLA_DEVICE float between(int later, int earlier) const { return between(later, earlier, highest_bit(later ^ earlier)); }
+};
 
 // What gates with a number for each of up to R channels leave at each step of a segment, or at the one so many steps before it, to
 // the floats of row(step): 1 where there is none. By THREADS threads.

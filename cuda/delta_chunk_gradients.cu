@@ -5,7 +5,7 @@
 
 namespace cla {
 
-template <class Gradients> CLA_KERNEL(256, 1) void delta_chunk_gradients_kernel(const CLA_CONSTANT cla_delta_gradient c) {
+template <class Gradients> CLA_KERNEL(Gradients::THREADS, 1) void delta_chunk_gradients_kernel(const CLA_CONSTANT cla_delta_gradient c) {
   const int64_t index = block_x() / c.of.heads;
   Gradients(c, SegmentOf(c.starts, c.of.sequences, index), index, block_x() % c.of.heads).run();
 }

@@ -17,25 +17,23 @@
 
 namespace cla {
 
-// R: channels of keys, V: of values, padded.
+// R: channels of keys, V: of values, padded. Warps have 16 steps each, and one of PARTS of the channels, or of the steps that are
+// read: a block has a multiprocessor to itself, and where few warps wait for what they load nobody computes.
 template <int R, int V> struct DeltaChunkGradients {
-  static constexpr int THREADS = 256, VALUE = V * 128, KEY = R * 128;
-  static constexpr int FADES_PITCH = CHUNK + 8, FADES_BYTES = 4 * CHUNK * FADES_PITCH;
+  static constexpr int PARTS = 4, THREADS = 128 * PARTS, VALUE = V * 128, KEY = R * 128;
   // do, then M, U and the state or the gradient behind, each as the sum of two parts, then A and B, the same.
   static constexpr int GRAD_OUT = 0, M = VALUE, U = M + 2 * VALUE, STATE = U + 2 * VALUE, STATE_PART = R / 64 * VALUE;
-  static constexpr int A = STATE + 2 * STATE_PART, B = A + 2 * SUBTILE, K = B + 2 * SUBTILE;
-  // What is left of decays until A and B are there, q from then on.
-  static constexpr int Q = K + KEY, FADES = Q, NUMBERS = Q + (KEY > FADES_BYTES ? KEY : FADES_BYTES);
-  // Of each step: its gate, beta, from, left, own, dbeta; then sums of half a row each: of dg, and of what W has from E.
+  static constexpr int A = STATE + 2 * STATE_PART, B = A + 2 * SUBTILE, K = B + 2 * SUBTILE, Q = K + KEY;
+  static constexpr int FADES = Q + KEY, NUMBERS = FADES + GateSums::BYTES;
+  // Of each step: its gate, beta, from, left, own, dbeta; then sums of parts of a row: of dg, and of what W has from E.
   static constexpr int GATE = 0, BETA = CHUNK, FROM = 2 * CHUNK, LEFT = 3 * CHUNK, OWN = 4 * CHUNK, DBETA = 5 * CHUNK;
-  static constexpr int SUMS = 6 * CHUNK, FIRST = SUMS + 2 * CHUNK, BEHIND = FIRST + 2 * CHUNK, WHOLE = BEHIND + THREADS / 32;
-  static constexpr int SHARED = NUMBERS + 4 * (WHOLE + 1);
-  // A warp has 16 rows and half of the channels.
-  static constexpr int OWN_CHANNELS = R / 2, TILES = OWN_CHANNELS / 8;
+  static constexpr int SUMS = 6 * CHUNK, FIRST = SUMS + PARTS * CHUNK, BEHIND = FIRST + PARTS * CHUNK;
+  static constexpr int WHOLE = BEHIND + THREADS / 32, SHARED = NUMBERS + 4 * (WHOLE + 1);
+  static constexpr int OWN_CHANNELS = R / PARTS, TILES = OWN_CHANNELS / 8;
 
   const cla_delta_gradient &c;
   unsigned char *shared;
-  int tid, lane, rows, half, row0, pair, head, v_steps;
+  int tid, lane, rows, part, row0, pair, head, v_steps;
   int64_t segment;
   SegmentSteps at;
 
@@ -44,7 +42,7 @@ template <int R, int V> struct DeltaChunkGradients {
     tid = thread_index();
     lane = tid & 31;
     rows = 16 * ((tid >> 5) & 3);
-    half = tid >> 7;
+    part = tid >> 7;
     row0 = lane >> 2;
     pair = (lane & 3) * 2;
     v_steps = (c.of.v_dim + 15) / 16;
@@ -52,10 +50,10 @@ template <int R, int V> struct DeltaChunkGradients {
 
   CLA_DEVICE Tile tile(int which, int part = 0, int size = 0) const { return {shared + which + part * size}; }
   CLA_DEVICE float *numbers(int which) const { return (float *)(shared + NUMBERS) + which; }
-  CLA_DEVICE float *fades(int row) const { return (float *)(shared + FADES) + row * FADES_PITCH; }
+  CLA_DEVICE GateSums fades() const { return {(float *)(shared + FADES)}; }
   CLA_DEVICE Rows rows_of(const cla_tensor &x) const { return Rows(x, at.steps.batch, head); }
   // The first of the warp's channels, in the tiles of the state: which, and the row there.
-  CLA_DEVICE int channel() const { return half * OWN_CHANNELS; }
+  CLA_DEVICE int channel() const { return part * OWN_CHANNELS; }
   CLA_DEVICE Tile state_tile(int part, int channel) const {
     return {shared + STATE + part * STATE_PART + channel / 64 * VALUE};
   }
@@ -85,59 +83,67 @@ template <int R, int V> struct DeltaChunkGradients {
   CLA_DEVICE int own_row() const { return tid / (V / 8); }
   CLA_DEVICE int own_column() const { return tid % (V / 8) * 8; }
 
-  // M and U.
-  CLA_DEVICE void split_rows(const SegmentSteps &of_m, const SegmentSteps &of_u) const {
-    CLA_NO_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const SegmentSteps at = i == 0 ? of_m : of_u;
-      split_rows(i == 0 ? M : U, rows_of(i == 0 ? c.written : c.of_written), at);
-    }
-  }
-  CLA_DEVICE void split_rows(int to, const Rows &rows, const SegmentSteps &at) const {
+  // A thread's pieces of M or U, on their way from memory, and into tiles.
+  static constexpr int OF_STEPS = CHUNK / EVERY, OF_STATE = R / EVERY;
+  CLA_DEVICE void load_steps(float (&x)[OF_STEPS][8], const cla_tensor &tensor, const SegmentSteps &at) const {
+    const Rows rows = rows_of(tensor);
     const float *from = (const float *)rows.row(at.token(own_row())) + own_column();
     const int left = c.of.v_dim - own_column();
-    float x[CHUNK / EVERY][8];
     CLA_UNROLL
-    for (int i = 0; i < CHUNK / EVERY; i++) {
+    for (int i = 0; i < OF_STEPS; i++) {
       load8(x[i], from + i * EVERY * rows.token, own_row() + i * EVERY < at.count ? left : 0);
     }
+  }
+  CLA_DEVICE void keep_steps(int to, const float (&x)[OF_STEPS][8]) const {
     CLA_UNROLL
-    for (int i = 0; i < CHUNK / EVERY; i++) {
+    for (int i = 0; i < OF_STEPS; i++) {
       store_parts(tile(to), tile(to, 1, VALUE), own_row() + i * EVERY, own_column(), x[i]);
     }
   }
-  // A state of K x V, as the operand of products over values. Of each piece of eight, take(channel, its product with what is
-  // there) before, if MULTIPLY.
-  template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
-    constexpr int AT_ONCE = R / EVERY < 4 ? R / EVERY : 4;  // loads under way before the first is used
+  // The same of a state of K x V, the operand of products over values, for rows from `first` on.
+  template <int N> CLA_DEVICE void load_state(float (&x)[N][8], const cla_delta_states &states, int first) const {
     const int64_t size = (int64_t)c.state_rows * c.state_columns;
     const float *from = states.data + (segment * c.of.heads + head) * size + own_row() * (int64_t)c.state_columns + own_column();
     const int left = c.of.v_dim - own_column();
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) {
+      const int row = first + i * EVERY;
+      load8(x[i], from + row * c.state_columns, own_row() + row < c.of.k_dim ? left : 0);
+    }
+  }
+  // Of each piece, take(channel, its product with what was there) before, if MULTIPLY.
+  template <bool MULTIPLY, int N, class Take> CLA_DEVICE void keep_state(const float (&x)[N][8], int first, Take take) const {
+    CLA_UNROLL
+    for (int i = 0; i < N; i++) {
+      const int row = own_row() + first + i * EVERY;
+      const Tile high = state_tile(0, row), low = state_tile(1, row);
+      if (MULTIPLY) {
+        const Vec4 h = load16(high.piece(row % 64, own_column() / 8)), l = load16(low.piece(row % 64, own_column() / 8));
+        const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
+        float sum = 0.f;
+        CLA_UNROLL
+        for (int j = 0; j < 4; j++) {
+          sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[i][2 * j];
+          sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[i][2 * j + 1];
+        }
+        take(row, sum);
+      }
+      store_parts(high, low, row % 64, own_column(), x[i]);
+    }
+  }
+  // Both at once, for those that have no registers to spare meanwhile.
+  CLA_DEVICE void split_steps(int to, const cla_tensor &tensor, const SegmentSteps &at) const {
+    float x[OF_STEPS][8];
+    load_steps(x, tensor, at);
+    keep_steps(to, x);
+  }
+  template <bool MULTIPLY, class Take> CLA_DEVICE void split_state(const cla_delta_states &states, Take take) const {
+    constexpr int AT_ONCE = OF_STATE < 4 ? OF_STATE : 4;  // loads under way before the first is used
     CLA_NO_UNROLL
     for (int first = 0; first < R; first += AT_ONCE * EVERY) {
       float x[AT_ONCE][8];
-      CLA_UNROLL
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int row = first + i * EVERY;
-        load8(x[i], from + row * c.state_columns, own_row() + row < c.of.k_dim ? left : 0);
-      }
-      CLA_UNROLL
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int row = own_row() + first + i * EVERY;
-        const Tile high = state_tile(0, row), low = state_tile(1, row);
-        if (MULTIPLY) {
-          const Vec4 h = load16(high.piece(row % 64, own_column() / 8)), l = load16(low.piece(row % 64, own_column() / 8));
-          const uint32_t of_high[4] = {h.x, h.y, h.z, h.w}, of_low[4] = {l.x, l.y, l.z, l.w};
-          float sum = 0.f;
-          CLA_UNROLL
-          for (int j = 0; j < 4; j++) {
-            sum += (low_bf16(of_high[j]) + low_bf16(of_low[j])) * x[i][2 * j];
-            sum += (high_bf16(of_high[j]) + high_bf16(of_low[j])) * x[i][2 * j + 1];
-          }
-          take(row, sum);
-        }
-        store_parts(high, low, row % 64, own_column(), x[i]);
-      }
+      load_state(x, states, first);
+      keep_state<MULTIPLY>(x, first, take);
     }
   }
   CLA_DEVICE void fetch_key(int to, const cla_tensor &from) const {
@@ -145,13 +151,18 @@ template <int R, int V> struct DeltaChunkGradients {
     copies_commit();
   }
 
-  CLA_DEVICE void load() const {
+  CLA_DEVICE void fetch() const {
     TileRows<V, THREADS>::fetch(tile(GRAD_OUT), rows_of(c.grad_out), at, c.of.v_dim, tid);
     fetch_key(K, c.of.k);
     if (tid < CHUNK) {
       numbers(BETA)[tid] = tid < at.count ? rows_of(c.of.beta).load(at.token(tid), 0) : 0.f;
     }
-    split_rows(at, at);
+  }
+  // All that is read at first, waited for.
+  CLA_DEVICE void load() const {
+    fetch();
+    split_steps(M, c.written, at);
+    split_steps(U, c.of_written, at);
     split_state<false>(c.starts, [](int, float) {});
     copies_wait<0>();
     barrier();
@@ -161,31 +172,42 @@ template <int R, int V> struct DeltaChunkGradients {
       const bool valid = tid < at.count && c.of.gate_kind != CLA_NO_GATE;
       numbers(GATE)[tid] = valid ? rows_of(c.of.gate).load(at.token(tid), 0) : 0.f;
     }
+    if (tid < CHUNK) fades().sum(tid, numbers(GATE)[tid]);
     barrier();
-    each_fade<THREADS>(numbers(GATE), tid, [&](int t, int from, float left) {
-      if (from < 0) numbers(FROM)[t] = left;
-      else fades(t)[from] = left;
-      if (t == CHUNK - 1) *numbers(from < 0 ? WHOLE : LEFT + from) = left;
-    });
-    barrier();
+    if (tid < CHUNK) {
+      numbers(FROM)[tid] = exp2_fast(fades().from_start(tid));
+      numbers(LEFT)[tid] = exp2_fast(fades().to_end(tid));
+      if (tid == 0) *numbers(WHOLE) = exp2_fast(fades().all());
+    }
   }
 
   // ---- products ----
 
-  // acc += a b^T for one step of 16 of the sum and 8 N rows of b, which `load` loads, in two parts: load(high, low, row). The
-  // other part of a is `rest`, if it has one.
+  // acc += (a + rest) b^T for one step of 16 of the sum and 8 N rows of b, which `load` loads, in two parts: load(high, low, row).
   template <int N, class Load>
-  CLA_DEVICE static void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t *rest, Load load) {
+  CLA_DEVICE static void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t (&rest)[4], Load load) {
     CLA_UNROLL
     for (int j = 0; j < N; j += 2) {
       uint32_t high[4], low[4];
       load(high, low, 8 * j);
       mma16(acc[j], acc[j + 1], a, high);
       mma16(acc[j], acc[j + 1], a, low);
-      if (rest) {
-        const uint32_t x[4] = {rest[0], rest[1], rest[2], rest[3]};
-        mma16(acc[j], acc[j + 1], x, high);
-      }
+      mma16(acc[j], acc[j + 1], rest, high);
+    }
+  }
+  // The same, and of_one += one b^T.
+  template <int N, class Load>
+  CLA_DEVICE static void multiply_two(float (&of_one)[N][4], const uint32_t (&one)[4], float (&acc)[N][4], const uint32_t (&a)[4],
+                                      const uint32_t (&rest)[4], Load load) {
+    CLA_UNROLL
+    for (int j = 0; j < N; j += 2) {
+      uint32_t high[4], low[4];
+      load(high, low, 8 * j);
+      mma16(of_one[j], of_one[j + 1], one, high);
+      mma16(acc[j], acc[j + 1], a, high);
+      mma16(of_one[j], of_one[j + 1], one, low);
+      mma16(acc[j], acc[j + 1], rest, high);
+      mma16(acc[j], acc[j + 1], a, low);
     }
   }
   template <int N> CLA_DEVICE static void zero(float (&x)[N][4]) {
@@ -221,26 +243,25 @@ template <int R, int V> struct DeltaChunkGradients {
       load_a(out, tile(GRAD_OUT), rows, 16 * step);
       load_a(u, tile(U), rows, 16 * step);
       load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
-      multiply(of_out, out, nullptr, load(step));
-      multiply(of_u, u, u_rest, load(step));
+      multiply_two(of_out, out, of_u, u, u_rest, load(step));
     }
   }
 
-  // The warp's half of a row block of scores, in two parts.
+  // The warp's part of a row block of scores, each the sum of two.
   template <int N> CLA_DEVICE void store_scores(int to, const float (&x)[N][4]) const {
     CLA_UNROLL
     for (int j = 0; j < N; j++) {
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
         const float two[2] = {x[j][2 * h], x[j][2 * h + 1]};
-        store_parts(tile(to), tile(to, 1, SUBTILE), rows + row0 + 8 * h, half * 8 * N + 8 * j + pair, two);
+        store_parts(tile(to), tile(to, 1, SUBTILE), rows + row0 + 8 * h, part * 8 * N + 8 * j + pair, two);
       }
     }
   }
   // A and B, with what fade(later step, earlier step) leaves.
   template <class Fade> CLA_DEVICE void find_scores(Fade fade) const {
-    constexpr int COLUMNS = CHUNK / 2;
-    const int first = half * COLUMNS;
+    constexpr int COLUMNS = CHUNK / PARTS;
+    const int first = part * COLUMNS;
     float a[COLUMNS / 8][4], b[COLUMNS / 8][4];
     multiply_reads(a, b, [&](int step) {
       return [this, first, step](uint32_t(&high)[4], uint32_t(&low)[4], int row) {
@@ -344,7 +365,7 @@ template <int R, int V> struct DeltaChunkGradients {
       float x = sum[h];
       x += shuffle_xor(x, 1);
       x += shuffle_xor(x, 2);
-      if (pair == 0) numbers(to)[half * CHUNK + rows + row0 + 8 * h] = x;
+      if (pair == 0) numbers(to)[part * CHUNK + rows + row0 + 8 * h] = x;
     }
   }
 
@@ -408,9 +429,9 @@ template <int R, int V> struct DeltaChunkGradients {
     CLA_UNROLL
     for (int i = 0; i < 2; i++) {
       const int t = step_of_lane(i);
-      term[i] = (double)numbers(SUMS)[t] + (double)numbers(SUMS)[CHUNK + t];
+      term[i] = sum_of_parts(SUMS, t);
       forgot[i] = exp_fast(numbers(GATE)[t]) == 0.f;
-      if (t + 1 < at.count) behind += (double)numbers(FIRST)[t] + (double)numbers(FIRST)[CHUNK + t];
+      if (t + 1 < at.count) behind += sum_of_parts(FIRST, t);
     }
     behind = sum_of_lanes(behind);
     auto then = [](double sum, bool forgot, double term) { return forgot ? 0. : sum + term; };
@@ -435,6 +456,12 @@ template <int R, int V> struct DeltaChunkGradients {
       }
     }
   }
+  CLA_DEVICE double sum_of_parts(int which, int t) const {
+    double sum = 0.;
+    CLA_UNROLL
+    for (int i = 0; i < PARTS; i++) sum += (double)numbers(which)[i * CHUNK + t];
+    return sum;
+  }
   CLA_DEVICE int step_of_lane(int i) const { return CHUNK - 1 - 2 * lane - i; }
 
   // By the second half of the threads.
@@ -443,22 +470,35 @@ template <int R, int V> struct DeltaChunkGradients {
     if (c.dbeta.data && row >= 0 && row < at.count) rows_of(c.dbeta).store(at.token(row), 0, numbers(DBETA)[row]);
   }
 
+  // States are on their way while what needs them least is computed: the first for scores, the gradient behind for reads.
   CLA_DEVICE void run() const {
-    load();
-    fade();
-    find_scores([&](int t, int s) { return fades(t)[s]; });
-    barrier();
+    float state[OF_STATE][8];
+    fetch();
     fetch_key(Q, c.of.q);
-    float of_q[TILES][4], of_k[TILES][4], sum[2] = {0.f, 0.f}, first[2] = {0.f, 0.f};
-    read(of_q, of_k);
+    {
+      float m[OF_STEPS][8], u[OF_STEPS][8];
+      load_steps(m, c.written, at);
+      load_steps(u, c.of_written, at);
+      load_state(state, c.starts, 0);
+      keep_steps(M, m);
+      keep_steps(U, u);
+    }
+    fade();
     copies_wait<0>();
     barrier();
+    find_scores([&](int t, int s) { return exp2_fast(fades().between(t, s)); });
+    keep_state<false>(state, 0, [](int, float) {});
+    barrier();
+    load_state(state, c.ends, 0);
+    float of_q[TILES][4], of_k[TILES][4], sum[2] = {0.f, 0.f}, first[2] = {0.f, 0.f};
+    read(of_q, of_k);
     add_products(sum, of_q, Q, 1.f);
     add_products(sum, of_k, K, 1.f);
     add_own(of_q, numbers(OWN), K);
     store(c.dq, of_q, at);
+    barrier();
     float behind = 0.f;
-    split_state<true>(c.ends, [&](int, float x) { behind += x; });
+    keep_state<true>(state, 0, [&](int, float x) { behind += x; });
     behind = sum_of_lanes(behind);
     if (lane == 0) numbers(BEHIND)[tid >> 5] = behind;
     barrier();

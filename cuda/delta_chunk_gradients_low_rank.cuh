@@ -32,7 +32,7 @@ template <int R> struct LowRankGradientsLayout {
 template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>> {
   using Base = DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>>;
   using At = LowRankGradientsLayout<R>;
-  using Base::c, Base::tid, Base::rows, Base::half, Base::v_steps, Base::at, Base::tile, Base::floats, Base::rows_of;
+  using Base::c, Base::tid, Base::rows, Base::part, Base::v_steps, Base::at, Base::tile, Base::floats, Base::rows_of;
   using Base::each, Base::each_with_key, Base::has_next, Base::zero;
   using Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
   using Faded = typename Base::Faded;
@@ -58,7 +58,8 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     TileRows<R, THREADS>::fetch(tile(At::Q), rows_of(c.of.q), at, c.of.k_dim, tid);
     TileRows<R, THREADS>::fetch(tile(At::A), rows_of(c.of.a), after, c.of.k_dim, tid);
     copies_commit();
-    this->split_rows(at, after);
+    this->split_steps(M, c.written, at);
+    this->split_steps(U, c.of_written, after);
     this->template split_state<false>(c.starts, [](int, float) {});
     this->load_decays();
     copies_wait<0>();
@@ -68,7 +69,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
   // All scores of the warp's rows and its half of the columns, and what is on their diagonals.
   CLA_DEVICE void find_scores() const {
     constexpr int COLUMNS = CHUNK / 2;
-    const int first = half * COLUMNS;
+    const int first = part * COLUMNS;
     float x[SCORES][COLUMNS / 8][4];
     CLA_UNROLL
     for (int i = 0; i < SCORES; i++) zero(x[i]);
@@ -158,8 +159,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
       load_a(v, tile(At::VALUES), rows, 16 * step);
       load_a(u, tile(M), rows, 16 * step);
       load_a(u_rest, tile(M, 1, VALUE), rows, 16 * step);
-      Base::multiply(writes[0], v, nullptr, this->state_at(step));
-      Base::multiply(writes[1], u, u_rest, this->state_at(step));
+      Base::multiply_two(writes[0], v, writes[1], u, u_rest, this->state_at(step));
     }
     Base::copy(first, writes);
     this->add_later(writes, first, {{At::QV, At::RV}, {At::QU, At::RU}}, faded);

@@ -71,11 +71,11 @@ CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const u
 }
 
 template <int R> struct DeltaPrepare {
-  static constexpr int THREADS = 128, SIDE = 16, PITCH = 20, LEVELS = 6;
+  static constexpr int THREADS = 128, SIDE = 16, PITCH = 20;
   // Tiles of k and q make room for blocks of A and of the diagonal of T, and for P; the blocks for T.
   static constexpr int KEY = R * 128, TILES = 2 * KEY > 4 * SUBTILE ? 2 * KEY : 4 * SUBTILE, BLOCK = 3 * 512;
   static_assert(10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
-  static constexpr int SUMS = TILES, FACTORS = SUMS + LEVELS * 2 * 4 * CHUNK, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
+  static constexpr int SUMS = TILES, FACTORS = SUMS + GateSums::BYTES, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
   static constexpr int SHARED = FACTORS + FACTORS_BYTES;
 
   const cla_delta_sweep &s;
@@ -102,10 +102,7 @@ template <int R> struct DeltaPrepare {
   }
   // On the diagonal, in f32, before it is in parts.
   CLA_DEVICE float *own() const { return (float *)(shared + warp * BLOCK); }
-  // Tokens are halves of halves, down to one. The sums of the gates from the start of a token's part of 2^level tokens up to
-  // and with its own, and from there to the part's end.
-  CLA_DEVICE float *until(int level) const { return (float *)(shared + SUMS) + 2 * level * CHUNK; }
-  CLA_DEVICE float *since(int level) const { return until(level) + CHUNK; }
+  CLA_DEVICE GateSums sums() const { return {(float *)(shared + SUMS)}; }
   CLA_DEVICE float *factors() const { return (float *)(shared + FACTORS); }
   // The place in a block of the e-th of a lane's numbers.
   CLA_DEVICE int row(int e) const { return row0 + 8 * (e / 2 % 2); }
@@ -129,7 +126,7 @@ template <int R> struct DeltaPrepare {
     if (tid < CHUNK) {
       // The decay between two tokens is that of the later one. In reverse the last one's is due at the end.
       const int row = s.reverse ? tid - 1 : tid;
-      sum_gates(gated && row >= 0 && tid < at.count ? gate.load(at.token(row), 0) : 0.f);
+      sums().sum(tid, gated && row >= 0 && tid < at.count ? gate.load(at.token(row), 0) : 0.f);
     } else {
       const Rows beta(s.of.beta, at.steps.batch, head);
       factors()[Prepared::BETA + token] = token < at.count ? beta.load(at.token(token), 0) : 0.f;
@@ -137,42 +134,22 @@ template <int R> struct DeltaPrepare {
     }
     copies_wait<0>();
     barrier();
-    constexpr int HALF = CHUNK / 2;
-    const float *sums = until(LEVELS - 1), first = sums[HALF - 1], second = sums[CHUNK - 1];
     if (tid < CHUNK) {
-      factors()[Prepared::FROM_START + token] = exp2_fast(token < HALF ? sums[token] : first + sums[token]);
+      factors()[Prepared::FROM_START + token] = exp2_fast(sums().from_start(token));
     } else {
-      const float left = since(LEVELS - 1)[token];
-      factors()[Prepared::TO_END + token] = last * exp2_fast(token < HALF ? left + second : left);
-      if (token == 0) factors()[Prepared::WHOLE] = last * exp2_fast(first + second);
+      factors()[Prepared::TO_END + token] = last * exp2_fast(sums().to_end(token));
+      if (token == 0) factors()[Prepared::WHOLE] = last * exp2_fast(sums().all());
     }
   }
 
-  // A lane has the gate of one token. Sums are exponents of 2.
-  CLA_DEVICE void sum_gates(float gate) {
-    float left = 0.f;
-    gate *= 1.4426950408889634f;
-    CLA_UNROLL
-    for (int level = 0; level < LEVELS; level++) {
-      until(level)[tid] = gate;
-      since(level)[tid] = left;
-      if (level == LEVELS - 1) break;
-      const int half = 1 << level;
-      const float other = shuffle(gate, (lane | (half - 1)) ^ half);
-      if (lane & half) gate += other;
-      else left += other;
-    }
-  }
-
-  // What is left in block i of what block j writes. Logarithms are summed up from one token to another, in two parts that meet
-  // where their halves do: a difference of two sums would be one of large numbers, or of infinities.
+  // What is left in block i of what block j writes.
   template <bool TRANSPOSED, bool DIAGONAL> CLA_DEVICE void fades(float (&left)[8], int i, int j) const {
     const int apart = row0 ^ pair, near = apart < 2 ? 0 : apart < 4 ? 1 : 2, blocks = (i ^ j) < 2 ? 4 : 5;
     CLA_UNROLL
     for (int e = 0; e < 8; e++) {
       const int earlier = TRANSPOSED ? row(e) : column(e), later = TRANSPOSED ? column(e) : row(e);
       const int level = !DIAGONAL ? blocks : e / 4 == e / 2 % 2 ? near : 3;
-      const float sum = since(level)[SIDE * j + earlier] + until(level)[SIDE * i + later];
+      const float sum = sums().between(SIDE * i + later, SIDE * j + earlier, level);
       left[e] = DIAGONAL && earlier == later ? 1.f : exp2_fast(sum);
     }
   }

@@ -196,6 +196,8 @@ CLA_DEVICE float larger(float x, float y) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
   return r;
 }
+// Of a number that is not 0.
+CLA_DEVICE int highest_bit(unsigned x) { return 31 - __clz((int)x); }
 // To the last bit or two; 0 from 2^126 on.
 CLA_DEVICE float reciprocal_fast(float x) { return __fdividef(1.f, x); }
 

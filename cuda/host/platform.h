@@ -200,6 +200,7 @@ inline uint16_t to_f16(float x) {
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float exp_fast(float x) { return expf(x); }
 inline float larger(float x, float y) { return x != x || x > y ? x : y; }
+inline int highest_bit(unsigned x) { return 31 - __builtin_clz(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
 
 inline Vec4 load16(const void *p, CLA_HOST_SITE) {
