@@ -29,7 +29,7 @@ template <int R, int V> struct DeltaChunkGradients {
   static constexpr int GATE = 0, BETA = CHUNK, FROM = 2 * CHUNK, LEFT = 3 * CHUNK, OWN = 4 * CHUNK, DBETA = 5 * CHUNK;
   static constexpr int SUMS = 6 * CHUNK, FIRST = SUMS + PARTS * CHUNK, BEHIND = FIRST + PARTS * CHUNK;
   static constexpr int WHOLE = BEHIND + THREADS / 32, SHARED = NUMBERS + 4 * (WHOLE + 1);
-  static constexpr int OWN_CHANNELS = R / PARTS, TILES = OWN_CHANNELS / 8;
+  static constexpr int OWN_CHANNELS = R / PARTS, TILES = OWN_CHANNELS / 8, COLUMNS = CHUNK / PARTS;
 
   const cla_delta_gradient &c;
   unsigned char *shared;
@@ -233,12 +233,13 @@ template <int R, int V> struct DeltaChunkGradients {
     }
   }
 
-  // dO b^T and U b^T over all values, for the rows of the warp and those of b that load(step) gives `multiply`.
-  template <int N, class Load> CLA_DEVICE void multiply_reads(float (&of_out)[N][4], float (&of_u)[N][4], Load load) const {
+  // dO b^T and U b^T over so many steps of 16 values, for the rows of the warp and those of b that load(step) gives `multiply`.
+  template <int N, class Load>
+  CLA_DEVICE void multiply_reads(float (&of_out)[N][4], float (&of_u)[N][4], int steps, Load load) const {
     zero(of_out);
     zero(of_u);
     CLA_NO_UNROLL
-    for (int step = 0; step < v_steps; step++) {
+    for (int step = 0; step < steps; step++) {
       uint32_t out[4], u[4], u_rest[4];
       load_a(out, tile(GRAD_OUT), rows, 16 * step);
       load_a(u, tile(U), rows, 16 * step);
@@ -258,12 +259,13 @@ template <int R, int V> struct DeltaChunkGradients {
       }
     }
   }
+  // A warp whose steps all come before those of its columns has no scores.
+  CLA_DEVICE int steps_of_scores() const { return part * COLUMNS <= rows ? v_steps : 0; }
   // A and B, with what fade(later step, earlier step) leaves.
   template <class Fade> CLA_DEVICE void find_scores(Fade fade) const {
-    constexpr int COLUMNS = CHUNK / PARTS;
     const int first = part * COLUMNS;
     float a[COLUMNS / 8][4], b[COLUMNS / 8][4];
-    multiply_reads(a, b, [&](int step) {
+    multiply_reads(a, b, steps_of_scores(), [&](int step) {
       return [this, first, step](uint32_t(&high)[4], uint32_t(&low)[4], int row) {
         load_b(high, tile(M), first + row, 16 * step);
         load_b(low, tile(M, 1, VALUE), first + row, 16 * step);
@@ -316,7 +318,7 @@ template <int R, int V> struct DeltaChunkGradients {
     };
   }
   CLA_DEVICE void read(float (&of_q)[TILES][4], float (&of_k)[TILES][4]) const {
-    multiply_reads(of_q, of_k, [&](int step) { return state_at(step); });
+    multiply_reads(of_q, of_k, v_steps, [&](int step) { return state_at(step); });
     const float *from = numbers(FROM), *beta = numbers(BETA);
     each(of_q, [&](float &x, int t, int) { x *= c.of.scale * from[t]; });
     each(of_k, [&](float &x, int t, int) { x *= -beta[t] * from[t]; });

@@ -22,7 +22,7 @@ template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R,
   using Base = DeltaChunkGradientsFaded<R, 128, DecayedGradientsLayout<R>>;
   using At = DecayedGradientsLayout<R>;
   using Base::c, Base::at, Base::tile, Base::numbers, Base::each, Base::each_with_key, Base::has_next, Base::add_own;
-  using Base::store, Base::TILES, Base::A, Base::B, Base::K, Base::Q, Base::BETA, Base::OWN;
+  using Base::store, Base::v_steps, Base::TILES, Base::A, Base::B, Base::K, Base::Q, Base::BETA, Base::OWN;
   using Faded = typename Base::Faded;
   static constexpr int SHARED = At::SHARED;
 
@@ -34,7 +34,7 @@ template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R,
     this->find_scores([](int, int) { return 1.f; });
     // Of what is read by q and by k, and of what is written; the terms of the gate's gradient.
     float reads[2][TILES][4], writes[1][TILES][4], first[1][TILES][4], terms[TILES][4];
-    this->multiply_reads(reads[0], reads[1], [&](int step) { return this->state_at(step); });
+    this->multiply_reads(reads[0], reads[1], v_steps, [&](int step) { return this->state_at(step); });
     each(reads[0], [&](float &x, int, int) { x *= c.of.scale; });
     each(reads[1], [&](float &x, int t, int) { x *= -numbers(BETA)[t]; });
     barrier();

@@ -34,7 +34,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
   using At = LowRankGradientsLayout<R>;
   using Base::c, Base::tid, Base::rows, Base::part, Base::v_steps, Base::at, Base::tile, Base::floats, Base::rows_of;
   using Base::each, Base::each_with_key, Base::has_next, Base::zero;
-  using Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
+  using Base::COLUMNS, Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
   using Faded = typename Base::Faded;
   static constexpr int SHARED = At::SHARED;
   enum Own { QV, QU, RV, RU, SCORES };
@@ -66,15 +66,14 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     barrier();
   }
 
-  // All scores of the warp's rows and its half of the columns, and what is on their diagonals.
+  // All scores of the warp's rows and its part of the columns, and what is on their diagonals.
   CLA_DEVICE void find_scores() const {
-    constexpr int COLUMNS = CHUNK / 2;
     const int first = part * COLUMNS;
     float x[SCORES][COLUMNS / 8][4];
     CLA_UNROLL
     for (int i = 0; i < SCORES; i++) zero(x[i]);
     CLA_NO_UNROLL
-    for (int step = 0; step < v_steps; step++) {
+    for (int step = 0; step < this->steps_of_scores(); step++) {
       uint32_t out[4], read[4], read_rest[4];
       load_a(out, tile(GRAD_OUT), rows, 16 * step);
       load_a(read, tile(U), rows, 16 * step);
@@ -134,7 +133,7 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     float reads[2][TILES][4], writes[2][TILES][4], first[2][TILES][4], terms[TILES][4];
     const Faded faded[2] = {{tile(At::FADED), tile(At::FADED, 1, At::KEY)},
                             {tile(At::FADED, 2, At::KEY), tile(At::FADED, 3, At::KEY)}};
-    this->multiply_reads(reads[0], reads[1], [&](int step) { return this->state_at(step); });
+    this->multiply_reads(reads[0], reads[1], v_steps, [&](int step) { return this->state_at(step); });
     each(reads[0], [&](float &x, int, int) { x *= c.of.scale; });
     this->fade_earlier(faded[0], At::K);
     this->fade_earlier(faded[1], At::B);

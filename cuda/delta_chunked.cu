@@ -262,7 +262,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
       products_fence<WGMMA>();
       add_to_state(BY_CHANNEL ? c : a, writes(of));
       products_commit<WGMMA>();
-      if (OUTPUT && leads()) add_by_triangle(result, c, p);
+      // By both of those that share columns: only one's is used, but products must not stand in a branch.
+      if (OUTPUT) add_by_triangle(result, c, p);
       products_commit<WGMMA>();
       products_wait<WGMMA, 0>();
       if (OUTPUT && leads()) wait_with(out_tile(i), result, s.of.scale);
