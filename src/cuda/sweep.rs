@@ -182,8 +182,25 @@ impl<'a> Pass<'a> {
         if groups == 1 {
             return grad.to_dtype(dtype);
         }
-        let mut out = Buffer::new(&self.machine, dtype, (p.batch, p.tokens, p.k_heads, p.k_dim))?;
-        let held = Held::new(&grad);
+        let seen_as = [p.batch * p.tokens * p.k_heads, groups, p.k_dim];
+        self.sum_seen_as(seen_as, grad, (p.batch, p.tokens, p.k_heads, p.k_dim), dtype)
+    }
+
+    /// Sums over D of `[B, T, HV, D]`, contiguous and in f32.
+    pub fn sum_columns(&self, x: Tensor, dtype: DType) -> Result<Tensor> {
+        let (b, t, h, d) = x.dims4()?;
+        self.sum_seen_as([b * t * h, d, 1], x, (b, t, h, 1), dtype)?.squeeze(3)
+    }
+
+    fn sum_seen_as(
+        &self,
+        [outer, count, inner]: [usize; 3],
+        x: Tensor,
+        shape: (usize, usize, usize, usize),
+        dtype: DType,
+    ) -> Result<Tensor> {
+        let mut out = Buffer::new(&self.machine, dtype, shape)?;
+        let held = Held::new(&x);
         {
             let mut at = Addresses::new(&self.machine);
             let out = at.out(Some(&mut out))?;
@@ -191,9 +208,9 @@ impl<'a> Pass<'a> {
                 data: at.numbers(Some(&held))?,
                 out: out.data,
                 dtype: out.dtype,
-                outer: (p.batch * p.tokens * p.k_heads) as i64,
-                count: groups as i64,
-                inner: p.k_dim as i64,
+                outer: outer as i64,
+                count: count as i64,
+                inner: inner as i64,
             })?;
         }
         drop(held);

@@ -189,7 +189,8 @@ fn a_crowd_of_blocks_of_the_delta_kernels() -> Result<()> {
 #[test]
 fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
     for op in [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda] {
-        for (k, v) in [(16, 70), (100, 130)] {
+        // Rows that go by elements, and in whole pieces.
+        for (k, v) in [(16, 70), (100, 130), (64, 136)] {
             let case = Case { op, k, v, t: 135, scale: Some(-0.37), dtype: DType::BF16, ..Case::default() };
             let inputs = case.inputs()?;
             let want = case.expected(&inputs, [true; 3])?;

@@ -69,7 +69,8 @@ impl Rotary {
             // The same ones each time: of few numbers in 16 bits, a draw in a thousand is rounded by more than the limit.
             let mut rng = StdRng::seed_from_u64(self.dims.iter().fold(7, |seed, x| seed * 31 + *x as u64));
             let mut random = || {
-                let numbers: Vec<f32> = (0..self.dims.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
+                let numbers: Vec<f32> =
+                    (0..self.dims.iter().product()).map(|_| rng.random_range(-2.0..2.0)).collect();
                 Tensor::from_vec(numbers, &self.dims, &Device::Cpu)?.to_dtype(self.dtype)
             };
             let numbers = [random()?, random()?];

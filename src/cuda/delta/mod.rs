@@ -167,11 +167,10 @@ fn key_gradients(
     if let (Some(dg), Some(gate)) = (dg, gate) {
         let dg = match p.decay {
             Decay::Channel if p.update == Update::LowRank => pass.sum_groups(dg, gate.dtype())?,
-            Decay::Channel => dg,
-            _ if dg.elem_count() == 0 || dg.dim(3)? == 1 => dg.narrow(3, 0, 1)?.squeeze(3)?,
-            _ => dg.sum(3)?,
+            Decay::Channel => dg.to_dtype(gate.dtype())?,
+            _ => pass.sum_columns(dg, gate.dtype())?,
         };
-        found.push((Role::G, dg.to_dtype(gate.dtype())?));
+        found.push((Role::G, dg));
     }
     Ok(found)
 }
