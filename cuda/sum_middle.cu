@@ -1,4 +1,5 @@
-// Sums of what several parts of a state, or several heads, have found each for itself.
+// Sums of what several parts of a state, or several heads, have found each for itself: many sums of few terms. Few sums of many are
+// column_sums.cu's.
 #include "elements.cuh"
 
 namespace cla {

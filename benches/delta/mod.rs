@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use candle_core::{D, Result, Tensor, Var};
-use candle_linear_attn::{Mode, Options, delta_rule, gated_delta_rule, kda, rwkv7, simple_gla};
+use candle_linear_attn::{Options, delta_rule, gated_delta_rule, kda, rwkv7, simple_gla};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use pulp::{Arch, Simd, WithSimd};
 
@@ -46,10 +46,29 @@ pub fn forward(c: &mut Criterion) {
             Arch::new().dispatch(FourPasses { q: black_box(&qf), k: &kf, v: &vf, g: &gf, beta: &bf })
         })
     });
-    let [qh, kh, vh, gh, bh] = [&q, &k, &v, &g, &beta].map(heads_first);
-    group.bench_function("candle_token_loop", |bench| {
-        bench.iter(|| composed_loop(black_box(&qh), &kh, &vh, &gh, &bh))
-    });
+    let found = [
+        delta_rule(&q, &k, &v, &beta, &opts),
+        gated_delta_rule(&q, &k, &v, &g, &beta, &opts),
+        kda(&q, &k, &v, &channel, &beta, &opts),
+        rwkv7(&q, &k, &v, &a, &b, &channel, &opts),
+    ];
+    let [q, k, v, g, beta, channel, a, b] = [&q, &k, &v, &g, &beta, &channel, &a, &b].map(heads_first);
+    let delta = Write::Delta { beta: &beta };
+    let loops = [
+        ("delta_rule", None, delta),
+        ("gated_delta_rule", Some(&g), delta),
+        ("kda", Some(&channel), delta),
+        ("rwkv7", Some(&channel), Write::LowRank { a: &a, b: &b }),
+    ];
+    for ((name, g, write), found) in loops.into_iter().zip(found) {
+        let composed = composed_loop(&q, &k, &v, g, write).expect("a loop");
+        let difference =
+            found.and_then(|x| (heads_first(&x.out) - composed)?.abs()?.max_all()?.to_scalar::<f32>());
+        assert!(difference.is_ok_and(|x| x < 1e-3), "the loop is not {name}");
+        group.bench_function(BenchmarkId::new("candle_token_loop", name), |bench| {
+            bench.iter(|| composed_loop(black_box(&q), &k, &v, g, write))
+        });
+    }
     group.finish();
 }
 
@@ -67,9 +86,21 @@ pub fn gradients(c: &mut Criterion) {
             bench.iter(|| out.mul(&grad)?.sum_all()?.backward())
         });
     }
-    let out =
-        simple_gla(&q, &k, &v, &g, &Options::default().with_mode(Mode::FusedChunk)).expect("forward").out;
-    group.bench_function("simple_gla", |bench| bench.iter(|| out.mul(&grad)?.sum_all()?.backward()));
+    let variable = |x: Result<Tensor>| x.and_then(|x| Var::from_tensor(&x)).expect("a variable");
+    let channel = variable(Ok(gates(&[1, tokens, HEADS, DIM])));
+    let (a, b) = (variable(k.neg()), variable(k.affine(0.5, 0.)));
+    let opts = Options::default();
+    let others = [
+        ("delta_rule", delta_rule(&q, &k, &v, &beta, &opts)),
+        ("kda", kda(&q, &k, &v, &channel, &beta, &opts)),
+        ("rwkv7", rwkv7(&q, &k, &v, &a, &b, &channel, &opts)),
+        // For comparison.
+        ("simple_gla", simple_gla(&q, &k, &v, &g, &opts)),
+    ];
+    for (name, output) in others {
+        let out = output.expect("forward").out;
+        group.bench_function(name, |bench| bench.iter(|| out.mul(&grad)?.sum_all()?.backward()));
+    }
     group.finish();
 }
 
@@ -124,20 +155,39 @@ fn add<S: Simd>(simd: S, y: &mut [f32], a: f32, x: &[f32]) {
     }
 }
 
-/// The gated delta rule a token at a time, as Candle's recurrent models are written; all inputs with heads first.
-fn composed_loop(q: &Tensor, k: &Tensor, v: &Tensor, g: &Tensor, beta: &Tensor) -> Result<Tensor> {
+/// What a token writes: what its value has beside what the state has for its key, or its value and what `a` reads.
+#[derive(Clone, Copy)]
+enum Write<'a> {
+    Delta { beta: &'a Tensor },
+    LowRank { a: &'a Tensor, b: &'a Tensor },
+}
+
+/// A token at a time, as Candle's recurrent models are written; all inputs with heads first.
+fn composed_loop(q: &Tensor, k: &Tensor, v: &Tensor, g: Option<&Tensor>, write: Write) -> Result<Tensor> {
     let (b, h, t, d) = q.dims4()?;
+    let by_row = |x: &Tensor| if x.rank() == 3 { x.unsqueeze(3) } else { Ok(x.clone()) };
+    let decay = g.map(|g| by_row(&g.exp()?)).transpose()?;
     let mut state = Tensor::zeros((b, h, d, d), q.dtype(), q.device())?;
-    let decay = g.exp()?;
     let mut out = Vec::with_capacity(t);
     for at in 0..t {
-        let of = |x: &Tensor| x.narrow(2, at, 1)?.unsqueeze(D::Minus1);
-        let [q, k, v] = [q, k, v].map(|x| x.narrow(2, at, 1).and_then(|x| x.contiguous()));
-        let (q, k, v) = ((q? * (d as f64).powf(-0.5))?, k?, v?);
-        state = state.broadcast_mul(&of(&decay)?)?;
-        let u = (v - k.matmul(&state)?)?.broadcast_mul(&of(beta)?)?;
-        state = (state + k.transpose(2, 3)?.contiguous()?.matmul(&u)?)?;
-        out.push(q.matmul(&state)?);
+        let row = |x: &Tensor| x.narrow(2, at, 1)?.contiguous();
+        let column = |x: &Tensor| row(x)?.transpose(2, 3)?.contiguous();
+        let faded = match &decay {
+            Some(decay) => state.broadcast_mul(&column(decay)?)?,
+            None => state.clone(),
+        };
+        let (k_row, v) = (row(k)?, row(v)?);
+        let written = match write {
+            Write::Delta { beta } => {
+                let u = (v - k_row.matmul(&faded)?)?.broadcast_mul(&row(&by_row(beta)?)?)?;
+                column(k)?.matmul(&u)?
+            }
+            Write::LowRank { a, b } => {
+                (column(k)?.matmul(&v)? + column(b)?.matmul(&row(a)?.matmul(&state)?)?)?
+            }
+        };
+        state = (faded + written)?;
+        out.push((row(q)? * (d as f64).powf(-0.5))?.matmul(&state)?);
     }
     Tensor::cat(&out, 2)
 }

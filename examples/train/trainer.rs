@@ -32,7 +32,6 @@ pub fn train(args: &Args) -> Result<()> {
     remove_partial_files(folder)?;
     let corpus = Corpus::open(args, folder)?;
     let mut run = Run::open(args, folder, &corpus)?;
-    let first = run.log.rows().len();
     let deadline = args.max_minutes.map(|minutes| Instant::now() + Duration::from_secs_f64(60.0 * minutes));
     for step in run.steps_taken..args.steps {
         let last = step + 1 == args.steps || deadline.is_some_and(|at| Instant::now() >= at);
@@ -42,10 +41,16 @@ pub fn train(args: &Args) -> Result<()> {
         }
     }
     run.progress.finish();
-    if let (true, Some(row)) = (run.log.rows().len() > first, run.log.rows().last()) {
-        eprintln!("stopped after step {} of {}; the model is in {}", row.step, args.steps, folder.display());
-    } else {
-        eprintln!("all {} steps are done; the model is in {}", args.steps, folder.display());
+    match run.log.rows().last() {
+        Some(row) if row.step < args.steps => {
+            eprintln!(
+                "stopped after step {} of {}; the model is in {}",
+                row.step,
+                args.steps,
+                folder.display()
+            );
+        }
+        _ => eprintln!("all {} steps are done; the model is in {}", args.steps, folder.display()),
     }
     Ok(())
 }
