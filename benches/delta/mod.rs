@@ -176,10 +176,10 @@ fn composed_loop(q: &Tensor, k: &Tensor, v: &Tensor, g: Option<&Tensor>, write: 
             Some(decay) => state.broadcast_mul(&column(decay)?)?,
             None => state.clone(),
         };
-        let (k_row, v) = (row(k)?, row(v)?);
+        let v = row(v)?;
         let written = match write {
             Write::Delta { beta } => {
-                let u = (v - k_row.matmul(&faded)?)?.broadcast_mul(&row(&by_row(beta)?)?)?;
+                let u = (v - row(k)?.matmul(&faded)?)?.broadcast_mul(&row(&by_row(beta)?)?)?;
                 column(k)?.matmul(&u)?
             }
             Write::LowRank { a, b } => {
