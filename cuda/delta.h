@@ -77,8 +77,6 @@ typedef struct {
   int64_t shared_limit;
   unsigned char *prepared;
   cla_delta_spans spans;
-  // Token by token only: whether twice as many blocks are to have room, which makes each slower.
-  int32_t crowded;
 } cla_delta_sweep;
 
 // Token by token, K up to 256 and any V.

@@ -14,7 +14,7 @@
 // T, P and the decays depend on no state. They are found for all segments at once, T by substitution, with all bits of f32: with
 // beta up to 2 and keys of any length it is only as large as what tokens do to each other.
 #pragma once
-#include "delta_state.cuh"
+#include "delta_segments.cuh"
 #include "products.cuh"
 
 namespace cla {

@@ -14,7 +14,8 @@ template <class Gradients> struct Kind {
   using type = Gradients;
 };
 
-// Channels of keys, and of values, that a head has at most.
+// Channels of keys, and of values, that a head has at most. The low-rank family has no more than it can have by itself: in parts
+// it would be slower than token by token.
 constexpr int most_in_chunks(bool low_rank) { return low_rank ? 64 : 128; }
 
 // f(the Kind of gradients that a call takes), or NOT_IN_CHUNKS.
@@ -48,11 +49,13 @@ int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {
 
 extern "C" void cla_delta_gradient_part(const cla_delta_gradient *call, int32_t *rows, int32_t *columns) {
   auto least = [](int32_t x, int32_t y) { return x < y ? x : y; };
-  const int most = cla::most_in_chunks(call->of.low_rank);
-  cla_delta_gradient part = *call;
-  part.of.k_dim = *rows = least(call->of.k_dim, most);
-  part.of.v_dim = *columns = least(call->of.v_dim, most);
-  if (cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0) return;
+  if (!call->of.low_rank) {
+    const int most = cla::most_in_chunks(false);
+    cla_delta_gradient part = *call;
+    part.of.k_dim = *rows = least(call->of.k_dim, most);
+    part.of.v_dim = *columns = least(call->of.v_dim, most);
+    if (cla::with_gradients(part, [](auto) -> int32_t { return 0; }) == 0) return;
+  }
   *rows = call->of.k_dim;
   *columns = least(call->of.v_dim, CLA_DELTA_GRADIENT_VALUES);
 }

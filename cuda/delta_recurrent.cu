@@ -1,216 +1,213 @@
 // A delta sweep (see delta.h) token by token, in the order of the definition: decoding, short sequences, and whatever other
-// kernels do not take. Columns of the state do not see each other, so a block has 32 of one sequence and head in registers;
-// decoding reads and writes each state once, with all loads under way before the first is used.
-#include "delta_state.cuh"
+// kernels do not take. Decoding reads and writes each state once, with all loads under way before the first is used.
+#include "delta_segments.cuh"
+#include "state_tile.cuh"
 
 namespace cla {
 
-// The rows of a tensor: in a crowd made anew for each use, out of what is in constant memory, since registers are for the state.
-template <bool CROWDED> struct RowsAtHand {
-  Rows rows;
+// Which vectors can be copied.
+enum { Q_COPIED = 1, K_COPIED = 2, GATE_COPIED = 4, A_COPIED = 8, B_COPIED = 16, VALUE_COPIED = 32 };
 
-  CLA_DEVICE RowsAtHand(const cla_tensor &x, int64_t batch, int head) : rows(x, batch, head) {}
-  CLA_DEVICE const Rows &operator()() const { return rows; }
-};
-template <> struct RowsAtHand<true> {
-  const cla_tensor &x;
-  int64_t batch;
-  int head;
-
-  CLA_DEVICE RowsAtHand(const cla_tensor &x, int64_t batch, int head) : x(x), batch(batch), head(head) {}
-  CLA_DEVICE Rows operator()() const { return Rows(x, batch, opaque(head)); }
-};
-
-template <int EACH, bool LOW_RANK, bool CROWDED> struct DeltaRecurrent {
-  using State = DeltaState<EACH>;
-  static constexpr int ROWS = State::ROWS, COLUMNS = State::COLUMNS, THREADS = State::THREADS, WARPS = State::WARPS;
-  static constexpr int PER_THREAD = ROWS > THREADS ? ROWS / THREADS : 1;
-  // The vectors of one step in shared memory, and of its products q . k and q . b what each warp has.
-  static constexpr int R1 = 0, R2 = ROWS, X1 = 2 * ROWS, X2 = 3 * ROWS, DECAY = 4 * ROWS, VALUE = 5 * ROWS;
-  static constexpr int BETA = VALUE + COLUMNS, DOTS = BETA + 4, STAGE = DOTS + 2 * WARPS;
-  static constexpr int SUMS = 2 * STAGE, SHARED = 4 * (SUMS + 2 * WARPS * COLUMNS);
+template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
+  using State = StateTile<ROWS>;
+  static constexpr int COLUMNS = State::COLUMNS, GROUP = TILE_WARPS;
+  static_assert(CLA_DELTA_SEGMENT % GROUP == 0, "segments begin with groups");
+  // The vectors of a token in shared memory, and what it leaves.
+  static constexpr int Q = 0, K = ROWS, DECAY = 2 * ROWS, A = 3 * ROWS, B = 4 * ROWS, VALUE = (LOW_RANK ? 5 : 3) * ROWS;
+  static constexpr int BETA = VALUE + COLUMNS, TOKEN = BETA + 4, INNER = 0, OUT = COLUMNS, RESULT = 2 * COLUMNS;
+  static constexpr int RESULTS = 2 * GROUP * TOKEN, SHARED = 4 * (RESULTS + 2 * GROUP * RESULT);
 
   const cla_delta_sweep &s;
-  const bool reverse;
+  const int copied;
   float *shared;
-  int tid, head, first_column;
+  int head, first_column;
   int64_t sequence;
   Steps steps;
-  RowsAtHand<CROWDED> q, k, value, gate, a, b, beta, inner, out;
+  TokenGroups<GROUP> groups;
+  TokenVector q, k, gate, a, b, value;
   State state;
 
-  CLA_DEVICE DeltaRecurrent(const cla_delta_sweep &s, int tiles, const Place &place)
-      : s(s), reverse(s.reverse), shared((float *)shared_memory()), tid(thread_index()),
-        head(place.head), first_column(block_x() % tiles * COLUMNS), sequence(place.sequence),
-        steps(s.of.cu_seqlens, s.of.tokens, sequence, reverse), q(s.of.q, steps.batch, head), k(s.of.k, steps.batch, head),
-        value(s.value, steps.batch, head), gate(s.of.gate, steps.batch, head), a(s.of.a, steps.batch, head),
-        b(s.of.b, steps.batch, head), beta(s.of.beta, steps.batch, head), inner(s.inner, steps.batch, head),
-        out(s.out, steps.batch, head) {}
+  CLA_DEVICE DeltaRecurrent(const cla_delta_sweep &s, int copied, unsigned tiles, const Place &place)
+      : s(s), copied(copied), shared((float *)shared_memory()), head(place.head), first_column(block_x() % tiles * COLUMNS),
+        sequence(place.sequence), steps(s.of.cu_seqlens, s.of.tokens, sequence, REVERSE), groups(steps.count, REVERSE),
+        q(s.of.q, steps.batch, head), k(s.of.k, steps.batch, head), gate(s.of.gate, steps.batch, head),
+        a(s.of.a, steps.batch, head), b(s.of.b, steps.batch, head), value(s.value, steps.batch, head) {}
 
   CLA_DEVICE int columns() const { return s.of.v_dim - first_column < COLUMNS ? s.of.v_dim - first_column : COLUMNS; }
+  CLA_DEVICE static int warp() { return State::warp(); }
+  CLA_DEVICE static int lane() { return State::lane(); }
+  CLA_DEVICE float *token(int group, int i) const { return shared + ((group & 1) * GROUP + i) * TOKEN; }
+  CLA_DEVICE float *result(int group, int i) const { return shared + RESULTS + ((group & 1) * GROUP + i) * RESULT; }
+  CLA_DEVICE bool by_channel() const { return s.of.gate_kind == CLA_GATE_ROWS; }
+  CLA_DEVICE bool by_token() const { return s.of.gate_kind == CLA_GATE_SCALAR; }
 
-  // What a thread loads of a step, one step ahead.
+  // Single numbers of a warp's token, one group ahead: its vectors are on their way to shared memory.
   struct Fetched {
-    float q[PER_THREAD], k[PER_THREAD], g[PER_THREAD], a[PER_THREAD], b[PER_THREAD], value, beta;
+    float beta, decay;
   };
-  CLA_DEVICE void fetch(Fetched &f, int64_t step) const {
-    const int64_t t = steps.token(step);
-    CLA_UNROLL
-    for (int i = 0; i < PER_THREAD; i++) {
-      const int r = tid + i * THREADS;
-      const bool valid = r < s.of.k_dim;
-      f.q[i] = valid ? q().load(t, r) : 0.f;
-      f.k[i] = valid ? k().load(t, r) : 0.f;
-      f.g[i] = valid && s.of.gate_kind != CLA_NO_GATE ? gate().load(t, s.of.gate_kind == CLA_GATE_ROWS ? r : 0) : 0.f;
-      f.a[i] = valid && LOW_RANK ? a().load(t, r) : 0.f;
-      f.b[i] = valid && LOW_RANK ? b().load(t, r) : 0.f;
-    }
-    f.value = tid < columns() ? value().load(t, first_column + tid) : 0.f;
-    f.beta = tid == 0 && !LOW_RANK ? beta().load(t, 0) : 1.f;
+  CLA_DEVICE Fetched fetch(int group) const {
+    Fetched f = {1.f, 0.f};
+    if (warp() >= groups.size(group)) return f;
+    const int64_t t = steps.start + groups.place(group, warp());
+    const int width = s.of.k_dim;
+    float *to = token(group, warp());
+    q.fetch<ROWS>(s.of.q, copied & Q_COPIED, t, 0, width, to + Q);
+    k.fetch<ROWS>(s.of.k, copied & K_COPIED, t, 0, width, to + K);
+    if (by_channel()) gate.fetch<ROWS>(s.of.gate, copied & GATE_COPIED, t, 0, width, to + DECAY);
+    if (LOW_RANK) a.fetch<ROWS>(s.of.a, copied & A_COPIED, t, 0, width, to + A);
+    if (LOW_RANK) b.fetch<ROWS>(s.of.b, copied & B_COPIED, t, 0, width, to + B);
+    value.fetch<COLUMNS>(s.value, copied & VALUE_COPIED, t, first_column, s.of.v_dim, to + VALUE);
+    copies_commit();
+    if (!LOW_RANK) f.beta = Rows(s.of.beta, steps.batch, opaque(head)).load(t, 0);
+    if (by_token()) f.decay = load_element(gate.data, s.of.gate.dtype, t * s.of.gate.token);
+    return f;
   }
-  CLA_DEVICE void place(const Fetched &f, float *to) const {
-    float qk = 0.f, qb = 0.f;
-    CLA_UNROLL
-    for (int i = 0; i < PER_THREAD; i++) {
-      const int r = tid + i * THREADS;
-      qk += f.q[i] * f.k[i];
-      qb += f.q[i] * f.b[i];
-      if (r >= ROWS) continue;
-      const float decay = exp_fast(f.g[i]), query = s.of.scale * f.q[i] * decay;
-      to[DECAY + r] = decay;
-      if (LOW_RANK) {
-        to[R1 + r] = reverse ? f.b[i] : f.a[i];
-        to[X2 + r] = reverse ? f.a[i] : f.b[i];
-        to[R2 + r] = reverse ? f.k[i] : query;
-        to[X1 + r] = reverse ? query : f.k[i];
-      } else {
-        const float key = f.k[i] * decay;
-        to[R1 + r] = reverse ? f.k[i] : key;
-        to[X2 + r] = reverse ? key : f.k[i];
-        to[R2 + r] = query;
-        to[X1 + r] = query;
-      }
+  CLA_DEVICE void place(const Fetched &f, int group) const {
+    if (warp() >= groups.size(group)) return;
+    float *to = token(group, warp());
+    if (lane() == 0) to[BETA] = f.beta;
+    if (by_token() && lane() == 0) to[DECAY] = exp_fast(f.decay);
+    copies_wait<0>();
+    TokenVector::convert<ROWS>(s.of.q, copied & Q_COPIED, to + Q);
+    TokenVector::convert<ROWS>(s.of.k, copied & K_COPIED, to + K);
+    if (by_channel()) {
+      TokenVector::convert<ROWS>(s.of.gate, copied & GATE_COPIED, to + DECAY, [](float g) { return exp_fast(g); });
     }
-    qk = sum_of_lanes(qk);
-    if (LOW_RANK) qb = sum_of_lanes(qb);
-    if (tid % 32 == 0) {
-      to[DOTS + tid / 32] = s.of.scale * qk;
-      to[DOTS + WARPS + tid / 32] = s.of.scale * qb;
-    }
-    if (tid < COLUMNS) to[VALUE + tid] = f.value;
-    if (tid == 0) to[BETA] = f.beta;
+    if (LOW_RANK) TokenVector::convert<ROWS>(s.of.a, copied & A_COPIED, to + A);
+    if (LOW_RANK) TokenVector::convert<ROWS>(s.of.b, copied & B_COPIED, to + B);
+    TokenVector::convert<COLUMNS>(s.value, copied & VALUE_COPIED, to + VALUE);
   }
 
-  CLA_DEVICE static float sum_of_warps(const float *x, int stride) {
-    float sum = 0.f;
-    CLA_UNROLL
-    for (int w = 0; w < WARPS; w++) sum += x[w * stride];
-    return sum;
-  }
-
-  // x[i], in registers.
-  CLA_DEVICE static float pick(const float (&x)[4], int i) { return i == 0 ? x[0] : i == 1 ? x[1] : i == 2 ? x[2] : x[3]; }
-
-  // Before the first step of a segment.
-  CLA_DEVICE void keep_before(int64_t step) {
-    if (!s.anchors.data || (LOW_RANK && reverse && step > 0)) return;
-    const int64_t at = steps.token(step) - steps.start;
-    const bool first = reverse ? step == 0 || (at + 1) % CLA_DELTA_SEGMENT == 0 : at % CLA_DELTA_SEGMENT == 0;
-    if (first) keep(at / CLA_DELTA_SEGMENT);
-  }
   CLA_DEVICE void keep(int64_t segment) {
     float *to = anchor_of(s.anchors, sequence, segment, head, s.of.heads, (int64_t)s.of.k_dim * s.of.v_dim);
     state.store(to + first_column, s.of.v_dim, 1, s.of.k_dim, columns());
   }
-
-  CLA_DEVICE void solve(const float *of, int64_t step) {
-    // Whether something is read for `out`; the backward delta sweep has it in c.
-    const bool reads = s.out.data && (LOW_RANK || !reverse), writes_value = LOW_RANK || reverse;
-    float w[4] = {0.f, 0.f, 0.f, 0.f}, y[4] = {0.f, 0.f, 0.f, 0.f}, m[4], c[4], v[4];
-    float *sums = shared + SUMS, *own = sums + tid / 32 * COLUMNS, *others = sums + WARPS * COLUMNS;
-    state.read(of + R1, w);
-    state.sum_of_warp(w, own);
-    if (reads) {
-      state.read(of + R2, y);
-      state.sum_of_warp(y, own + WARPS * COLUMNS);
+  // Before the first token of a segment.
+  CLA_DEVICE void keep_before(int group) {
+    if (!s.anchors.data || (LOW_RANK && REVERSE && group > 0)) return;
+    const int64_t at = groups.start(group);
+    const bool first = REVERSE ? group == 0 || (at + GROUP) % CLA_DELTA_SEGMENT == 0 : at % CLA_DELTA_SEGMENT == 0;
+    if (first) keep(at / CLA_DELTA_SEGMENT);
+  }
+  CLA_DEVICE void fade(const float *of) {
+    if (by_channel()) {
+      state.scale_rows(of + DECAY);
+    } else if (by_token()) {
+      state.scale_columns({of[DECAY], of[DECAY]});
     }
-    barrier();
-    const float qk = sum_of_warps(of + DOTS, 1), qb = LOW_RANK ? sum_of_warps(of + DOTS + WARPS, 1) : 0.f, beta = of[BETA];
-    const float ev = LOW_RANK ? (reverse ? qb : 0.f) : (reverse ? qk : 1.f), ew = LOW_RANK || reverse ? 1.f : -1.f;
-    const float f = LOW_RANK ? 1.f : reverse ? -beta : beta;
-    const float hv = LOW_RANK ? qk : 0.f, hc = LOW_RANK ? (reverse ? 0.f : qb) : (reverse ? -1.f : qk);
-    load4(v, of + VALUE + state.column);
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) {
-      m[i] = ev * v[i] + ew * sum_of_warps(sums + state.column + i, COLUMNS);
-      c[i] = f * m[i];
-      y[i] = hv * v[i] + hc * c[i] + (reads ? sum_of_warps(others + state.column + i, COLUMNS) : 0.f);
-    }
-    // The first warp has the columns of all four threads that share them, the second too.
-    const int lane = tid & 31, part = lane / State::COLUMN_GROUPS, column = state.column + part;
-    if (tid < 64 && column < columns()) {
-      const int64_t t = steps.token(step);
-      if (tid < 32 && s.out.data) out().store(t, first_column + column, pick(y, part));
-      if (tid >= 32 && s.inner.data) inner().store(t, first_column + column, pick(m, part));
-    }
-    if (s.of.gate_kind != CLA_NO_GATE) state.scale_rows(of + DECAY);
-    if (writes_value) state.add(of + X1, v);
-    if (LOW_RANK && reverse && s.anchors.data) {
-      // What a low-rank token reads is read before the state fades.
-      const int64_t at = steps.token(step) - steps.start;
-      if (at > 0 && at % CLA_DELTA_SEGMENT == 0) keep(at / CLA_DELTA_SEGMENT - 1);
-    }
-    state.add(of + X2, c);
+  }
+  // X += row column^T, each lane with its own column's number, or with those of a vector.
+  CLA_DEVICE void add(const float *row, float own) {
+    float column[State::WIDTH];
+    state.spread(own, column);
+    state.add(row, column);
+  }
+  CLA_DEVICE void add(const float *row, const float *columns, float factor) {
+    float column[State::WIDTH];
+    state.by_column(columns, column);
+    state.add(row, {factor * column[0], factor * column[1]});
   }
 
-  CLA_DEVICE void run() {
-    const int64_t count = steps.count;
+  CLA_DEVICE void solve(const float *of, float *to, int64_t place) {
+    const float beta = of[BETA];
+    float m, out = 0.f;
+    if (!REVERSE) {
+      if (!LOW_RANK) fade(of);
+      m = state.read(of + (LOW_RANK ? A : K));
+      if (LOW_RANK) {
+        fade(of);
+        add(of + K, of + VALUE, 1.f);
+        add(of + B, m);
+      } else {
+        m = of[VALUE + state.own_column()] - m;
+        add(of + K, beta * m);
+      }
+      if (s.out.data) out = s.of.scale * state.read(of + Q);
+    } else {
+      add(of + Q, of + VALUE, s.of.scale);
+      m = state.read(of + (LOW_RANK ? B : K));
+      if (LOW_RANK) {
+        out = state.read(of + K);
+        fade(of);
+        // What a token reads is read before the state fades.
+        if (s.anchors.data && place > 0 && place % CLA_DELTA_SEGMENT == 0) keep(place / CLA_DELTA_SEGMENT - 1);
+        add(of + A, m);
+      } else {
+        out = beta * m;
+        add(of + K, -out);
+        fade(of);
+      }
+    }
+    if (State::is_set(0)) to[INNER + state.own_column()] = m;
+    if (State::is_set(1)) to[OUT + state.own_column()] = out;
+  }
+  // A warp has all of a token's results.
+  CLA_DEVICE void store(int group) const {
+    if (warp() >= groups.size(group)) return;
+    const int64_t t = steps.start + groups.place(group, warp());
+    const float *from = result(group, warp());
+    if (s.inner.data) store(s.inner, t, from + INNER);
+    if (s.out.data) store(s.out, t, from + OUT);
+  }
+  CLA_DEVICE void store(const cla_tensor &x, int64_t t, const float *from) const {
+    const Rows rows(x, steps.batch, opaque(head));
+    for (int c = lane(); c < columns(); c += 32) rows.store(t, first_column + c, from[c]);
+  }
+
+  CLA_DEVICE void begin() {
     if (s.first.data) {
       const float *from = s.first.data + sequence * s.first.sequence + head * s.first.head + first_column * s.first.col;
       state.load(from, s.first.row, s.first.col, s.of.k_dim, columns());
     } else {
       state.zero();
     }
-    Fetched next;
-    if (count > 0) {
-      fetch(next, 0);
-      place(next, shared);
-    }
-    int stage = 0;
-    for (int64_t step = 0; step < count; step++, stage ^= 1) {
-      barrier();
-      if (step + 1 < count) fetch(next, step + 1);
-      keep_before(step);
-      solve(shared + stage * STAGE, step);
-      if (step + 1 < count) place(next, shared + (stage ^ 1) * STAGE);
-    }
+  }
+  CLA_DEVICE void run() {
+    const bool solves = warp() * State::OF_WARP < columns();
+    for_groups(
+        groups, [&] { begin(); }, [&](int group) { return fetch(group); }, [&](int group, const Fetched &f) { place(f, group); },
+        [&](int group) {
+          if (!solves) return;
+          keep_before(group);
+          const int size = groups.size(group);
+          CLA_NO_UNROLL
+          for (int i = 0; i < size; i++) solve(token(group, i), result(group, i), groups.place(group, i));
+        },
+        [&](int group) { store(group); });
     if (!s.last.data) return;
     float *to = s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col;
     state.store(to, s.last.row, s.last.col, s.of.k_dim, columns());
   }
 };
 
-template <int EACH, bool LOW_RANK, bool CROWDED>
-CLA_KERNEL(128, EACH > 8 ? 2 : !CROWDED ? (EACH == 8 && LOW_RANK ? 3 : 4) : LOW_RANK ? 7 : 8)
-void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s) {
-  const int tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
-  DeltaRecurrent<EACH, LOW_RANK, CROWDED>(s, tiles, Place(block_x() / tiles, s.of.heads, 1)).run();
+template <int ROWS, bool LOW_RANK, bool REVERSE>
+CLA_KERNEL(TILE_THREADS, ROWS > 128 ? 1 : 3)
+void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s, int copied) {
+  const unsigned tiles = (s.of.v_dim + StateTile<ROWS>::COLUMNS - 1) / StateTile<ROWS>::COLUMNS;
+  DeltaRecurrent<ROWS, LOW_RANK, REVERSE>(s, copied, tiles, place_of(block_x() / tiles, s.of.heads)).run();
 }
 
-template <int EACH, bool LOW_RANK, bool CROWDED> int32_t launch_delta_recurrent(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaRecurrent<EACH, LOW_RANK, CROWDED>;
-  const int64_t tiles = (s.of.v_dim + CLA_DELTA_COLUMNS - 1) / CLA_DELTA_COLUMNS;
+template <int ROWS, bool LOW_RANK, bool REVERSE> int32_t launch_delta_recurrent(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaRecurrent<ROWS, LOW_RANK, REVERSE>;
+  const int64_t tiles = (s.of.v_dim + Kernel::COLUMNS - 1) / Kernel::COLUMNS;
   const Dims grid = {(int64_t)s.of.sequences * s.of.heads * tiles, 1};
-  return launch(delta_recurrent_kernel<EACH, LOW_RANK, CROWDED>, grid, Kernel::THREADS, Kernel::SHARED, stream, s);
+  const int width = s.of.k_dim;
+  const int copied = (can_be_copied(s.of.q, width) ? Q_COPIED : 0) | (can_be_copied(s.of.k, width) ? K_COPIED : 0) |
+                     (can_be_copied(s.of.gate, width) ? GATE_COPIED : 0) | (can_be_copied(s.of.a, width) ? A_COPIED : 0) |
+                     (can_be_copied(s.of.b, width) ? B_COPIED : 0) | (can_be_copied(s.value, s.of.v_dim) ? VALUE_COPIED : 0);
+  return launch(delta_recurrent_kernel<ROWS, LOW_RANK, REVERSE>, grid, TILE_THREADS, Kernel::SHARED, stream, s, copied);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream) {
-  return cla::by_rows(sweep->of.k_dim, sweep->of.low_rank, [&](auto each, auto low_rank) {
-    constexpr int EACH = decltype(each)::value;
-    constexpr bool LOW_RANK = decltype(low_rank)::value;
-    return sweep->crowded ? cla::launch_delta_recurrent<EACH, LOW_RANK, true>(*sweep, stream)
-                          : cla::launch_delta_recurrent<EACH, LOW_RANK, false>(*sweep, stream);
+  return cla::by_rows(sweep->of.k_dim, [&](auto rows) {
+    constexpr int ROWS = decltype(rows)::value;
+    if (sweep->of.low_rank) {
+      return sweep->reverse ? cla::launch_delta_recurrent<ROWS, true, true>(*sweep, stream)
+                            : cla::launch_delta_recurrent<ROWS, true, false>(*sweep, stream);
+    }
+    return sweep->reverse ? cla::launch_delta_recurrent<ROWS, false, true>(*sweep, stream)
+                          : cla::launch_delta_recurrent<ROWS, false, false>(*sweep, stream);
   });
 }

@@ -65,6 +65,12 @@ CLA_DEVICE void copy16_async(void *shared, const void *global, bool valid) {
                "r"(bytes)
                : "memory");
 }
+// The same with 8 bytes.
+CLA_DEVICE void copy8_async(void *shared, const void *global, bool valid) {
+  int bytes = valid ? 8 : 0;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+               : "memory");
+}
 CLA_DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> CLA_DEVICE void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 

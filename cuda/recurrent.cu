@@ -1,167 +1,173 @@
-// A sweep token by token, in the order of the definition: decoding, short sequences, and whatever the chunked kernels do
-// not take. A block has 32 columns of the state of one sequence and head in registers; decoding reads and writes each
-// state once, 16 bytes a thread and row, with all loads under way before the first is used.
-#include "elements.cuh"
+// A sweep token by token, in the order of the definition: short sequences, and whatever the chunked kernels do not take.
+#include "few_tokens.cuh"
+#include "state_tile.cuh"
 
 namespace cla {
 
-constexpr int BLOCK_COLUMNS = 32, COLUMN_GROUPS = 8, ROW_GROUPS = 16, RECURRENT_THREADS = COLUMN_GROUPS * ROW_GROUPS;
+// Which vectors can be copied.
+enum { READ_COPIED = 1, WRITE_COPIED = 2, VALUE_COPIED = 4, GATE_COPIED = 8 };
 
-// Thread (x, y) has columns 4 x to 4 x + 3 of rows y, y + 16, y + 32, ... of which there are EACH. ENDS: `ends` is wanted.
-template <int EACH, bool ENDS>
-CLA_KERNEL(RECURRENT_THREADS, EACH > 8 ? 2 : ENDS ? 4 : 8) void recurrent_kernel(const CLA_CONSTANT cla_sweep s) {
-  const int tid = thread_index(), x = tid % COLUMN_GROUPS, y = tid / COLUMN_GROUPS;
+template <int ROWS> struct Recurrent {
+  using State = StateTile<ROWS>;
+  static constexpr int COLUMNS = State::COLUMNS, GROUP = TILE_WARPS;
+  using Groups = TokenGroups<GROUP>;
+  // The vectors of a token in shared memory, and its output.
+  static constexpr int READ = 0, WRITE = ROWS, VALUE = 2 * ROWS, DECAY = VALUE + COLUMNS;
+  static constexpr int TOKEN = DECAY + (ROWS > COLUMNS ? ROWS : COLUMNS);
+  static constexpr int OUTS = 2 * GROUP * TOKEN, SHARED = 4 * (OUTS + 2 * GROUP * COLUMNS);
+
+  const cla_sweep &s;
+  const int copied;
+  float *shared;
+  Place at;
+  int first_column;
+  Steps steps;
+  Groups groups;
+  TokenVector read, write, value, gate;
+  State state;
+
+  CLA_DEVICE Recurrent(const cla_sweep &s, int copied, unsigned tiles)
+      : s(s), copied(copied), shared((float *)shared_memory()), at(place_of(block_x() / tiles, s.heads)),
+        first_column(block_x() % tiles * COLUMNS), steps(s.cu_seqlens, s.tokens, at.sequence, s.reverse),
+        groups(steps.count, s.reverse), read(s.read, steps.batch, at.head), write(s.write, steps.batch, at.head),
+        value(s.value, steps.batch, at.head), gate(s.gate, steps.batch, at.head) {}
+
+  CLA_DEVICE int columns() const { return s.cols - first_column < COLUMNS ? s.cols - first_column : COLUMNS; }
+  CLA_DEVICE static int warp() { return State::warp(); }
+  CLA_DEVICE static int lane() { return State::lane(); }
+  CLA_DEVICE float *token(int group, int i) const { return shared + ((group & 1) * GROUP + i) * TOKEN; }
+  CLA_DEVICE float *out(int group, int i) const { return shared + OUTS + ((group & 1) * GROUP + i) * COLUMNS; }
+  CLA_DEVICE bool by_row() const { return s.gate_kind == CLA_GATE_ROWS; }
+  CLA_DEVICE bool by_column() const { return s.gate_kind == CLA_GATE_COLS; }
+  CLA_DEVICE bool by_token() const { return s.gate_kind == CLA_GATE_SCALAR; }
+
+  // Asks for the vectors of a warp's token, and returns its log decay if that is one number. Between two tokens it is that of the
+  // later one, whichever comes first.
+  CLA_DEVICE float fetch(int group) const {
+    if (warp() >= groups.size(group)) return 0.f;
+    const int64_t place = groups.place(group, warp()), t = steps.start + place, faded_by = s.reverse ? place + 1 : place;
+    const bool fades = faded_by < steps.count, writes = s.writes && steps.writes(s, s.reverse ? steps.count - 1 - place : place);
+    float *to = token(group, warp());
+    read.fetch<ROWS>(s.read, copied & READ_COPIED, t, 0, s.rows, to + READ);
+    write.fetch<ROWS>(s.write, copied & WRITE_COPIED, t, 0, writes ? s.rows : 0, to + WRITE);
+    value.fetch<COLUMNS>(s.value, copied & VALUE_COPIED, t, first_column, s.cols, to + VALUE);
+    const bool whole = copied & GATE_COPIED;
+    const int64_t by = steps.start + faded_by;
+    if (by_row()) gate.fetch<ROWS>(s.gate, whole, by, 0, fades ? s.rows : 0, to + DECAY);
+    if (by_column()) gate.fetch<COLUMNS>(s.gate, whole, by, first_column, fades ? s.cols : 0, to + DECAY);
+    copies_commit();
+    return by_token() && fades ? load_element(gate.data, s.gate.dtype, by * s.gate.token) : 0.f;
+  }
+  CLA_DEVICE void place(int group, float log_decay) const {
+    if (warp() >= groups.size(group)) return;
+    float *to = token(group, warp());
+    const auto decay = [](float g) { return exp_fast(g); };
+    copies_wait<0>();
+    TokenVector::convert<ROWS>(s.read, copied & READ_COPIED, to + READ);
+    TokenVector::convert<ROWS>(s.write, copied & WRITE_COPIED, to + WRITE);
+    TokenVector::convert<COLUMNS>(s.value, copied & VALUE_COPIED, to + VALUE);
+    if (by_row()) TokenVector::convert<ROWS>(s.gate, copied & GATE_COPIED, to + DECAY, decay);
+    if (by_column()) TokenVector::convert<COLUMNS>(s.gate, copied & GATE_COPIED, to + DECAY, decay);
+    if (by_token() && lane() == 0) to[DECAY] = decay(log_decay);
+  }
+  CLA_DEVICE void fade(const float *decay) {
+    if (by_row()) {
+      state.scale_rows(decay);
+    } else if (by_column()) {
+      float by[State::WIDTH];
+      state.by_column(decay, by);
+      state.scale_columns(by);
+    } else if (by_token()) {
+      state.scale_columns({decay[0], decay[0]});
+    }
+  }
+  // The faded state at the last token of a segment.
+  CLA_DEVICE void keep(int64_t place) {
+    if (place + 1 != steps.count && (place + 1) % s.segment != 0) return;
+    Place end = at;
+    end.segment = place / s.segment;
+    float *to = s.ends + end.index(s.heads, s.segments) * s.ends_rows * (int64_t)s.cols;
+    state.store(to + first_column, s.cols, 1, s.rows, columns(), s.last_scale);
+  }
+  CLA_DEVICE void solve(const float *of, float *to, int64_t place) {
+    fade(of + DECAY);
+    if (s.ends) keep(place);
+    float sum = 0.f;
+    if (s.out.data && !s.inclusive) sum = state.read(of + READ);
+    if (s.writes) {
+      float column[State::WIDTH];
+      state.by_column(of + VALUE, column);
+      state.add(of + WRITE, column);
+    }
+    if (s.out.data && s.inclusive) sum = state.read(of + READ);
+    if (State::is_set(0)) to[state.own_column()] = s.out_scale * sum;
+  }
+  // A warp has all of a token's outputs.
+  CLA_DEVICE void store(int group) const {
+    if (!s.out.data || warp() >= groups.size(group)) return;
+    const Rows rows(s.out, steps.batch, opaque(at.head));
+    const int64_t t = steps.start + groups.place(group, warp());
+    for (int c = lane(); c < columns(); c += 32) rows.store(t, first_column + c, out(group, warp())[c]);
+  }
+
+  CLA_DEVICE void begin() {
+    if (s.first.data) {
+      const float *from =
+          s.first.data + at.sequence * s.first.sequence + at.head * s.first.head + first_column * s.first.col;
+      state.load(from, s.first.row, s.first.col, s.rows, columns());
+    } else {
+      state.zero();
+    }
+  }
+  CLA_DEVICE void run() {
+    const bool solves = warp() * State::OF_WARP < columns();
+    for_groups(
+        groups, [&] { begin(); }, [&](int group) { return fetch(group); }, [&](int group, float log_decay) { place(group, log_decay); },
+        [&](int group) {
+          if (!solves) return;
+          // Not where it is loaded: that would wait for it, with nothing else under way.
+          if (group == 0 && s.first.data) state.scale_columns({s.first_scale, s.first_scale});
+          const int size = groups.size(group);
+          CLA_NO_UNROLL
+          for (int i = 0; i < size; i++) solve(token(group, i), out(group, i), groups.place(group, i));
+        },
+        [&](int group) { store(group); });
+    if (!s.last.data) return;
+    if (s.reverse && steps.count > 0 && s.gate_kind != CLA_NO_GATE) fade_after();
+    float *to = s.last.data + at.sequence * s.last.sequence + at.head * s.last.head + first_column * s.last.col;
+    state.store(to, s.last.row, s.last.col, s.rows, columns(), steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale);
+  }
+  // What is due after the last step.
+  CLA_DEVICE void fade_after() {
+    const auto decay = [&](int d) { return exp_fast(load_element(gate.data, s.gate.dtype, steps.start * s.gate.token + d * s.gate.element)); };
+    state.each([&](int i, int c) {
+      const int row = state.row(i), column = first_column + state.column + c;
+      if (row < s.rows && column < s.cols) state.x[i][c] *= decay(by_row() ? row : by_column() ? column : 0);
+    });
+  }
+};
+
+template <int ROWS>
+CLA_KERNEL(TILE_THREADS, ROWS > 128 ? 1 : 2)
+void recurrent_kernel(const CLA_CONSTANT cla_sweep s, int copied) {
   // Neighbouring blocks have neighbouring columns: their rows lie side by side in memory.
-  const int tiles = (s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-  const Place place(block_x() / tiles, s.heads, 1);
-  const Steps steps(s.cu_seqlens, s.tokens, place.sequence, s.reverse);
-  const int block_column = block_x() % tiles * BLOCK_COLUMNS, column = block_column + 4 * x;
-  const bool rows_fade = s.gate_kind == CLA_GATE_ROWS, cols_fade = s.gate_kind == CLA_GATE_COLS;
-
-  // Of the step at hand: read, write and decay of the rows, value and decay of the columns; then sums over rows.
-  float *shared = (float *)shared_memory();
-  float *read_row = shared, *write_row = shared + ROW_GROUPS * EACH, *row_decay = shared + 2 * ROW_GROUPS * EACH;
-  float *value_row = shared + 3 * ROW_GROUPS * EACH, *column_decay = value_row + BLOCK_COLUMNS;
-  float *sums = column_decay + BLOCK_COLUMNS;  // [warps, columns]
-
-  float state[EACH][4];
-  const float *first = s.first.data ? s.first.data + place.sequence * s.first.sequence + place.head * s.first.head : nullptr;
-  const bool first_in_pieces = first && s.first.col == 1 && s.first.row % 4 == 0 && ((uintptr_t)first & 15) == 0;
-  CLA_UNROLL
-  for (int i = 0; i < EACH; i++) {
-    const int row = y + ROW_GROUPS * i;
-    const bool valid = first && row < s.rows;
-    if (valid && first_in_pieces && column + 4 <= s.cols) {
-      load4(state[i], first + row * s.first.row + column);
-    } else {
-      CLA_UNROLL
-      for (int c = 0; c < 4; c++) {
-        state[i][c] = valid && column + c < s.cols ? first[row * s.first.row + (column + c) * s.first.col] : 0.f;
-      }
-    }
-  }
-  // Log decays of what a thread has: the whole state's, then by row or column.
-  auto fade = [&](auto log_decay) {
-    float by_column[4];
-    CLA_UNROLL
-    for (int c = 0; c < 4; c++) by_column[c] = cols_fade && column + c < s.cols ? exp_fast(log_decay(column + c)) : 1.f;
-    const float whole = s.gate_kind == CLA_GATE_SCALAR ? exp_fast(log_decay(0)) : 1.f;
-    CLA_UNROLL
-    for (int i = 0; i < EACH; i++) {
-      const int row = y + ROW_GROUPS * i;
-      const float by_row = rows_fade && row < s.rows ? exp_fast(log_decay(row)) : whole;
-      CLA_UNROLL
-      for (int c = 0; c < 4; c++) state[i][c] *= by_row * by_column[c];
-    }
-  };
-
-  for (int64_t step = 0; step < steps.count; step++) {
-    const int64_t t = steps.token(step);
-    // Made anew for each step, out of what is in constant memory: registers are for the state, so that many blocks are there
-    // when all that decoding does is to wait for memory.
-    const int head = ENDS ? place.head : opaque(place.head);
-    const Rows read(s.read, steps.batch, head), write(s.write, steps.batch, head), value(s.value, steps.batch, head),
-        gate(s.gate, steps.batch, head);
-    CLA_NO_UNROLL
-    for (int r = tid; r < ROW_GROUPS * EACH; r += RECURRENT_THREADS) {
-      const bool valid = r < s.rows;
-      read_row[r] = valid ? read.load(t, r) : 0.f;
-      write_row[r] = valid && s.writes && steps.writes(s, step) ? write.load(t, r) : 0.f;
-      const float decay = !valid || cols_fade || s.gate_kind == CLA_NO_GATE
-                              ? 1.f
-                              : exp_fast(steps.decay_before(gate, step, rows_fade ? r : 0));
-      // Not where the state is loaded: that would wait for it, with nothing else under way.
-      row_decay[r] = step == 0 ? decay * s.first_scale : decay;
-    }
-    if (tid < BLOCK_COLUMNS) {
-      const bool valid = block_column + tid < s.cols;
-      value_row[tid] = valid ? value.load(t, block_column + tid) : 0.f;
-      column_decay[tid] = valid && cols_fade ? exp_fast(steps.decay_before(gate, step, block_column + tid)) : 1.f;
-    }
-    barrier();
-    const int64_t tokens = t - steps.start + 1;
-    if (ENDS && (tokens == steps.count || tokens % s.segment == 0)) {
-      Place end = place;
-      end.segment = (tokens - 1) / s.segment;
-      float *to = s.ends + end.index(s.heads, s.segments) * s.ends_rows * (int64_t)s.cols;
-      CLA_UNROLL
-      for (int i = 0; i < EACH; i++) {
-        const int row = y + ROW_GROUPS * i;
-        CLA_UNROLL
-        for (int c = 0; c < 4; c++) {
-          if (row >= s.rows || column + c >= s.cols) continue;
-          to[(int64_t)row * s.cols + column + c] = s.last_scale * state[i][c] * (row_decay[row] * column_decay[4 * x + c]);
-        }
-      }
-    }
-    float sum[4] = {0.f, 0.f, 0.f, 0.f};
-    CLA_UNROLL
-    for (int i = 0; i < EACH; i++) {
-      const int row = y + ROW_GROUPS * i;
-      const float q = read_row[row], k = write_row[row], decay = row_decay[row];
-      CLA_UNROLL
-      for (int c = 0; c < 4; c++) {
-        const float faded = state[i][c] * (decay * column_decay[4 * x + c]);
-        state[i][c] = faded + k * value_row[4 * x + c];
-        sum[c] += q * (s.inclusive ? state[i][c] : faded);
-      }
-    }
-    if (s.out.data) {
-      CLA_UNROLL
-      for (int c = 0; c < 4; c++) {
-        sum[c] += shuffle_xor(sum[c], 8);
-        sum[c] += shuffle_xor(sum[c], 16);
-        if ((tid & 31) < COLUMN_GROUPS) sums[(tid / 32) * BLOCK_COLUMNS + 4 * x + c] = sum[c];
-      }
-    }
-    barrier();
-    if (s.out.data && tid < BLOCK_COLUMNS && block_column + tid < s.cols) {
-      float total = 0.f;
-      CLA_UNROLL
-      for (int w = 0; w < RECURRENT_THREADS / 32; w++) total += sums[w * BLOCK_COLUMNS + tid];
-      Rows(s.out, steps.batch, opaque(place.head)).store(t, block_column + tid, s.out_scale * total);
-    }
-  }
-
-  if (!s.last.data) return;
-  const float scale = steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale;
-  if (s.gate_kind != CLA_NO_GATE && s.reverse && steps.count > 0) {
-    const Rows gate(s.gate, steps.batch, place.head);
-    fade([&](int d) { return steps.decay_after(gate, d); });
-  }
-  float *last = s.last.data + place.sequence * s.last.sequence + place.head * s.last.head;
-  const bool last_in_pieces = s.last.col == 1 && s.last.row % 4 == 0 && ((uintptr_t)last & 15) == 0;
-  CLA_UNROLL
-  for (int i = 0; i < EACH; i++) {
-    const int row = y + ROW_GROUPS * i;
-    if (row >= s.rows) continue;
-    CLA_UNROLL
-    for (int c = 0; c < 4; c++) state[i][c] *= scale;
-    if (last_in_pieces && column + 4 <= s.cols) {
-      store4(last + row * s.last.row + column, state[i]);
-    } else {
-      CLA_UNROLL
-      for (int c = 0; c < 4; c++) {
-        if (column + c < s.cols) last[row * s.last.row + (column + c) * s.last.col] = state[i][c];
-      }
-    }
-  }
+  Recurrent<ROWS>(s, copied, (s.cols + StateTile<ROWS>::COLUMNS - 1) / StateTile<ROWS>::COLUMNS).run();
 }
 
-template <int EACH> int32_t launch_recurrent(const cla_sweep &s, void *stream) {
-  const Dims grid = {(int64_t)s.sequences * s.heads * ((s.cols + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS), 1};
-  const int floats = 3 * ROW_GROUPS * EACH + 2 * BLOCK_COLUMNS + RECURRENT_THREADS / 32 * BLOCK_COLUMNS;
-  const auto kernel = s.ends ? recurrent_kernel<EACH, true> : recurrent_kernel<EACH, false>;
-  return launch(kernel, grid, RECURRENT_THREADS, 4 * floats, stream, s);
+template <int ROWS> int32_t launch_recurrent(const cla_sweep &s, void *stream) {
+  using Kernel = Recurrent<ROWS>;
+  const Dims grid = {(int64_t)s.sequences * s.heads * ((s.cols + Kernel::COLUMNS - 1) / Kernel::COLUMNS), 1};
+  const int copied = (can_be_copied(s.read, s.rows) ? READ_COPIED : 0) | (can_be_copied(s.write, s.rows) ? WRITE_COPIED : 0) |
+                     (can_be_copied(s.value, s.cols) ? VALUE_COPIED : 0) |
+                     (can_be_copied(s.gate, s.gate_kind == CLA_GATE_ROWS ? s.rows : s.cols) ? GATE_COPIED : 0);
+  return launch(recurrent_kernel<ROWS>, grid, TILE_THREADS, Kernel::SHARED, stream, s, copied);
 }
 
 }  // namespace cla
 
 extern "C" int32_t cla_sweep_recurrent(const cla_sweep *sweep, void *stream) {
-  if (sweep->rows <= 16) return cla::launch_recurrent<1>(*sweep, stream);
-  if (sweep->rows <= 32) return cla::launch_recurrent<2>(*sweep, stream);
-  if (sweep->rows <= 64) return cla::launch_recurrent<4>(*sweep, stream);
-  if (sweep->rows <= 128) return cla::launch_recurrent<8>(*sweep, stream);
-  static_assert(cla::ROW_GROUPS * 16 == CLA_RECURRENT_ROWS, "the most that threads have");
-  return cla::launch_recurrent<16>(*sweep, stream);
+  const int64_t tokens = sweep->cu_seqlens ? sweep->tokens / sweep->sequences : sweep->tokens;
+  if (tokens <= cla::FEW_TOKENS && !sweep->ends) return cla::sweep_few_tokens(*sweep, stream);
+  static_assert(CLA_RECURRENT_ROWS == 256, "the most that threads have");
+  return cla::by_rows(sweep->rows, [&](auto rows) { return cla::launch_recurrent<decltype(rows)::value>(*sweep, stream); });
 }

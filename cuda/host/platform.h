@@ -4,7 +4,7 @@
 // It is stricter than a GPU. What it can see to be wrong ends the process (abort), with a message that says where in the
 // kernel each thread is; what it cannot see it makes visible, as NaN:
 //  - shared memory is 0xff bytes, NaN in every format, until it is written;
-//  - what copy16_async copies lands when a copies_wait covers its group, and no sooner: until then its target is 0xff; a
+//  - what copy16_async and copy8_async copy lands when a copies_wait covers its group, and no sooner: until then its target is 0xff; a
 //    sub-tile that is copied likewise, and one that is stored is read only when its store is waited for;
 //  - a thread runs alone as far as it can, so that a missing barrier shows under one order or another.
 // Under AddressSanitizer, reading what is still being copied is an error too, as is every access outside of shared memory.
@@ -83,8 +83,8 @@ template <class T> T shuffle_words(T x, unsigned from, const Site &site) {
 }
 
 inline unsigned lane() { return here.thread & 31; }
-inline void check_alignment(const void *p, const Site &site) {
-  if ((uintptr_t)p & 15) fatal(site, "the address is not a multiple of 16");
+inline void check_alignment(const void *p, const Site &site, size_t to = 16) {
+  if ((uintptr_t)p % to) fatal(site, to == 16 ? "the address is not a multiple of 16" : "the address is not a multiple of 8");
 }
 
 }  // namespace host
@@ -116,6 +116,7 @@ template <class T> T shuffle_up(T x, int delta, CLA_HOST_SITE) {
 }
 
 void copy16_async(void *shared, const void *global, bool valid, CLA_HOST_SITE);
+void copy8_async(void *shared, const void *global, bool valid, CLA_HOST_SITE);
 void copies_commit();
 template <int N> void copies_wait() {
   static_assert(N >= 0, "a number of groups");

@@ -20,6 +20,7 @@ constexpr uint32_t ALL_LANES = 0xffffffffu;
 struct Copy {
   int64_t group;
   unsigned char *to;
+  size_t size;
   unsigned char bytes[16];
 };
 
@@ -235,7 +236,7 @@ class Runner {
   }
 
   void check_shared(const void *p, const Site &site, size_t bytes = 16) const {
-    check_alignment(p, site);
+    check_alignment(p, site, bytes < 16 ? bytes : 16);
     const size_t offset = (size_t)((const unsigned char *)p - here.shared);
     if (offset >= shared_bytes || shared_bytes - offset < bytes) {
       fatal(site, "the address is outside of the block's shared memory");
@@ -246,8 +247,8 @@ class Runner {
     while (thread.landed < thread.copies.size()) {
       const Copy &copy = thread.copies[thread.landed];
       if (copy.group + groups_left >= thread.groups) return;
-      allow(copy.to, 16);
-      memcpy(copy.to, copy.bytes, 16);
+      allow(copy.to, copy.size);
+      memcpy(copy.to, copy.bytes, copy.size);
       thread.landed++;
     }
     thread.copies.clear();

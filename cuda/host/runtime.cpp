@@ -112,16 +112,21 @@ using namespace host;
 void barrier(const char *file, int line) { runner->barrier({"barrier", file, line}); }
 void meet(int which) { runner->barrier({"meet", "meeting", which}); }
 
-void copy16_async(void *shared, const void *global, bool valid, const char *file, int line) {
-  const Site site = {"copy16_async", file, line};
-  runner->check_shared(shared, site);
-  check_alignment(global, site);
+static void copy_async(void *shared, const void *global, size_t size, bool valid, const Site &site) {
+  runner->check_shared(shared, site, size);
+  check_alignment(global, site, size);
   Thread &thread = runner->thread();
-  Copy copy = {thread.groups, (unsigned char *)shared, {}};
-  if (valid) memcpy(copy.bytes, global, 16);
-  memset(shared, 0xff, 16);
-  forbid(shared, 16);
+  Copy copy = {thread.groups, (unsigned char *)shared, size, {}};
+  if (valid) memcpy(copy.bytes, global, size);
+  memset(shared, 0xff, size);
+  forbid(shared, size);
   thread.copies.push_back(copy);
+}
+void copy16_async(void *shared, const void *global, bool valid, const char *file, int line) {
+  copy_async(shared, global, 16, valid, {"copy16_async", file, line});
+}
+void copy8_async(void *shared, const void *global, bool valid, const char *file, int line) {
+  copy_async(shared, global, 8, valid, {"copy8_async", file, line});
 }
 
 void copies_commit() { runner->thread().groups++; }

@@ -260,7 +260,7 @@ template <bool LOOK_EARLY> static void copy(Copied c) {
   shared[1] = shared[5] = shared[9] = 7;
   copy16_async(shared, c.from + 4 * t, true);
   copies_commit();
-  copy16_async(shared + 4, c.from + 4 * t, t % 2 == 0);
+  copy8_async(shared + 4, c.from + 4 * t, t % 2 == 0);
   copies_commit();
   copy16_async(shared + 8, c.from + 4 * t, true);  // never committed
   if (LOOK_EARLY) out[0] = shared[1], out[96] = shared[5];

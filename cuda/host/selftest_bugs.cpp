@@ -33,6 +33,7 @@ static void two_barriers() {
 }
 static void odd_target() { copy16_async(shared_memory() + 4, shared_memory(), true); }
 static void odd_source() { copy16_async(shared_memory(), shared_memory() + 4, true); }
+static void odd_half() { copy8_async(shared_memory() + 4, shared_memory(), true); }
 static void odd_row() {
   uint32_t r[4];
   load_matrices(r, shared_memory() + 8 * (thread_index() == 9));
@@ -137,6 +138,7 @@ void check_bugs() {
   check_aborts(store_nobody_waits_for, 1, "a thread returns before what it stores has been read", SUBTILES);
   check_aborts([] { shuffle(1, 0); }, 40, "the last warp has only 8 lanes");
   check_aborts(odd_target, 32, "copy16_async");
+  check_aborts(odd_half, 32, "copy8_async");
   check_aborts(odd_source, 32, "the address is not a multiple of 16");
   check_aborts(odd_row, 32, "thread 9: load_matrices");
   check_aborts(outer_row, 32, "thread 6: load_matrices");  // 16 * 6 + 16 > 100

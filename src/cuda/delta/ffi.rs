@@ -62,7 +62,6 @@ pub(super) struct Sweep {
     pub shared_limit: i64,
     pub prepared: *mut u8,
     pub spans: Spans,
-    pub crowded: i32,
 }
 
 #[derive(Debug, Clone, Copy)]

@@ -1,7 +1,5 @@
 //! Which kernels a delta sweep takes: a plain function of its sizes and the GPU's numbers.
 
-use candle_core::DType;
-
 use super::ffi;
 use crate::cuda::route::Card;
 use crate::options::Mode;
@@ -90,15 +88,6 @@ pub(super) fn route(mode: Mode, size: &Size, card: &Card, needs: impl Fn(usize) 
     chosen.map_or(Route::Recurrent, |(_, route)| route)
 }
 
-/// Whether a sweep token by token waits so much for memory, or has so many blocks, that it is better off with room for twice
-/// as many on a multiprocessor: these make addresses anew all the time, by which inputs in f32 would lose more than they gain.
-pub(super) fn is_crowded(size: &Size, dtype: DType, card: &Card) -> bool {
-    /// Blocks that a multiprocessor has room for otherwise.
-    const BLOCKS: usize = 4;
-    let blocks = size.states * size.cols.div_ceil(ffi::COLUMNS);
-    size.longest <= SHORT || (dtype != DType::F32 && blocks > BLOCKS * card.multiprocessors)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,15 +164,5 @@ mod tests {
         assert_eq!(route(Mode::FusedChunk, &LONG, &H200, |_| None), Route::Recurrent);
         let tiny = Card { shared_memory: 48 * 1024, ..H200 };
         assert_eq!(route(Mode::FusedChunk, &LONG, &tiny, needs), Route::Recurrent);
-    }
-
-    #[test]
-    fn decoding_and_many_blocks_make_a_crowd() {
-        assert!(is_crowded(&Size { longest: 1, ..LONG }, DType::F32, &H200));
-        assert!(!is_crowded(&LONG, DType::BF16, &H200));
-        let (fits, too_many) = (Size { states: 132, ..LONG }, Size { states: 133, ..LONG });
-        assert!(!is_crowded(&fits, DType::BF16, &H200));
-        assert!(is_crowded(&too_many, DType::BF16, &H200));
-        assert!(!is_crowded(&too_many, DType::F32, &H200));
     }
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use candle_core::{DType, Result, Tensor};
 
 use super::ffi::{self, SegmentStates};
-use super::route::{Route, Size, Spans, is_crowded, route};
+use super::route::{Route, Size, Spans, route};
 use crate::cuda::ffi::Gate;
 use crate::cuda::memory::{Addresses, Buffer, Held, NO_TENSOR};
 use crate::cuda::sweep::Pass;
@@ -137,7 +137,6 @@ pub(super) fn run(pass: &Pass, x: &Inputs<Tensor>, sweep: Sweep) -> Result<()> {
             changes: std::ptr::null_mut(),
             starts: std::ptr::null_mut(),
         },
-        crowded: is_crowded(&size, p.dtype, &pass.card).into(),
     };
     let needs = |columns: usize| {
         let call = ffi::Sweep { columns: columns as i32, ..call };
