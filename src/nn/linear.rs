@@ -1,5 +1,6 @@
 //! Projections, and the initialisation the checkpoints' authors use.
 
+use crate::nn::heads::heads_from;
 use crate::nn::weight::Weight;
 use candle_core::{D, DType, Error, Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -78,22 +79,39 @@ impl<const N: usize> Projections<N> {
 
     /// `[.., inputs]` to `[.., outputs]` of each.
     pub fn forward(&self, xs: &Tensor) -> Result<[Tensor; N]> {
+        match self.at_once(xs)? {
+            Some(ys) => self.each_with(|linear, start| ys.narrow(D::Minus1, start, linear.weight.outputs()?)),
+            None => self.each_with(|linear, _| linear.forward(xs)),
+        }
+    }
+
+    /// `[B, T, inputs]` to `[B, T, heads, width]` of each, given as `[heads, width]`.
+    pub fn forward_heads(&self, xs: &Tensor, shapes: [[usize; 2]; N]) -> Result<[Tensor; N]> {
+        let whole = self.at_once(xs)?;
+        let mut shapes = shapes.into_iter();
+        self.each_with(|linear, start| {
+            let [heads, width] = shapes.next().unwrap_or_default();
+            match &whole {
+                Some(ys) => heads_from(ys, start, heads, width),
+                None => linear.forward_heads(xs, heads),
+            }
+        })
+    }
+
+    /// The results side by side, if one product makes them all.
+    fn at_once(&self, xs: &Tensor) -> Result<Option<Tensor>> {
         let tokens: usize = xs.dims().iter().rev().skip(1).product();
+        let whole = self.whole.as_ref().filter(|_| tokens <= FEW);
+        whole.map(|whole| project(xs, whole)).transpose()
+    }
+
+    /// What `f` makes of each projection and of where its outputs begin among those of all.
+    fn each_with(&self, mut f: impl FnMut(&Linear, usize) -> Result<Tensor>) -> Result<[Tensor; N]> {
+        let mut start = 0;
         let mut found = Vec::with_capacity(N);
-        match &self.whole {
-            Some(whole) if tokens <= FEW => {
-                let (ys, mut start) = (project(xs, whole)?, 0);
-                for linear in &self.each {
-                    let outputs = linear.weight.outputs()?;
-                    found.push(ys.narrow(D::Minus1, start, outputs)?);
-                    start += outputs;
-                }
-            }
-            _ => {
-                for linear in &self.each {
-                    found.push(linear.forward(xs)?);
-                }
-            }
+        for linear in &self.each {
+            found.push(f(linear, start)?);
+            start += linear.weight.outputs()?;
         }
         found.try_into().map_err(|_| Error::msg("as many results as projections"))
     }

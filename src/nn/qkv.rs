@@ -1,7 +1,8 @@
 //! Queries, keys and values of a layer, with the short convolutions some layers have behind each.
 
 use crate::nn::call::Call;
-use crate::nn::heads::Heads;
+use crate::nn::heads::{Heads, heads_from};
+use crate::nn::linear::Projections;
 use crate::nn::{Activation, Linear, ShortConvolution};
 use candle_core::{Result, Tensor};
 use candle_nn::VarBuilder;
@@ -41,17 +42,16 @@ pub(crate) enum Silu {
     Of([bool; 3]),
 }
 
-#[derive(Debug, Clone)]
-struct Projection {
-    linear: Linear,
-    conv: Option<ShortConvolution>,
-    silu: bool,
-    heads: usize,
-}
-
 /// The three projections: `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` if there are convolutions.
 #[derive(Debug, Clone)]
-pub(crate) struct Qkv([Projection; 3]);
+pub(crate) struct Qkv {
+    projections: Projections<3>,
+    convs: Option<[ShortConvolution; 3]>,
+    /// Where SiLU follows that is not a part of a convolution.
+    silu: [bool; 3],
+    /// How many heads, and how wide.
+    heads: [[usize; 2]; 3],
+}
 
 /// What comes out: `q [B, T, heads, K]`, `k [B, T, heads, K]`, `v [B, T, heads, V]`, each with heads of its own number,
 /// and the convolutions' memory, empty if there are none.
@@ -84,43 +84,50 @@ impl Qkv {
         stdev: f64,
         vb: &VarBuilder,
     ) -> Result<Self> {
-        let projection = |index: usize, name: &str| {
-            let width = shape.heads[index] * shape.head_dims[index];
-            let linear = Linear::new(shape.hidden_size, width, false, stdev, vb.pp(format!("{name}_proj")))?;
-            let silu = match silu {
-                Silu::WithConvolution => conv.is_some(),
-                Silu::Of(wanted) => wanted[index],
-            };
-            let conv = match conv {
-                Some(shape) => {
-                    let vb = vb.pp(format!("{name}_conv1d"));
-                    let conv = ShortConvolution::new(width, shape.width, shape.bias, stdev, vb)?;
-                    Some(conv.with_silu(silu))
-                }
-                None => None,
-            };
-            Ok::<_, candle_core::Error>(Projection { linear, conv, silu, heads: shape.heads[index] })
+        const NAMES: [&str; 3] = ["q", "k", "v"];
+        let heads = [0, 1, 2].map(|i| [shape.heads[i], shape.head_dims[i]]);
+        let silu = match silu {
+            Silu::WithConvolution => [conv.is_some(); 3],
+            Silu::Of(wanted) => wanted,
         };
-        Ok(Self([projection(0, "q")?, projection(1, "k")?, projection(2, "v")?]))
+        let projection = |i: usize| {
+            let vb = vb.pp(format!("{}_proj", NAMES[i]));
+            Linear::new(shape.hidden_size, heads[i].iter().product(), false, stdev, vb)
+        };
+        let convolution = |shape: ConvShape, i: usize| {
+            let vb = vb.pp(format!("{}_conv1d", NAMES[i]));
+            let conv = ShortConvolution::new(heads[i].iter().product(), shape.width, shape.bias, stdev, vb)?;
+            Ok::<_, candle_core::Error>(conv.with_silu(silu[i]))
+        };
+        let convs = match conv {
+            Some(shape) => Some([convolution(shape, 0)?, convolution(shape, 1)?, convolution(shape, 2)?]),
+            None => None,
+        };
+        let projections = Projections::new([projection(0)?, projection(1)?, projection(2)?])?;
+        Ok(Self { projections, silu: if convs.is_some() { [false; 3] } else { silu }, convs, heads })
     }
 
     pub fn forward(&self, xs: &Tensor, call: &Call) -> Result<Projected> {
-        let own = self.0.iter().filter(|part| part.conv.is_some()).count();
-        call.past(0, own)?;
-        let mut conv = Vec::new();
-        let mut project = |index: usize| {
-            let projection = &self.0[index];
-            let Some(layer) = &projection.conv else {
-                let ys = projection.linear.forward_heads(xs, projection.heads)?;
-                return if projection.silu { Activation::Silu.forward(&ys) } else { Ok(ys) };
-            };
-            let past = call.past(index, own)?;
-            let (ys, past) = layer.run(&projection.linear.forward(xs)?, past, call.cu_seqlens())?;
-            conv.push(past);
-            let (batch, tokens, _) = ys.dims3()?;
-            ys.reshape((batch, tokens, projection.heads, ()))
+        let Some(convs) = &self.convs else {
+            call.past(0, 0)?;
+            let mut projected = self.projections.forward_heads(xs, self.heads)?;
+            for (ys, silu) in projected.iter_mut().zip(self.silu) {
+                if silu {
+                    *ys = Activation::Silu.forward(ys)?;
+                }
+            }
+            let [q, k, v] = projected;
+            return Ok(Projected { q, k, v, conv: Vec::new() });
         };
-        let (q, k, v) = (project(0)?, project(1)?, project(2)?);
+        let projected = self.projections.forward(xs)?;
+        let mut conv = Vec::new();
+        let mut convolve = |i: usize| {
+            let (ys, past) = convs[i].run(&projected[i], call.past(i, convs.len())?, call.cu_seqlens())?;
+            conv.push(past);
+            let [heads, head_dim] = self.heads[i];
+            heads_from(&ys, 0, heads, head_dim)
+        };
+        let (q, k, v) = (convolve(0)?, convolve(1)?, convolve(2)?);
         Ok(Projected { q, k, v, conv })
     }
 }
