@@ -71,7 +71,6 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
   CLA_DEVICE bool has_next(int64_t i) const { return begin + i + 1 < steps.count; }
   CLA_DEVICE bool by_channel() const { return c.of.gate_kind == CLA_GATE_ROWS; }
   CLA_DEVICE bool by_token() const { return c.of.gate_kind == CLA_GATE_SCALAR; }
-  CLA_DEVICE bool solves() const { return warp() * State::OF_WARP < channels(); }
 
   CLA_DEVICE float *slot(int group, int i) const { return shared + ((group & 1) * GROUP + i) * TOKEN; }
   CLA_DEVICE float *reads(int group, int i) const { return shared + READS + ((group & 1) * GROUP + i) * READ; }
@@ -159,14 +158,8 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
   template <class Solve, class Finish> CLA_DEVICE void go(const Groups &groups, Solve solve, Finish finish) {
     barrier();
     for_groups(
-        groups, [] {}, [&](int group) { return fetch(groups, group); },
-        [&](int group, const Fetched &f) { place(groups, group, f); },
-        [&](int group) {
-          const int size = solves() ? groups.size(group) : 0;
-          CLA_NO_UNROLL
-          for (int n = 0; n < size; n++) solve(group, n, (int)groups.place(group, n));
-        },
-        finish);
+        groups, warp() * State::OF_WARP < channels(), [] {}, [&](int group) { return fetch(groups, group); },
+        [&](int group, const Fetched &f) { place(groups, group, f); }, solve, finish);
   }
 
   // ---- forwards ----
@@ -176,8 +169,9 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
     load(c.starts);
     if (LOW_RANK && segment == 0 && c.da.data) read_initial_state();
     const Groups groups(count, false);
-    const auto solve = [&](int group, int n, int i) {
+    const auto solve = [&](int group, int n) {
       const float *of = slot(group, n);
+      const int i = (int)groups.place(group, n);
       fade(of);
       const float read = state.read_two(of + P, of + Q);
       if (!(lane() & 16)) found(State::is_other(), i)[state.own_column()] = read;
@@ -211,7 +205,7 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
     shared[END + state.own_column()] = state.total(sum);
 
     const Groups groups(count, true);
-    const auto solve = [&](int group, int n, int) {
+    const auto solve = [&](int group, int n) {
       const float *of = slot(group, n);
       float *to = reads(group, n) + state.own_column();
       if (LOW_RANK) {
@@ -228,7 +222,8 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
     go(groups, solve, [&](int group) {
       if (warp() >= groups.size(group)) return;
       const int i = (int)groups.place(group, warp());
-      for (int channel = lane(); channel < COLUMNS; channel += 32) finish(i, slot(group, warp()), reads(group, warp()), channel);
+      const float *of = slot(group, warp()), *read = reads(group, warp());
+      for (int channel = lane(); channel < COLUMNS; channel += 32) finish(i, of, read, channel);
     });
     sum_up();
   }
@@ -301,7 +296,8 @@ CLA_KERNEL(TILE_THREADS, ROWS > 128 ? 1 : 2)
 void delta_gradients_kernel(const CLA_CONSTANT cla_delta_gradient c, int copied) {
   const int slices = (c.of.k_dim + StateTile<ROWS>::COLUMNS - 1) / StateTile<ROWS>::COLUMNS;
   const int slice = block_x() % slices, head = block_x() / slices % c.of.heads;
-  DeltaGradients<ROWS, LOW_RANK> gradients(c, copied, slice, head, SegmentOf(c.starts, c.of.sequences, block_x() / slices / c.of.heads));
+  const SegmentOf segment(c.starts, c.of.sequences, block_x() / slices / c.of.heads);
+  DeltaGradients<ROWS, LOW_RANK> gradients(c, copied, slice, head, segment);
   gradients.run_forwards();
   gradients.run_in_reverse();
 }

@@ -62,7 +62,7 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
     if (by_token()) f.decay = load_element(gate.data, s.of.gate.dtype, t * s.of.gate.token);
     return f;
   }
-  CLA_DEVICE void place(const Fetched &f, int group) const {
+  CLA_DEVICE void place(int group, const Fetched &f) const {
     if (warp() >= groups.size(group)) return;
     float *to = token(group, warp());
     if (lane() == 0) to[BETA] = f.beta;
@@ -108,7 +108,9 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
     state.add(row, {factor * column[0], factor * column[1]});
   }
 
-  CLA_DEVICE void solve(const float *of, float *to, int64_t place) {
+  CLA_DEVICE void solve(int group, int i) {
+    if (i == 0) keep_before(group);
+    const float *of = token(group, i);
     const float beta = of[BETA];
     float m, out = 0.f;
     if (!REVERSE) {
@@ -130,6 +132,7 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
         out = state.read(of + K);
         fade(of);
         // What a token reads is read before the state fades.
+        const int64_t place = groups.place(group, i);
         if (s.anchors.data && place > 0 && place % CLA_DELTA_SEGMENT == 0) keep(place / CLA_DELTA_SEGMENT - 1);
         add(of + A, m);
       } else {
@@ -138,6 +141,7 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
         fade(of);
       }
     }
+    float *to = result(group, i);
     if (State::is_set(0)) to[INNER + state.own_column()] = m;
     if (State::is_set(1)) to[OUT + state.own_column()] = out;
   }
@@ -163,16 +167,9 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
     }
   }
   CLA_DEVICE void run() {
-    const bool solves = warp() * State::OF_WARP < columns();
     for_groups(
-        groups, [&] { begin(); }, [&](int group) { return fetch(group); }, [&](int group, const Fetched &f) { place(f, group); },
-        [&](int group) {
-          if (!solves) return;
-          keep_before(group);
-          const int size = groups.size(group);
-          CLA_NO_UNROLL
-          for (int i = 0; i < size; i++) solve(token(group, i), result(group, i), groups.place(group, i));
-        },
+        groups, warp() * State::OF_WARP < columns(), [&] { begin(); }, [&](int group) { return fetch(group); },
+        [&](int group, const Fetched &f) { place(group, f); }, [&](int group, int i) { solve(group, i); },
         [&](int group) { store(group); });
     if (!s.last.data) return;
     float *to = s.last.data + sequence * s.last.sequence + head * s.last.head + first_column * s.last.col;
@@ -181,7 +178,7 @@ template <int ROWS, bool LOW_RANK, bool REVERSE> struct DeltaRecurrent {
 };
 
 template <int ROWS, bool LOW_RANK, bool REVERSE>
-CLA_KERNEL(TILE_THREADS, ROWS > 128 ? 1 : 3)
+CLA_KERNEL(TILE_THREADS, ROWS > 128 ? 1 : REVERSE && !LOW_RANK ? 2 : 3)
 void delta_recurrent_kernel(const CLA_CONSTANT cla_delta_sweep s, int copied) {
   const unsigned tiles = (s.of.v_dim + StateTile<ROWS>::COLUMNS - 1) / StateTile<ROWS>::COLUMNS;
   DeltaRecurrent<ROWS, LOW_RANK, REVERSE>(s, copied, tiles, place_of(block_x() / tiles, s.of.heads)).run();

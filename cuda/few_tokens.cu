@@ -1,6 +1,6 @@
-// A sweep token by token over so few tokens that it waits for its states: decoding. They are read and written once, whole lines a
-// warp and 16 bytes a thread, with all loads under way before the first is used, so each warp has some of the rows of all of a
-// block's 32 columns, and sums over rows go from warp to warp with every token.
+// A sweep token by token over so few tokens that it waits for its states: decoding. They are read and written once, whole
+// lines a warp and 16 bytes a thread, with all loads under way before the first is used; so each warp has some of the rows of
+// all of a block's 32 columns, and what is read of a state is summed up through shared memory.
 #include "few_tokens.cuh"
 
 namespace cla {

@@ -41,12 +41,13 @@ template <int ROWS> struct Recurrent {
   CLA_DEVICE bool by_column() const { return s.gate_kind == CLA_GATE_COLS; }
   CLA_DEVICE bool by_token() const { return s.gate_kind == CLA_GATE_SCALAR; }
 
-  // Asks for the vectors of a warp's token, and returns its log decay if that is one number. Between two tokens it is that of the
-  // later one, whichever comes first.
+  // Asks for the vectors of a warp's token, and returns its log decay if that is one number. Between two tokens it is that of
+  // the later one, whichever comes first.
   CLA_DEVICE float fetch(int group) const {
     if (warp() >= groups.size(group)) return 0.f;
     const int64_t place = groups.place(group, warp()), t = steps.start + place, faded_by = s.reverse ? place + 1 : place;
-    const bool fades = faded_by < steps.count, writes = s.writes && steps.writes(s, s.reverse ? steps.count - 1 - place : place);
+    const int64_t step = s.reverse ? steps.count - 1 - place : place;
+    const bool fades = faded_by < steps.count, writes = s.writes && steps.writes(s, step);
     float *to = token(group, warp());
     read.fetch<ROWS>(s.read, copied & READ_COPIED, t, 0, s.rows, to + READ);
     write.fetch<ROWS>(s.write, copied & WRITE_COPIED, t, 0, writes ? s.rows : 0, to + WRITE);
@@ -89,9 +90,12 @@ template <int ROWS> struct Recurrent {
     float *to = s.ends + end.index(s.heads, s.segments) * s.ends_rows * (int64_t)s.cols;
     state.store(to + first_column, s.cols, 1, s.rows, columns(), s.last_scale);
   }
-  CLA_DEVICE void solve(const float *of, float *to, int64_t place) {
+  CLA_DEVICE void solve(int group, int i) {
+    const float *of = token(group, i);
+    // Not where it is loaded: that would wait for it, with nothing else under way.
+    if (group == 0 && i == 0 && s.first.data) state.scale_columns({s.first_scale, s.first_scale});
     fade(of + DECAY);
-    if (s.ends) keep(place);
+    if (s.ends) keep(groups.place(group, i));
     float sum = 0.f;
     if (s.out.data && !s.inclusive) sum = state.read(of + READ);
     if (s.writes) {
@@ -100,7 +104,7 @@ template <int ROWS> struct Recurrent {
       state.add(of + WRITE, column);
     }
     if (s.out.data && s.inclusive) sum = state.read(of + READ);
-    if (State::is_set(0)) to[state.own_column()] = s.out_scale * sum;
+    if (State::is_set(0)) out(group, i)[state.own_column()] = s.out_scale * sum;
   }
   // A warp has all of a token's outputs.
   CLA_DEVICE void store(int group) const {
@@ -120,29 +124,23 @@ template <int ROWS> struct Recurrent {
     }
   }
   CLA_DEVICE void run() {
-    const bool solves = warp() * State::OF_WARP < columns();
     for_groups(
-        groups, [&] { begin(); }, [&](int group) { return fetch(group); }, [&](int group, float log_decay) { place(group, log_decay); },
-        [&](int group) {
-          if (!solves) return;
-          // Not where it is loaded: that would wait for it, with nothing else under way.
-          if (group == 0 && s.first.data) state.scale_columns({s.first_scale, s.first_scale});
-          const int size = groups.size(group);
-          CLA_NO_UNROLL
-          for (int i = 0; i < size; i++) solve(token(group, i), out(group, i), groups.place(group, i));
-        },
+        groups, warp() * State::OF_WARP < columns(), [&] { begin(); }, [&](int group) { return fetch(group); },
+        [&](int group, float log_decay) { place(group, log_decay); }, [&](int group, int i) { solve(group, i); },
         [&](int group) { store(group); });
     if (!s.last.data) return;
     if (s.reverse && steps.count > 0 && s.gate_kind != CLA_NO_GATE) fade_after();
     float *to = s.last.data + at.sequence * s.last.sequence + at.head * s.last.head + first_column * s.last.col;
-    state.store(to, s.last.row, s.last.col, s.rows, columns(), steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale);
+    const float scale = steps.count == 0 ? s.last_scale * s.first_scale : s.last_scale;
+    state.store(to, s.last.row, s.last.col, s.rows, columns(), scale);
   }
   // What is due after the last step.
   CLA_DEVICE void fade_after() {
-    const auto decay = [&](int d) { return exp_fast(load_element(gate.data, s.gate.dtype, steps.start * s.gate.token + d * s.gate.element)); };
+    const Rows gates(s.gate, steps.batch, at.head);
     state.each([&](int i, int c) {
       const int row = state.row(i), column = first_column + state.column + c;
-      if (row < s.rows && column < s.cols) state.x[i][c] *= decay(by_row() ? row : by_column() ? column : 0);
+      if (row >= s.rows || column >= s.cols) return;
+      state.x[i][c] *= exp_fast(steps.decay_after(gates, by_row() ? row : by_column() ? column : 0));
     });
   }
 };

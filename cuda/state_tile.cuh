@@ -9,8 +9,8 @@ namespace cla {
 
 constexpr int TILE_WARPS = 8, TILE_THREADS = 32 * TILE_WARPS;
 
-// 64 columns of a state, 8 a warp with all their rows: what is read of the state is a sum over lanes of one warp, and warps wait
-// for one another only when tokens come. A thread has EACH rows of two columns, in runs of up to four, so that numbers of
+// 64 columns of a state, 8 a warp with all their rows: what is read of the state is a sum over lanes of one warp, and warps
+// wait for one another only when tokens come. A thread has EACH rows of two columns, in runs of up to four, so that numbers of
 // theirs are in one piece of shared memory.
 template <int ROWS_> struct StateTile {
   static constexpr int ROWS = ROWS_, OF_WARP = 8, COLUMNS = TILE_WARPS * OF_WARP, WIDTH = 2;
@@ -182,10 +182,11 @@ struct TokenVector {
       }
     }
   }
-  CLA_COLD void place_elements(const cla_tensor &x, int64_t t, int d, int width, float *to) const {
-    float v[4];
-    for (int i = 0; i < 4; i++) v[i] = data && d + i < width ? load_element(data, x.dtype, t * x.token + (d + i) * x.element) : 0.f;
-    store4(to, v);
+  CLA_DEVICE void place_elements(const cla_tensor &x, int64_t t, int d, int width, float *to) const {
+    CLA_NO_UNROLL
+    for (int i = 0; i < 4; i++) {
+      to[i] = data && d + i < width ? load_element(data, x.dtype, t * x.token + (d + i) * x.element) : 0.f;
+    }
   }
   // When what has been copied is there: each lane its own, as f of it.
   template <int N, class F> CLA_DEVICE static void convert(const cla_tensor &x, bool copied, float *to, F f) {
@@ -233,10 +234,12 @@ CLA_DEVICE Place place_of(unsigned block, unsigned heads) {
   return place;
 }
 
-// For each group, in order: `fetch` asks for its tokens while the group before is solved, `place` makes them what `solve` needs,
-// and `finish` is called when all warps have solved it. `begin` is called when the first tokens are on their way.
+// For each group, in order: `fetch` asks for its tokens while the group before is solved, `place` makes them what `solve`
+// needs, token by token if the warp has columns (`solves`), and `finish` is called when all warps have solved the group. `begin`
+// is called when the first tokens are on their way.
 template <class Groups, class Begin, class Fetch, class Place, class Solve, class Finish>
-CLA_DEVICE void for_groups(const Groups &groups, Begin begin, Fetch fetch, Place place, Solve solve, Finish finish) {
+CLA_DEVICE void for_groups(const Groups &groups, bool solves, Begin begin, Fetch fetch, Place place, Solve solve,
+                           Finish finish) {
   if (groups.count == 0) return begin();
   auto next = fetch(0);
   begin();
@@ -249,7 +252,9 @@ CLA_DEVICE void for_groups(const Groups &groups, Begin begin, Fetch fetch, Place
     // Where the tokens go that are asked for, this warp alone may still have looked.
     warp_barrier();
     if (more) next = fetch(group + 1);
-    solve(group);
+    const int size = solves ? groups.size(group) : 0;
+    CLA_NO_UNROLL
+    for (int i = 0; i < size; i++) solve(group, i);
     if (more) place(group + 1, next);
   }
   barrier();
