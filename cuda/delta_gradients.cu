@@ -246,7 +246,8 @@ template <int ROWS, bool LOW_RANK> struct DeltaGradients {
       if (i + 1 < count) term -= (double)(key * of_k) + (double)(rank * of_b);
       const float most = (float)term;
       found(0, i)[channel] = most;
-      found(1, i)[channel] = (float)(term - (double)most);
+      // Of a term that is infinite there is no rest.
+      found(1, i)[channel] = most - most == 0.f ? (float)(term - (double)most) : 0.f;
       forgets(i)[channel] = of[DECAY + channel] == 0.f;
     }
     const float own = s * beta * dot[0], own_rank = LOW_RANK ? s * dot[2] : 0.f;

@@ -127,7 +127,7 @@ template <int ROWS_> struct StateTile {
     by_row(from, [&](int i, float r) { sum[0] += r * x[i][0], sum[1] += r * x[i][1]; });
     return total(sum);
   }
-  // The same of two at once: of one for lanes whose number has bit 8, of the other for those that have not.
+  // The same of two at once: of the other one for lanes that say so by `is_other`.
   CLA_DEVICE float read_two(const float *from, const float *other) const {
     float one[WIDTH] = {0.f, 0.f}, two[WIDTH] = {0.f, 0.f};
     by_row(from, [&](int i, float r) { one[0] += r * x[i][0], one[1] += r * x[i][1]; });

@@ -164,7 +164,8 @@ impl<'a> Sweeps<'a> {
             reverse: true,
             inclusive: true,
             out_scale: s,
-            first_scale: s.recip(),
+            // Of a scale that is next to nothing the reciprocal is infinite, and times 0 not a number.
+            first_scale: if first.is_some() { s.recip() } else { 1. },
             last_scale: s,
             ends: None,
         }
