@@ -312,17 +312,27 @@ fn each_loss_and_each_input_alone() {
 /// With a scale of 0 nothing comes from the outputs; with a tiny one, what does must not drown the states' gradient.
 #[test]
 fn scales_next_to_nothing() {
-    for (scale, t) in [(0., 67), (-0., 67), (1e-31, 67), (-1e-38, 67), (1e-39, 3)] {
+    // With a gradient of the last states, by which sweeps in reverse begin, and without.
+    let all = [true; 3];
+    let of_outputs = [true, false, false];
+    for (scale, t, loss) in [
+        (0., 67, all),
+        (-0., 67, all),
+        (1e-31, 67, all),
+        (-1e-38, 67, all),
+        (1e-39, 3, of_outputs),
+        (1e-39, 67, of_outputs),
+    ] {
         for op in [Op::LinearAttn, Op::Gla, Op::Kda, Op::Rwkv7] {
             let case = Case { op, scale: Some(scale), t, h: 1, ..Case::default() };
             let inputs = case.inputs().unwrap();
-            let mut want = case.expected(&inputs, [true; 3]).unwrap();
+            let mut want = case.expected(&inputs, loss).unwrap();
             // Too small for the f32 that o and dq are.
             let nothing =
                 |x: &mut Vec<f64>| x.iter_mut().for_each(|x| *x = if scale == 0. { *x } else { 0. });
             nothing(&mut want.outputs[0]);
             nothing(&mut want.grads[0]);
-            let graph = Graph { tracked: std::array::from_fn(|i| i < 5 && i != GATE), ..Graph::ALL };
+            let graph = Graph { loss, tracked: std::array::from_fn(|i| i < 5 && i != GATE), ..Graph::ALL };
             crate::kernels::check_against(&case, &inputs, &want, &MODES, graph);
         }
     }
