@@ -278,6 +278,32 @@ fn gates_of_every_strength() {
     }
 }
 
+/// Behind a decay of 0 nothing is left that it could change: its gradient is 0, and not what rounding leaves of a sum.
+#[test]
+fn a_decay_that_forgets_all_has_no_gradient() {
+    for op in [Op::SimpleGla, Op::Gla, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7] {
+        for dtype in [DType::F32, DType::BF16] {
+            let case =
+                Case { op, dtype, gates: Gates::Forgets, t: 135, h: 1, k: 40, v: 24, ..Case::default() };
+            let inputs = case.inputs().unwrap();
+            let numbers = |x: &Option<Tensor>| -> Vec<f32> {
+                x.as_ref().unwrap().to_dtype(DType::F32).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+            };
+            let gates = numbers(&inputs.args[GATE]);
+            assert!(gates.contains(&f32::NEG_INFINITY), "{case:?}");
+            for mode in MODES {
+                let grads = on_kernels(|device| {
+                    let got = case.run(mode, &inputs.on(device).unwrap(), Graph::ALL).unwrap();
+                    numbers(&got.grads[GATE])
+                });
+                for (i, (gate, grad)) in gates.iter().zip(&grads).enumerate() {
+                    assert!(*gate > f32::NEG_INFINITY || *grad == 0., "{grad} at {i}, {mode:?} of {case:?}");
+                }
+            }
+        }
+    }
+}
+
 /// Segments are solved apart: a decay within one must reach those after it.
 #[test]
 fn gates_across_segments() {
