@@ -258,9 +258,9 @@ template <bool LOOK_EARLY> static void copy(Copied c) {
   uint32_t *shared = (uint32_t *)shared_memory() + 12 * t;
   uint32_t *out = c.to + t;
   shared[1] = shared[5] = shared[9] = 7;
-  copy16_async(shared, c.from + 4 * t, true);
+  copy8_async(shared, c.from + 4 * t, true);
   copies_commit();
-  copy8_async(shared + 4, c.from + 4 * t, t % 2 == 0);
+  copy16_async(shared + 4, c.from + 4 * t, t % 2 == 0);
   copies_commit();
   copy16_async(shared + 8, c.from + 4 * t, true);  // never committed
   if (LOOK_EARLY) out[0] = shared[1], out[96] = shared[5];
