@@ -112,7 +112,7 @@ struct Sweeps<'a> {
 
 impl<'a> Sweeps<'a> {
     fn run(&self, job: Job, task: &Task) {
-        let algorithm = algorithm(self.problem);
+        let algorithm = algorithm(self.problem, task.sequence);
         match job {
             Job::Query => run(algorithm, &self.query(task), &mut self.query_state(task)),
             Job::Key => run(algorithm, &self.key(task), &mut self.key_state(task)),

@@ -2,9 +2,10 @@
 
 use candle_core::{DType, Result, bail};
 
-use super::plan::{Task, algorithm};
-use super::sweep::{Algorithm, SEGMENT};
+use super::plan::Task;
+use super::sweep::SEGMENT;
 use crate::memory;
+use crate::options::Mode;
 use crate::problem::{Problem, Role, Update};
 
 /// Refuses a pass that needs so many bytes if they cannot be had.
@@ -106,10 +107,8 @@ fn tasks(problem: &Problem, cols: usize) -> f64 {
 fn sweep(problem: &Problem, rows: usize, cols: usize) -> f64 {
     let (rows, cols) = (rows as f64, cols as f64 + 32.);
     // As it came, in tiles, and in mode Chunk one for each chunk.
-    let states = match algorithm(problem) {
-        Algorithm::Chunk => 3. + longest(problem) / chunk(problem),
-        Algorithm::FusedChunk | Algorithm::Recurrent => 3.,
-    };
+    let of_chunks = if problem.mode == Mode::Chunk { longest(problem) / chunk(problem) } else { 0. };
+    let states = 3. + of_chunks;
     4. * (threads().min(lanes(problem)) * states * rows * cols + threads() * 512. * (rows + cols))
 }
 
@@ -124,7 +123,7 @@ fn chunk(problem: &Problem) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::options::{Mode, Options};
+    use crate::options::Options;
     use crate::problem::Decay;
     use candle_core::{Device, Tensor};
 

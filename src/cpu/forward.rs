@@ -12,7 +12,6 @@ pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
     let mut out = Buffer::zeros(problem.dtype, problem.batch * problem.tokens * hv * v);
     let mut kv = problem.final_state.then(|| Buffer::zeros(DType::F32, problem.sequences.len() * hv * k * v));
     let (out_writer, kv_writer) = (out.writer(), kv.as_mut().map(Buffer::writer));
-    let algorithm = algorithm(problem);
     let tasks = tasks(problem, v, rayon::current_num_threads());
     for_each(problem, &tasks, |task| {
         let Task { n, sequence, head, cols } = task;
@@ -34,7 +33,7 @@ pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
             out: unsafe { Out::new(out_writer, offset, hv * v) },
         };
         let mut state = load_state(x.kv.as_ref(), task, k);
-        run(algorithm, &sweep, &mut state);
+        run(algorithm(problem, sequence), &sweep, &mut state);
         if let Some(writer) = kv_writer {
             for (r, row) in state.chunks_exact(cols.len()).enumerate() {
                 // SAFETY: as for `out`.

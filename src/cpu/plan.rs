@@ -80,16 +80,14 @@ impl Segments {
     }
 }
 
-/// The algorithm for a problem.
-pub(super) fn algorithm(problem: &Problem) -> Algorithm {
+/// The algorithm for a sequence: it depends on no other, so that each gets what it gets alone, to the bit.
+pub(super) fn algorithm(problem: &Problem, sequence: &Sequence) -> Algorithm {
     match problem.mode {
         Mode::Recurrent => Algorithm::Recurrent,
         Mode::Chunk => Algorithm::Chunk,
         Mode::FusedChunk => Algorithm::FusedChunk,
-        Mode::Auto => {
-            let longest = problem.sequences.iter().map(|s| s.tokens.len()).max();
-            if longest.unwrap_or(0) <= SHORT { Algorithm::Recurrent } else { Algorithm::FusedChunk }
-        }
+        Mode::Auto if sequence.tokens.len() <= SHORT => Algorithm::Recurrent,
+        Mode::Auto => Algorithm::FusedChunk,
     }
 }
 

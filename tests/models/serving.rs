@@ -5,8 +5,8 @@ use candle_core::{DType, Result, Tensor};
 use candle_linear_attn::Mode;
 use candle_linear_attn::models::{Cache, Model};
 
-/// On both sides of a chunk's end, and longer than those that are taken token by token when they are alone.
-const LENGTHS: [usize; 8] = [17, 64, 5, 65, 130, 33, 8, 63];
+/// On both sides of a chunk's end, and of the length up to which a sequence is taken token by token.
+const LENGTHS: [usize; 8] = [17, 64, 5, 65, 130, 4, 1, 63];
 const SLOTS: usize = 11;
 const STEPS: usize = 6;
 

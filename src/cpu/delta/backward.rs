@@ -85,9 +85,9 @@ fn run_in_segments(
     last: Option<Writer>,
 ) {
     let problem = sweeps.problem;
-    let algorithm = algorithm(problem);
     let tasks = tasks(problem, problem.v_dim, rayon::current_num_threads());
     for_each(problem, &tasks, |task| {
+        let algorithm = algorithm(problem, task.sequence);
         let mut state = load_state(initial, task, problem.k_dim);
         let mut sweep = sweeps.sweep(task);
         let Some(anchors) = anchors else {

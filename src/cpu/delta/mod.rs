@@ -25,7 +25,6 @@ pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
     let mut kv = problem.final_state.then(|| Room::new(states * k * v));
     let last = kv.as_mut().map(Room::writer);
     let sweeps = Sweeps { problem, x, reverse: false, value: x.v, inner: None, out: Some(out.writer()) };
-    let algorithm = algorithm(problem);
     let tasks = tasks(problem, v, rayon::current_num_threads());
     for_each(problem, &tasks, |task| {
         let mut own = vec![];
@@ -41,7 +40,7 @@ pub(super) fn forward(problem: &Problem, x: &Inputs<View>) -> Vec<Buffer> {
             }
         };
         load_state_into(x.kv.as_ref(), task, state);
-        run(algorithm, &sweeps.sweep(task), state);
+        run(algorithm(problem, task.sequence), &sweeps.sweep(task), state);
         if let (Some(last), false) = (last, own.is_empty()) {
             store_state(problem, &last, task, &own);
         }

@@ -104,7 +104,7 @@ impl<'a> Products<'a> {
         let end = task.sequence.tokens.end.saturating_sub(self.reads[read].shift);
         sweep.tokens = range.start..range.end.min(end);
         if !sweep.tokens.is_empty() {
-            run(algorithm(self.problem), sweep, state);
+            run(algorithm(self.problem, task.sequence), sweep, state);
         }
     }
 
