@@ -21,7 +21,9 @@ typedef struct {
 typedef struct {
   cla_tensor x, out;         // [B, T, C]
   cla_tensor past;           // [N, W - 1, C]: what was before each sequence; null: zeros
-  cla_tensor last;           // [N, W - 1, C]: what cla_short_conv_cache leaves for the next call
+  // [N, W - 1, C]: what cla_short_conv_cache leaves for the next call, and cla_short_conv_forward of sequences with tokens; null:
+  // not wanted
+  cla_tensor last;
   cla_tensor grad_out, dx;   // [B, T, C]
   cla_tensor dpast;          // [N, W - 1, C]; null: not wanted
   cla_numbers weight, bias;  // [C, W] and [C]; no bias: zeros
@@ -54,9 +56,11 @@ enum cla_gate_kind { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
 //
 //     y = x / sqrt(factor sum(x^2) + eps) weight f(gate)        factor: 1 / n for RMS norm, 1 for l2norm
 //
-// All but the weight are of one dtype.
+// All but the weight are of one dtype. Forwards x may be a sum that is still to be made: `added` is then added to it, rounded, and
+// the sum goes to `sum` as well.
 typedef struct {
   cla_tensor x, gate, out;         // [B, T, H, n]
+  cla_tensor added, sum;           // [B, T, H, n]; null: nothing is added
   cla_tensor grad_out, dx, dgate;  // [B, T, H, n]; dgate is written if there is a gate
   cla_numbers weight;              // [n]; null: 1
   float *partial;                  // [blocks, n]: what each block adds to the gradient of the weight; null: not wanted
@@ -117,6 +121,8 @@ typedef struct {
 #define CLA_COLUMNS_OF_THREAD 4
 
 int32_t cla_pointwise_forward(const cla_pointwise *call, void *stream);
+// Two of them in one launch, of numbers of one dtype.
+int32_t cla_pointwise_forward_pair(const cla_pointwise *first, const cla_pointwise *second, void *stream);
 // dx, and `partial` for cla_column_sums.
 int32_t cla_pointwise_backward(const cla_pointwise *call, void *stream);
 

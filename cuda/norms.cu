@@ -41,16 +41,29 @@ template <int DTYPE, int HELD, bool WHOLE> CLA_KERNEL(NORM_THREADS, HELD == 1 ? 
   const int64_t row = block_x() * (int64_t)(NORM_THREADS >> c.team_bits) + (thread >> c.team_bits);
   const bool there = row < c.rows;
   const RowPlace place(there ? row : 0, c.rows, c.tokens, c.heads);
-  const Rows rows = place.of(c.x), gates = place.of(c.gate), out = place.of(c.out);
-  V x[HELD], gate[HELD];
+  const Rows rows = place.of(c.x), gates = place.of(c.gate), added = place.of(c.added), out = place.of(c.out);
+  V x[HELD], gate[HELD], other[HELD];
   CLA_UNROLL
   for (int k = 0; k < HELD; k++) {
     const int d = (lane + k * team) * N;
     x[k].clear();
     gate[k].clear();
+    other[k].clear();
     if (!there || d >= c.width) continue;
     x[k].load(rows, place.token, d, c.width);
     if (gates.data) gate[k].load(gates, place.token, d, c.width);
+    if (added.data) other[k].load(added, place.token, d, c.width);
+  }
+  if (added.data) {
+    CLA_UNROLL
+    for (int k = 0; k < HELD; k++) {
+      const int d = (lane + k * team) * N;
+      float sum[N];
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) sum[i] = x[k][i] + other[k][i];
+      x[k].set(sum);
+      if (there && d < c.width) x[k].store(place.of(c.sum), place.token, d, c.width);
+    }
   }
   float sum[1] = {0.f};
   CLA_UNROLL
@@ -180,8 +193,8 @@ template <int DTYPE, int HELD, bool WHOLE> int32_t launch_norm(const cla_norm &c
 template <int DTYPE> int32_t dispatch_norm(const cla_norm &c, bool backward, void *stream) {
   constexpr int N = IN_16_BYTES<DTYPE>;
   auto fits = [&](const cla_tensor &x) { return !x.data || in_pieces(x, c.width); };
-  const bool whole = fits(c.x) && fits(c.gate) && fits(c.out) && fits(c.grad_out) && fits(c.dx) && fits(c.dgate) &&
-                     in_fours(c.weight);
+  const bool whole = fits(c.x) && fits(c.gate) && fits(c.added) && fits(c.sum) && fits(c.out) && fits(c.grad_out) &&
+                     fits(c.dx) && fits(c.dgate) && in_fours(c.weight);
   const bool one = N << c.team_bits >= c.width;
   if (one) return whole ? launch_norm<DTYPE, 1, true>(c, backward, stream) : launch_norm<DTYPE, 1, false>(c, backward, stream);
   return whole ? launch_norm<DTYPE, CLA_NORM_HELD, true>(c, backward, stream)

@@ -6,9 +6,10 @@ namespace cla {
 
 constexpr int POINTWISE_THREADS = CLA_POINTWISE_THREADS;
 
-CLA_DEVICE int64_t first_row(int team_bits) {
-  return block_x() * (int64_t)(POINTWISE_THREADS >> team_bits) + (thread_index() >> team_bits);
+CLA_DEVICE int64_t first_row(int team_bits, int64_t block) {
+  return block * (POINTWISE_THREADS >> team_bits) + (thread_index() >> team_bits);
 }
+CLA_DEVICE int64_t first_row(int team_bits) { return first_row(team_bits, block_x()); }
 template <int N> CLA_DEVICE int first_column(int team_bits) {
   return (int)((block_y() << team_bits) + (thread_index() & ((1u << team_bits) - 1))) * N;
 }
@@ -83,12 +84,12 @@ template <bool WHOLE> struct Columns {
   }
 };
 
-template <int DTYPE, bool WHOLE> CLA_KERNEL(POINTWISE_THREADS, 4) void pointwise_kernel(cla_pointwise c) {
+template <int DTYPE, bool WHOLE> CLA_DEVICE void pointwise_rows(const cla_pointwise &c, int64_t block) {
   constexpr int N = CLA_COLUMNS_OF_THREAD;
   const int d = first_column<N>(c.team_bits);
   if (d >= c.width) return;
   const Columns<WHOLE> columns(c, d);
-  for (int64_t row = first_row(c.team_bits); row < c.rows; row += c.blocks * (POINTWISE_THREADS >> c.team_bits)) {
+  for (int64_t row = first_row(c.team_bits, block); row < c.rows; row += c.blocks * (POINTWISE_THREADS >> c.team_bits)) {
     const RowPlace place(row, c.rows, c.tokens, c.heads);
     Vector<DTYPE, N, WHOLE> x;
     x.load(place.of(c.x), place.token, d, c.width);
@@ -99,6 +100,17 @@ template <int DTYPE, bool WHOLE> CLA_KERNEL(POINTWISE_THREADS, 4) void pointwise
     v.set(y);
     v.store(place.of(c.out), place.token, d, c.width);
   }
+}
+
+template <int DTYPE, bool WHOLE> CLA_KERNEL(POINTWISE_THREADS, 4) void pointwise_kernel(cla_pointwise c) {
+  pointwise_rows<DTYPE, WHOLE>(c, block_x());
+}
+
+// The blocks of the second come behind those of the first.
+template <int DTYPE, bool WHOLE>
+CLA_KERNEL(POINTWISE_THREADS, 4) void pointwise_pair_kernel(const CLA_CONSTANT cla_pointwise first, const CLA_CONSTANT cla_pointwise second) {
+  const int64_t block = block_x();
+  block < first.blocks ? pointwise_rows<DTYPE, WHOLE>(first, block) : pointwise_rows<DTYPE, WHOLE>(second, block - first.blocks);
 }
 
 template <int DTYPE, bool WHOLE> CLA_KERNEL(POINTWISE_THREADS, 4) void pointwise_backward_kernel(cla_pointwise c) {
@@ -164,15 +176,30 @@ inline int32_t dispatch_gated(const cla_gated &c, bool backward, void *stream) {
   });
 }
 
+inline bool can_be_whole(const cla_pointwise &c) {
+  auto fits = [&](const cla_tensor &x) { return !x.data || in_groups(x, c.width, CLA_COLUMNS_OF_THREAD); };
+  return fits(c.x) && fits(c.dx) && fits(c.out) && fits(c.grad_out) && in_fours(c.bias);
+}
+
 inline int32_t dispatch_pointwise(const cla_pointwise &c, bool backward, void *stream) {
   return by_dtype(c.x.dtype, [&](auto dtype) {
     constexpr int DTYPE = decltype(dtype)::value, N = CLA_COLUMNS_OF_THREAD;
-    auto fits = [&](const cla_tensor &x) { return !x.data || in_groups(x, c.width, N); };
-    const bool whole = fits(c.x) && fits(c.dx) && fits(c.out) && fits(c.grad_out) && in_fours(c.bias);
+    const bool whole = can_be_whole(c);
     auto kernel = backward ? (whole ? pointwise_backward_kernel<DTYPE, true> : pointwise_backward_kernel<DTYPE, false>)
                            : (whole ? pointwise_kernel<DTYPE, true> : pointwise_kernel<DTYPE, false>);
     const int64_t shared = c.partial ? POINTWISE_THREADS * N * sizeof(float) : 0;
     return launch(kernel, {c.blocks, column_blocks(c.width, N, c.team_bits)}, POINTWISE_THREADS, shared, stream, c);
+  });
+}
+
+inline int32_t dispatch_pair(const cla_pointwise &first, const cla_pointwise &second, void *stream) {
+  return by_dtype(first.x.dtype, [&](auto dtype) {
+    constexpr int DTYPE = decltype(dtype)::value;
+    const bool whole = can_be_whole(first) && can_be_whole(second);
+    auto kernel = whole ? pointwise_pair_kernel<DTYPE, true> : pointwise_pair_kernel<DTYPE, false>;
+    auto beside = [](const cla_pointwise &c) { return column_blocks(c.width, CLA_COLUMNS_OF_THREAD, c.team_bits); };
+    const int64_t most = beside(first) > beside(second) ? beside(first) : beside(second);
+    return launch(kernel, {first.blocks + second.blocks, most}, POINTWISE_THREADS, 0, stream, first, second);
   });
 }
 
@@ -184,6 +211,10 @@ extern "C" int32_t cla_gated_backward(const cla_gated *call, void *stream) { ret
 
 extern "C" int32_t cla_pointwise_forward(const cla_pointwise *call, void *stream) {
   return cla::dispatch_pointwise(*call, false, stream);
+}
+
+extern "C" int32_t cla_pointwise_forward_pair(const cla_pointwise *first, const cla_pointwise *second, void *stream) {
+  return cla::dispatch_pair(*first, *second, stream);
 }
 
 extern "C" int32_t cla_pointwise_backward(const cla_pointwise *call, void *stream) {

@@ -167,6 +167,15 @@ template <int DTYPE, int W, bool WHOLE> CLA_KERNEL(CONV_THREADS, W < CLA_MOST_TA
         v.store(out, t + i, d, c.channels);
       }
     }
+    if (!c.last.data || at.to < at.end) return;
+    const Rows last(c.last, at.sequence, 0);
+    CLA_UNROLL
+    for (int i = 1; i < W; i++) {
+      if (i - 1 < taps.skip) continue;
+      V v;
+      v.set(window.x[i]);
+      v.store(last, i - 1 - taps.skip, d, c.channels);
+    }
   });
 }
 

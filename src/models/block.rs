@@ -1,6 +1,7 @@
 //! The block that most models have.
 
 use crate::Mode;
+use crate::models::residual::Residual;
 use crate::models::stack::{Block, Pass};
 use crate::nn::{GatedMlp, GatedMlpConfig, Mixer, RmsNorm};
 use candle_core::{Module, Result, Tensor};
@@ -24,10 +25,11 @@ pub(super) struct PreNormBlock {
 }
 
 impl Block for PreNormBlock {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let xs = (xs + self.mixer.mix(&self.mixer_norm.forward(xs)?, pass.call()?)?)?;
-        let ys = self.feed_forward.forward(&self.feed_forward_norm.forward(&xs)?)?;
-        xs + ys
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()> {
+        let ys = self.mixer.mix(&xs.normed(&self.mixer_norm)?, pass.call()?)?;
+        xs.add(ys)?;
+        let ys = self.feed_forward.forward(&xs.normed(&self.feed_forward_norm)?)?;
+        xs.add(ys)
     }
 
     fn set_mode(&mut self, mode: Mode) {

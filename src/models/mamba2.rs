@@ -3,9 +3,10 @@
 use crate::Mode;
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
+use crate::models::residual::Residual;
 use crate::models::stack::{Block, Layers, Names, Norm, Pass, Site, StackConfig};
 use crate::nn::{Activation, Mamba2, Mamba2Config, Mixer, RmsNorm};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 
 pub(super) const FAMILY: Family = Family { model_type: "mamba2", architecture: "Mamba2ForCausalLM", parse };
@@ -113,8 +114,9 @@ struct Mamba2Block {
 }
 
 impl Block for Mamba2Block {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        xs + self.mixer.mix(&self.norm.forward(xs)?, pass.call()?)?
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()> {
+        let ys = self.mixer.mix(&xs.normed(&self.norm)?, pass.call()?)?;
+        xs.add(ys)
     }
 
     fn set_mode(&mut self, mode: Mode) {

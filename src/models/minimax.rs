@@ -4,6 +4,7 @@ use crate::Mode;
 use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
+use crate::models::residual::Residual;
 use crate::models::rope::{RopeDefaults, rope};
 use crate::models::stack::{Block, Layers, Norm, Pass, Site, StackConfig, TRANSFORMERS};
 use crate::nn::{
@@ -163,11 +164,12 @@ impl Factors {
 
 /// The skip connections begin behind the norms.
 impl Block for MiniMaxBlock {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let xs = self.input_norm.forward(xs)?;
-        let xs = self.factors.join(&xs, &self.mixer.mix(&xs, pass.call()?)?)?;
-        let xs = self.post_norm.forward(&xs)?;
-        self.moe_factors.join(&xs, &self.moe.forward(&xs)?)
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()> {
+        let ys = xs.normed(&self.input_norm)?;
+        let ys = self.factors.join(&ys, &self.mixer.mix(&ys, pass.call()?)?)?;
+        let ys = self.post_norm.forward(&ys)?;
+        *xs = Residual::new(self.moe_factors.join(&ys, &self.moe.forward(&ys)?)?);
+        Ok(())
     }
 
     fn set_mode(&mut self, mode: Mode) {

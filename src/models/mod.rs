@@ -42,6 +42,7 @@ mod qwen;
 mod qwen3_5;
 mod qwen3_next;
 mod registry;
+mod residual;
 mod retnet;
 mod rope;
 mod rwkv7;

@@ -5,13 +5,14 @@ use crate::models::block::{FeedForward, PreNormBlock, gated_mlp};
 use crate::models::fields::{Fields, by_fields};
 use crate::models::hybrid::{self, LayerType};
 use crate::models::registry::{Family, Parsed};
+use crate::models::residual::Residual;
 use crate::models::rope::{RopeDefaults, is_null, rope};
 use crate::models::stack::{Block, Layers, Norm, Pass, Site, StackConfig, TRANSFORMERS};
 use crate::nn::{
     Activation, Attention, AttentionConfig, GatedDeltaNet, GatedDeltaNetConfig, GatedMlpConfig, Mixer,
     QkRmsNorm, RmsNorm,
 };
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 
@@ -163,10 +164,11 @@ struct PostNormBlock {
 }
 
 impl Block for PostNormBlock {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let xs = (xs + self.mixer_norm.forward(&self.mixer.mix(xs, pass.call()?)?)?)?;
-        let ys = self.feed_forward_norm.forward(&self.feed_forward.forward(&xs)?)?;
-        xs + ys
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()> {
+        let ys = self.mixer_norm.forward(&self.mixer.mix(xs.sum()?, pass.call()?)?)?;
+        xs.add(ys)?;
+        let ys = self.feed_forward_norm.forward(&self.feed_forward.forward(xs.sum()?)?)?;
+        xs.add(ys)
     }
 
     fn set_mode(&mut self, mode: Mode) {

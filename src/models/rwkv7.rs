@@ -4,11 +4,12 @@ use crate::Mode;
 use crate::models::decoder::refuse_attention;
 use crate::models::fields::{Fields, in_field};
 use crate::models::registry::{Family, Parsed};
+use crate::models::residual::Residual;
 use crate::models::stack::{Block, FLA, Layers, Norm, Pass, Site, StackConfig};
 use crate::nn::{
     Activation, LayerNorm, Rwkv7Attention, Rwkv7AttentionConfig, Rwkv7FeedForward, Rwkv7FeedForwardConfig,
 };
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 use serde_json::Value;
 
@@ -153,17 +154,16 @@ impl Rwkv7Block {
 }
 
 impl Block for Rwkv7Block {
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor> {
-        let xs = match &self.pre_norm {
-            Some(norm) => norm.forward(xs)?,
-            None => xs.clone(),
-        };
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()> {
+        if let Some(norm) = &self.pre_norm {
+            *xs = Residual::new(xs.normed(norm)?);
+        }
         let call = pass.call()?;
-        let (ys, values) = self.attn.mix(&self.attn_norm.forward(&xs)?, pass.first_values.as_ref(), call)?;
+        let (ys, values) = self.attn.mix(&xs.normed(&self.attn_norm)?, pass.first_values.as_ref(), call)?;
         pass.first_values.get_or_insert(values);
-        let xs = (xs + ys)?;
-        let ys = self.ffn.mix(&self.ffn_norm.forward(&xs)?, pass.call()?)?;
-        xs + ys
+        xs.add(ys)?;
+        let ys = self.ffn.mix(&xs.normed(&self.ffn_norm)?, pass.call()?)?;
+        xs.add(ys)
     }
 
     fn set_mode(&mut self, mode: Mode) {

@@ -4,8 +4,9 @@ use crate::Mode;
 use crate::models::cache::Cache;
 use crate::models::fields::Fields;
 use crate::models::registry::{CausalLm, Parsed};
+use crate::models::residual::{Residual, StreamNorm};
 use crate::nn::{Call, LayerCache, Weight, normal, project};
-use candle_core::{DType, Module, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use std::sync::Arc;
 
@@ -14,8 +15,8 @@ const MAX_LAYERS: usize = 1 << 14;
 
 /// One of the blocks.
 pub(super) trait Block: Send + Sync {
-    /// `[B, T, hidden_size]` to the same.
-    fn forward(&self, xs: &Tensor, pass: &mut Pass) -> Result<Tensor>;
+    /// Adds to the stream, or replaces it.
+    fn forward(&self, xs: &mut Residual, pass: &mut Pass) -> Result<()>;
 
     fn set_mode(&mut self, mode: Mode);
 
@@ -102,7 +103,7 @@ pub(super) trait Layers: Send + Sync {
 }
 
 /// A norm of any kind.
-pub(super) type Norm = Box<dyn Module + Send + Sync>;
+pub(super) type Norm = Box<dyn StreamNorm>;
 
 /// Where a part of a model is.
 pub(super) struct Site<'a> {
@@ -182,13 +183,13 @@ impl CausalLm for Stack {
             None => None,
         };
         let rows = self.embeddings.rows(&input_ids.flatten_all()?, self.dtype)?;
-        let mut xs = rows.reshape((batch, tokens, ()))?;
+        let mut xs = Residual::new(rows.reshape((batch, tokens, ()))?);
         let mut pass =
             Pass { caches: caches.as_mut().map(|caches| caches.iter_mut()), cu_seqlens, first_values: None };
         for block in &self.blocks {
-            xs = block.forward(&xs, &mut pass)?;
+            block.forward(&mut xs, &mut pass)?;
         }
-        let xs = self.norm.forward(&xs)?;
+        let xs = xs.normed(&*self.norm)?;
         if let (Some(cache), Some(caches)) = (cache, caches) {
             cache.commit(caches);
         }

@@ -52,6 +52,11 @@ impl Decay {
         log_decay(dt, &self.dt_bias, &self.a_log)
     }
 
+    /// [`log_decay`](Self::log_decay) of `dt` and the sigmoid of `xs`, f32.
+    pub fn log_decay_and_sigmoid(&self, dt: &Tensor, xs: &Tensor) -> Result<(Tensor, Tensor)> {
+        fused::decay_and_sigmoid(dt, &self.dt_bias, &self.a_log, xs)
+    }
+
     /// `softplus(dt + dt_bias)` for `dt: [.., biases]`, f32.
     pub fn time_step(&self, dt: &Tensor) -> Result<Tensor> {
         fused::decay(dt, &self.dt_bias, None)

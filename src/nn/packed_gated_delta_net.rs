@@ -208,8 +208,7 @@ impl Mixer for PackedGatedDeltaNet {
             qkv = act.forward(&qkv)?;
         }
         let [q, k, v] = self.split(&qkv)?;
-        let g = self.decay.log_decay(&a)?;
-        let beta = Activation::Sigmoid.forward_f32(&b)?;
+        let (g, beta) = self.decay.log_decay_and_sigmoid(&a, &b)?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, vec![past], size);
         self.out_proj.forward(&self.norm.forward_gated_to(&out, (&z, Gate::Silu), xs.dtype())?)

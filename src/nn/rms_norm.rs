@@ -63,6 +63,11 @@ impl RmsNorm {
         fused::rms_norm(xs, &self.full_weight()?, self.eps, dtype)
     }
 
+    /// `xs + added`, and [`forward`](Self::forward) of it.
+    pub(crate) fn forward_of_sum(&self, xs: &Tensor, added: &Tensor) -> Result<(Tensor, Tensor)> {
+        fused::rms_norm_of_sum(xs, added, &self.full_weight()?, self.eps)
+    }
+
     /// [`forward`](Self::forward) times a function of `gate`, in one operation with a gradient; in the shape of `gate`, which
     /// has the elements of `xs` in their order.
     pub fn forward_gated(&self, xs: &Tensor, gate: &Tensor, kind: NormGate) -> Result<Tensor> {

@@ -63,9 +63,7 @@ pub fn short_conv(
         bail!("past: shape is {:?}, it must be {past_shape:?}", past.dims());
     }
     let past = opts.past.map(|past| past.to_dtype(xs.dtype())).transpose()?;
-    let last = fused::last_rows(&conv, xs, past.as_ref())?;
-    let ys = fused::short_conv(conv, xs, &weight.squeeze(1)?, bias, past.as_ref())?;
-    Ok((ys, last))
+    fused::short_conv_and_last(conv, xs, &weight.squeeze(1)?, bias, past.as_ref())
 }
 
 /// [`short_conv`] with its parameters, followed by SiLU.

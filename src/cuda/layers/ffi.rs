@@ -71,6 +71,8 @@ pub(super) struct Norm {
     pub x: Tensor,
     pub gate: Tensor,
     pub out: Tensor,
+    pub added: Tensor,
+    pub sum: Tensor,
     pub grad_out: Tensor,
     pub dx: Tensor,
     pub dgate: Tensor,
@@ -188,6 +190,11 @@ unsafe extern "C" {
     pub(super) fn cla_gated_forward(call: *const Gated, stream: *mut c_void) -> i32;
     pub(super) fn cla_gated_backward(call: *const Gated, stream: *mut c_void) -> i32;
     pub(super) fn cla_pointwise_forward(call: *const Pointwise, stream: *mut c_void) -> i32;
+    pub(super) fn cla_pointwise_forward_pair(
+        first: *const Pointwise,
+        second: *const Pointwise,
+        stream: *mut c_void,
+    ) -> i32;
     pub(super) fn cla_pointwise_backward(call: *const Pointwise, stream: *mut c_void) -> i32;
     pub(super) fn cla_rotate(call: *const Rotary, stream: *mut c_void) -> i32;
     pub(super) fn cla_column_sums(call: *const Sums, stream: *mut c_void) -> i32;

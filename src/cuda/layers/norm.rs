@@ -54,6 +54,22 @@ pub(crate) fn norm(
     only_result(NAME, autograd::apply(op, &inputs)?)
 }
 
+/// `xs + added`, and its [`norm`], neither with a graph. All but the weight are of one dtype.
+pub(crate) fn norm_of_sum(
+    norm: Norm,
+    xs: &Tensor,
+    added: &Tensor,
+    weight: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let machine = Machine::of(xs.device())?;
+    let new = || Buffer::new(&machine, xs.dtype(), xs.shape());
+    let (mut sum, mut out) = (new()?, new()?);
+    let given = Given { x: xs, added: Some(added), weight: Some(&weight.contiguous()?), gate: None };
+    let op = Op { norm, weight: true, gate: None };
+    op.run(&machine, &given, Pass::Forward { out: &mut out, sum: Some(&mut sum) })?;
+    Ok((sum.into_tensor(), out.into_tensor()))
+}
+
 const NAME: &str = "rms_norm";
 
 struct Op {
@@ -65,12 +81,14 @@ struct Op {
 /// What both passes read.
 struct Given<'a> {
     x: &'a Tensor,
+    /// To x, in the forward pass.
+    added: Option<&'a Tensor>,
     weight: Option<&'a Tensor>,
     gate: Option<&'a Tensor>,
 }
 
 enum Pass<'a> {
-    Forward { out: &'a mut Buffer },
+    Forward { out: &'a mut Buffer, sum: Option<&'a mut Buffer> },
     Backward(Gradients<'a>),
 }
 
@@ -86,7 +104,7 @@ impl Op {
     fn given<'a>(&self, inputs: &'a [Tensor]) -> Given<'a> {
         let mut rest = inputs[1..].iter();
         let weight = if self.weight { rest.next() } else { None };
-        Given { x: &inputs[0], weight, gate: rest.next() }
+        Given { x: &inputs[0], added: None, weight, gate: rest.next() }
     }
 
     /// Blocks of the backward pass over `xs`.
@@ -98,16 +116,16 @@ impl Op {
 
     fn run(&self, machine: &Machine, given: &Given, pass: Pass) -> Result<()> {
         let (width, team) = (self.norm.width, self.norm.team(given.x.dtype()));
-        let (out, of) = match pass {
-            Pass::Forward { out } => (Some(out), None),
-            Pass::Backward(of) => (None, Some(of)),
+        let (out, sum, of) = match pass {
+            Pass::Forward { out, sum } => (Some(out), sum, None),
+            Pass::Backward(of) => (None, None, Some(of)),
         };
         let backward = of.is_some();
         let (grad_out, dx, dgate, partial) = match of {
             Some(Gradients { grad_out, dx, dgate, partial }) => (Some(grad_out), Some(dx), dgate, partial),
             None => (None, None, None, None),
         };
-        let read = [Some(given.x), given.gate, grad_out];
+        let read = [Some(given.x), given.gate, given.added, grad_out];
         let shared = SharedRows::new(&read.into_iter().flatten().collect::<Vec<_>>(), width)?;
         let rows = shared.rows();
         if rows == 0 {
@@ -129,8 +147,10 @@ impl Op {
         let call = ffi::Norm {
             x: input(read[0]),
             gate: input(read[1]),
-            grad_out: input(read[2]),
+            added: input(read[2]),
+            grad_out: input(read[3]),
             out: at.out_strided(out, shared.contiguous())?,
+            sum: at.out_strided(sum, shared.contiguous())?,
             dx: at.out_strided(dx, shared.contiguous())?,
             dgate: at.out_strided(dgate, shared.contiguous())?,
             weight: numbers(&mut at, weight.as_ref())?,
@@ -169,7 +189,7 @@ impl Function for Op {
         let given = self.given(inputs);
         let machine = Machine::of(given.x.device())?;
         let mut out = Buffer::new(&machine, given.x.dtype(), given.gate.unwrap_or(given.x).shape())?;
-        self.run(&machine, &given, Pass::Forward { out: &mut out })?;
+        self.run(&machine, &given, Pass::Forward { out: &mut out, sum: None })?;
         Ok(vec![out.into_result()])
     }
 

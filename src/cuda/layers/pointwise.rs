@@ -20,12 +20,32 @@ pub(crate) fn pointwise(
     bias: Option<&Tensor>,
     log_rate: Option<&Tensor>,
 ) -> Result<Tensor> {
-    let op = Op { f, bias: bias.is_some(), log_rate: log_rate.is_some() };
-    let mut inputs = vec![xs.clone()];
-    for x in [bias, log_rate].into_iter().flatten() {
-        inputs.push(x.contiguous()?);
-    }
+    let (op, inputs) = Op::of(f, xs, bias, log_rate)?;
     only_result(op.name(), autograd::apply(op, &inputs)?)
+}
+
+/// A function, and what [`pointwise`] takes beside it.
+pub(crate) type Application<'a> = (Pointwise, &'a Tensor, Option<&'a Tensor>, Option<&'a Tensor>);
+
+/// Two of them by one kernel, neither with a graph, of `xs` of one dtype.
+pub(crate) fn pointwise_pair(first: Application, second: Application) -> Result<[Tensor; 2]> {
+    let machine = Machine::of(first.1.device())?;
+    let new = |(_, xs, ..): Application| Buffer::new(&machine, DType::F32, xs.shape());
+    let grid = |(_, xs, ..): Application| Grid::new(&machine, xs);
+    let (mut out, mut other) = (new(first)?, new(second)?);
+    let (grids, passes) =
+        ([grid(first)?, grid(second)?], (Pass::Forward { out: &mut out }, Pass::Forward { out: &mut other }));
+    let of = |(f, xs, bias, log_rate): Application| Op::of(f, xs, bias, log_rate);
+    let ((op, inputs), (other_op, other_inputs)) = (of(first)?, of(second)?);
+    let [grid, other_grid] = grids;
+    op.with_call(&machine, &inputs, grid, passes.0, |first| {
+        other_op.with_call(&machine, &other_inputs, other_grid, passes.1, |second| {
+            // SAFETY: as in `run`, for both.
+            let code = unsafe { ffi::cla_pointwise_forward_pair(first, second, machine.stream()) };
+            op.check(code, first)
+        })
+    })?;
+    Ok([out.into_tensor(), other.into_tensor()])
 }
 
 impl From<Pointwise> for ffi::Function {
@@ -78,6 +98,20 @@ impl Grid {
 }
 
 impl Op {
+    /// The operation and its inputs.
+    fn of(
+        f: Pointwise,
+        xs: &Tensor,
+        bias: Option<&Tensor>,
+        log_rate: Option<&Tensor>,
+    ) -> Result<(Self, Vec<Tensor>)> {
+        let mut inputs = vec![xs.clone()];
+        for x in [bias, log_rate].into_iter().flatten() {
+            inputs.push(x.contiguous()?);
+        }
+        Ok((Self { f, bias: bias.is_some(), log_rate: log_rate.is_some() }, inputs))
+    }
+
     /// Bias and log rate.
     fn columns<'a>(&self, inputs: &'a [Tensor]) -> [Option<&'a Tensor>; 2] {
         let mut rest = inputs[1..].iter();
@@ -85,13 +119,44 @@ impl Op {
     }
 
     fn run(&self, machine: &Machine, inputs: &[Tensor], grid: Grid, pass: Pass) -> Result<()> {
+        let backward = matches!(pass, Pass::Backward(_));
+        self.with_call(machine, inputs, grid, pass, |call| {
+            // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `pointwise`'s caller
+            // checks and `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes
+            // after.
+            let code = unsafe {
+                match backward {
+                    true => ffi::cla_pointwise_backward(call, machine.stream()),
+                    false => ffi::cla_pointwise_forward(call, machine.stream()),
+                }
+            };
+            self.check(code, call)
+        })
+    }
+
+    fn check(&self, code: i32, call: &ffi::Pointwise) -> Result<()> {
+        if code != 0 {
+            let (name, rows, width) = (self.name(), call.rows, call.width);
+            bail!("{name}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
+        }
+        Ok(())
+    }
+
+    /// Hands `launch` what a kernel is to be told, unless there is nothing to do.
+    fn with_call(
+        &self,
+        machine: &Machine,
+        inputs: &[Tensor],
+        grid: Grid,
+        pass: Pass,
+        launch: impl FnOnce(&ffi::Pointwise) -> Result<()>,
+    ) -> Result<()> {
         let (x, [bias, log_rate]) = (&inputs[0], self.columns(inputs));
         let width = width(x);
         let (out, grad_out, dx, partial) = match pass {
             Pass::Forward { out } => (Some(out), None, None, None),
             Pass::Backward(Gradients { grad_out, dx, partial }) => (None, Some(grad_out), Some(dx), partial),
         };
-        let backward = grad_out.is_some();
         let read: Vec<&Tensor> = [Some(x), grad_out].into_iter().flatten().collect();
         let shared = SharedRows::new(&read, width)?;
         let rows = shared.rows();
@@ -103,7 +168,7 @@ impl Op {
         let [bias, log_rate] = [bias, log_rate].map(|x| x.map(Held::new));
         let mut at = Addresses::new(machine);
         let [_, tokens, heads] = shared.sizes;
-        let call = ffi::Pointwise {
+        launch(&ffi::Pointwise {
             x: at.strided(held.first(), shared.strides(0))?,
             dx: at.out_strided(dx, shared.contiguous())?,
             out: at.out_strided(out, shared.contiguous())?,
@@ -122,20 +187,7 @@ impl Op {
             rows: rows as i64,
             tokens: tokens as i64,
             heads: heads as i64,
-        };
-        // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `pointwise`'s caller checks
-        // and `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes after.
-        let code = unsafe {
-            match backward {
-                true => ffi::cla_pointwise_backward(&call, machine.stream()),
-                false => ffi::cla_pointwise_forward(&call, machine.stream()),
-            }
-        };
-        if code != 0 {
-            let name = self.name();
-            bail!("{name}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
-        }
-        Ok(())
+        })
     }
 }
 

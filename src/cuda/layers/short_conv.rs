@@ -47,6 +47,33 @@ pub(crate) fn short_conv(
     }
 }
 
+/// Both, of tensors without a graph, by one kernel; nothing where sequences are packed, as some may be empty.
+pub(crate) fn short_conv_and_last(
+    conv: &ShortConv,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    past: Option<&Tensor>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let of = Sequences::new(conv.clone(), xs)?;
+    if of.cu_seqlens.is_some() || of.tokens == 0 {
+        return Ok(None);
+    }
+    let machine = Machine::of(xs.device())?;
+    let mut out = Buffer::new(&machine, xs.dtype(), xs.shape())?;
+    let mut last = Buffer::new(&machine, xs.dtype(), of.past_shape().as_slice())?;
+    let (weight, bias) = (weight.contiguous()?, bias.map(Tensor::contiguous).transpose()?);
+    let call = Call {
+        weight: Some(&weight),
+        bias: bias.as_ref(),
+        out: Some(&mut out),
+        last: Some(&mut last),
+        ..Call::new(xs, past)
+    };
+    of.run(&machine, Kernel::Forward, call)?;
+    Ok(Some((out.into_tensor(), last.into_tensor())))
+}
+
 /// As `nn::fused::last_rows`.
 pub(crate) fn last_rows(conv: &ShortConv, xs: &Tensor, past: Option<&Tensor>) -> Result<Tensor> {
     let op = Cache(Sequences::new(conv.clone(), xs)?);

@@ -20,11 +20,11 @@ mod standardize;
 
 pub(crate) use gated::gated;
 pub(crate) use linear::{batched_product, linear};
-pub(crate) use pointwise::{Pointwise, decay, pointwise};
+pub(crate) use pointwise::{Pointwise, decay, decay_and_sigmoid, pointwise};
 pub(crate) use quantized::{divides, quantized_linear};
 pub use rms_norm::Gate;
-pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated};
-pub(crate) use short_conv::{ShortConv, last_rows, short_conv};
+pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated, rms_norm_of_sum};
+pub(crate) use short_conv::{ShortConv, short_conv_and_last};
 pub(crate) use standardize::standardize;
 
 use crate::cpu::exp::exp;

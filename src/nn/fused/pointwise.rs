@@ -30,15 +30,42 @@ pub(crate) fn pointwise(f: Pointwise, xs: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// [`decay`] of `xs`, and the sigmoid of `others`, both in f32. Without a graph one kernel on CUDA.
+pub(crate) fn decay_and_sigmoid(
+    xs: &Tensor,
+    bias: &Tensor,
+    a_log: &Tensor,
+    others: &Tensor,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if xs.dtype() == others.dtype()
+        && layers::takes_pointwise(&[xs, bias, a_log])
+        && layers::takes_pointwise(&[others, xs])
+        && ![xs, bias, a_log, others].iter().any(|x| x.track_op())
+    {
+        let a_log = a_log.flatten_all()?;
+        check_decay(xs, bias.dims1()?, a_log.elem_count())?;
+        let of_decay = (Pointwise::Softplus, xs, Some(bias), Some(&a_log));
+        let [g, ys] = layers::pointwise_pair(of_decay, (Pointwise::Sigmoid, others, None, None))?;
+        return Ok((g, ys));
+    }
+    Ok((decay(xs, bias, Some(a_log))?, pointwise(Pointwise::Sigmoid, others)?))
+}
+
+fn check_decay(xs: &Tensor, n: usize, heads: usize) -> Result<()> {
+    if n == 0 || xs.dims().last() != Some(&n) || heads == 0 || !n.is_multiple_of(heads) {
+        bail!("decay: xs is {:?}, its last dimension must be {n}, a multiple of {heads} heads", xs.dims());
+    }
+    Ok(())
+}
+
 /// `-exp(a_log) * softplus(xs + bias)` for `xs: [.., n]`, f32; without an `a_log`, `softplus(xs + bias)`. `bias` is `[n]`;
 /// `a_log` has any shape, and a number for each of n columns or for as many neighbours as divide n.
 pub(crate) fn decay(xs: &Tensor, bias: &Tensor, a_log: Option<&Tensor>) -> Result<Tensor> {
     let n = bias.dims1()?;
     let a_log = a_log.map(Tensor::flatten_all).transpose()?;
     let heads = a_log.as_ref().map_or(n, Tensor::elem_count);
-    if n == 0 || xs.dims().last() != Some(&n) || heads == 0 || !n.is_multiple_of(heads) {
-        bail!("decay: xs is {:?}, its last dimension must be {n}, a multiple of {heads} heads", xs.dims());
-    }
+    check_decay(xs, n, heads)?;
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     if layers::takes_pointwise(&[xs, bias, a_log.as_ref().unwrap_or(bias)]) {
         return layers::pointwise(Pointwise::Softplus, xs, Some(bias), a_log.as_ref());

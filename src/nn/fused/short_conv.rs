@@ -226,8 +226,33 @@ impl Function for Op {
     }
 }
 
+/// [`short_conv`] and [`last_rows`].
+pub(crate) fn short_conv_and_last(
+    conv: ShortConv,
+    xs: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    past: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    {
+        let given: Vec<&Tensor> = [Some(xs), Some(weight), bias, past].into_iter().flatten().collect();
+        if conv.width > 1
+            && layers::takes_width(conv.width)
+            && layers::takes(&given)
+            && past.is_none_or(|past| past.dtype() == xs.dtype())
+            && !given.iter().any(|x| x.track_op())
+            && let Some(found) = layers::short_conv_and_last(&conv, xs, weight, bias, past)?
+        {
+            return Ok(found);
+        }
+    }
+    let last = last_rows(&conv, xs, past)?;
+    Ok((short_conv(conv, xs, weight, bias, past)?, last))
+}
+
 /// The last `W - 1` rows of every sequence, those of the past included: `[N, W - 1, C]`.
-pub(crate) fn last_rows(conv: &ShortConv, xs: &Tensor, past: Option<&Tensor>) -> Result<Tensor> {
+fn last_rows(conv: &ShortConv, xs: &Tensor, past: Option<&Tensor>) -> Result<Tensor> {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     {
         let past = past.filter(|_| conv.width > 1);
