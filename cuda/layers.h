@@ -56,8 +56,8 @@ enum cla_gate_kind { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
 //
 //     y = x / sqrt(factor sum(x^2) + eps) weight f(gate)        factor: 1 / n for RMS norm, 1 for l2norm
 //
-// All but the weight are of one dtype. Forwards x may be a sum that is still to be made: `added` is then added to it, rounded, and
-// the sum goes to `sum` as well.
+// All but the weight are of one dtype. Forwards and without a gate x may be a sum that is still to be made: `added` is then added
+// to it, rounded, and the sum goes to `sum` as well.
 typedef struct {
   cla_tensor x, gate, out;         // [B, T, H, n]
   cla_tensor added, sum;           // [B, T, H, n]; null: nothing is added
@@ -103,13 +103,14 @@ enum cla_function { CLA_SIGMOID = 0, CLA_LOG_SIGMOID = 1, CLA_SOFTPLUS = 2 };
 
 // A function of one number, in f32 whatever x is:
 //
-//     y = factor f(x + bias)        factor: -exp(log_rate), or 1 without a log_rate
+//     y = factor rate f(x + bias)        rate: -exp(log_rate), or 1 without a log_rate
 typedef struct {
   cla_tensor x, dx;          // [B, T, H, width], of one dtype
   cla_tensor out, grad_out;  // [B, T, H, width], f32
   cla_numbers bias;          // [width]; null: 0
   cla_numbers log_rate;      // [width / per_rate], each for per_rate neighbours
   float *partial;            // [blocks, 2, width]: what each block adds to the gradients of bias and log_rate; null: not wanted
+  float factor;
   int32_t function;          // enum cla_function
   int32_t width, team_bits;  // as in cla_gated
   int32_t per_rate;

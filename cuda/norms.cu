@@ -41,26 +41,25 @@ template <int DTYPE, int HELD, bool WHOLE> CLA_KERNEL(NORM_THREADS, HELD == 1 ? 
   const int64_t row = block_x() * (int64_t)(NORM_THREADS >> c.team_bits) + (thread >> c.team_bits);
   const bool there = row < c.rows;
   const RowPlace place(there ? row : 0, c.rows, c.tokens, c.heads);
-  const Rows rows = place.of(c.x), gates = place.of(c.gate), added = place.of(c.added), out = place.of(c.out);
-  V x[HELD], gate[HELD], other[HELD];
+  const bool adds = c.added.data;
+  const Rows rows = place.of(c.x), others = place.of(adds ? c.added : c.gate), out = place.of(c.out);
+  V x[HELD], gate[HELD];  // or what is added
   CLA_UNROLL
   for (int k = 0; k < HELD; k++) {
     const int d = (lane + k * team) * N;
     x[k].clear();
     gate[k].clear();
-    other[k].clear();
     if (!there || d >= c.width) continue;
     x[k].load(rows, place.token, d, c.width);
-    if (gates.data) gate[k].load(gates, place.token, d, c.width);
-    if (added.data) other[k].load(added, place.token, d, c.width);
+    if (others.data) gate[k].load(others, place.token, d, c.width);
   }
-  if (added.data) {
+  if (adds) {
     CLA_UNROLL
     for (int k = 0; k < HELD; k++) {
       const int d = (lane + k * team) * N;
       float sum[N];
       CLA_UNROLL
-      for (int i = 0; i < N; i++) sum[i] = x[k][i] + other[k][i];
+      for (int i = 0; i < N; i++) sum[i] = x[k][i] + gate[k][i];
       x[k].set(sum);
       if (there && d < c.width) x[k].store(place.of(c.sum), place.token, d, c.width);
     }

@@ -74,12 +74,12 @@ template <bool WHOLE> struct Columns {
 
   CLA_DEVICE Columns(const cla_pointwise &c, int d) {
     CLA_UNROLL
-    for (int i = 0; i < N; i++) bias[i] = 0.f, factor[i] = 1.f;
+    for (int i = 0; i < N; i++) bias[i] = 0.f, factor[i] = c.factor;
     if (c.bias.data) load_numbers<N, WHOLE>(bias, c.bias, d, c.width - d);
     if (!c.log_rate.data) return;
     CLA_UNROLL
     for (int i = 0; i < N; i++) {
-      if (d + i < c.width) factor[i] = -expf(load_element(c.log_rate.data, c.log_rate.dtype, (d + i) / c.per_rate));
+      if (d + i < c.width) factor[i] *= -expf(load_element(c.log_rate.data, c.log_rate.dtype, (d + i) / c.per_rate));
     }
   }
 };

@@ -134,7 +134,7 @@ impl QkNorms {
 #[derive(Debug, Clone)]
 pub struct Attention {
     /// Of queries, keys and values.
-    projections: Projections<3>,
+    projections: Projections,
     o_proj: Linear,
     qk_norm: Option<QkNorms>,
     rotary: Option<RotaryEmbedding>,
@@ -156,7 +156,7 @@ impl Attention {
         };
         let gate = if output_gate { 2 } else { 1 };
         Ok(Self {
-            projections: Projections::new([
+            projections: Projections::new(vec![
                 linear("q_proj", hidden_size, num_heads * head_dim * gate)?,
                 linear("k_proj", hidden_size, num_kv_heads * head_dim)?,
                 linear("v_proj", hidden_size, num_kv_heads * head_dim)?,

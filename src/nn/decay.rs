@@ -47,14 +47,10 @@ impl Decay {
         self.a_log.to_dtype(DType::F32)?.flatten_all()?.exp()
     }
 
-    /// `g` for `dt: [.., biases]`, f32; each head's A is that of as many biases as it has.
-    pub fn log_decay(&self, dt: &Tensor) -> Result<Tensor> {
-        log_decay(dt, &self.dt_bias, &self.a_log)
-    }
-
-    /// [`log_decay`](Self::log_decay) of `dt` and the sigmoid of `xs`, f32.
-    pub fn log_decay_and_sigmoid(&self, dt: &Tensor, xs: &Tensor) -> Result<(Tensor, Tensor)> {
-        fused::decay_and_sigmoid(dt, &self.dt_bias, &self.a_log, xs)
+    /// `g` for `dt: [.., biases]`, where each head's A is that of as many biases as it has, and beta, `factor` times the sigmoid of
+    /// `b`; both f32.
+    pub fn log_decay_and_beta(&self, dt: &Tensor, (factor, b): (f64, &Tensor)) -> Result<(Tensor, Tensor)> {
+        fused::decay_and_sigmoid((dt, &self.dt_bias, &self.a_log), (factor, b))
     }
 
     /// `softplus(dt + dt_bias)` for `dt: [.., biases]`, f32.

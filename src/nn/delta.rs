@@ -1,9 +1,9 @@
 //! What the layers of the delta rules have in common.
 
+use crate::nn::Linear;
 use crate::nn::heads::{MAX_SIZE, check_size, whole_width};
 use crate::nn::qkv::{ConvShape, Qkv, QkvShape, Silu};
-use crate::nn::{Activation, Linear};
-use candle_core::{Result, Tensor, bail};
+use candle_core::{Result, bail};
 use candle_nn::VarBuilder;
 
 /// Epsilon of the norm of queries and keys, which no configuration changes.
@@ -49,45 +49,26 @@ impl DeltaHeads {
         self.num_v_heads * self.head_v_dim
     }
 
-    /// The projections, each followed by SiLU if that is asked for.
-    pub fn qkv(&self, conv: Option<ConvShape>, silu: bool, stdev: f64, vb: &VarBuilder) -> Result<Qkv> {
+    /// The projections, each followed by SiLU if that is asked for, and those besides.
+    pub fn qkv(
+        &self,
+        conv: Option<ConvShape>,
+        silu: bool,
+        stdev: f64,
+        vb: &VarBuilder,
+        beside: impl IntoIterator<Item = Linear>,
+    ) -> Result<Qkv> {
         let shape = QkvShape {
             hidden_size: self.hidden_size,
             heads: [self.num_heads, self.num_heads, self.num_v_heads],
             head_dims: [self.head_k_dim, self.head_k_dim, self.head_v_dim],
         };
-        Qkv::new(&shape, conv, Silu::Of([silu; 3]), stdev, vb)
+        Qkv::new(&shape, conv, Silu::Of([silu; 3]), stdev, vb, beside)
     }
 }
 
-/// How much of what a key brings back is replaced: `sigmoid(b_proj(x))` for each value head, doubled where the state may
-/// have negative eigenvalues ([Grazzi et al., 2024](https://arxiv.org/abs/2411.12537)).
-#[derive(Debug, Clone)]
-pub(crate) struct Beta {
-    b_proj: Linear,
-    factor: f64,
-}
-
-impl Beta {
-    pub fn new(
-        hidden_size: usize,
-        heads: usize,
-        allow_neg_eigval: bool,
-        stdev: f64,
-        vb: &VarBuilder,
-    ) -> Result<Self> {
-        let b_proj = Linear::new(hidden_size, heads, false, stdev, vb.pp("b_proj"))?;
-        Ok(Self { b_proj, factor: beta_factor(allow_neg_eigval) })
-    }
-
-    /// `[B, T, hidden_size]` to `[B, T, heads]`, f32.
-    pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let beta = Activation::Sigmoid.forward_f32(&self.b_proj.forward(xs)?)?;
-        beta * self.factor
-    }
-}
-
-/// The largest beta.
+/// The largest beta. Beta, how much of what a key brings back is replaced, is that times `sigmoid(b_proj(x))` for each value head:
+/// 2 where the state may have negative eigenvalues ([Grazzi et al., 2024](https://arxiv.org/abs/2411.12537)).
 pub(crate) fn beta_factor(allow_neg_eigval: bool) -> f64 {
     if allow_neg_eigval { 2. } else { 1. }
 }

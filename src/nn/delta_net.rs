@@ -1,9 +1,10 @@
 //! DeltaNet ([Yang et al., 2024](https://arxiv.org/abs/2406.06484)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
-use crate::nn::delta::{Beta, L2_EPS, beta_factor};
+use crate::nn::delta::{L2_EPS, beta_factor};
+use crate::nn::fused::{self, Pointwise};
 use crate::nn::heads::Heads;
-use crate::nn::output_norm::{OutputNorm, Projection};
+use crate::nn::output_norm::{OutputGate, OutputNorm};
 use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
@@ -114,9 +115,9 @@ pub struct DeltaNet {
     qkv: Qkv,
     qk_activation: Activation,
     qk_norm: QkNorm,
-    beta: Option<Beta>,
-    /// What beta is where it is not learned.
-    constant_beta: f64,
+    /// Whether beta is learned; where it is not, it is the largest.
+    learns_beta: bool,
+    beta_factor: f64,
     output_norm: OutputNorm,
     o_proj: Linear,
     mode: Mode,
@@ -130,25 +131,19 @@ impl DeltaNet {
         let (hidden, stdev) = (heads.hidden_size, cfg.initializer_range);
         let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
         let silu = cfg.qk_activation == Activation::Silu;
-        let beta = match cfg.use_beta {
-            true => Some(Beta::new(hidden, heads.num_heads, cfg.allow_neg_eigval, stdev, &vb)?),
-            false => None,
-        };
-        let gate = match cfg.use_gate {
-            true => {
-                let proj = Linear::new(hidden, heads.value_dim(), false, stdev, vb.pp("g_proj"))?;
-                Some((Projection::Full(proj), Activation::Silu))
-            }
-            false => None,
-        };
+        let linear = |name: &str, outputs| Linear::new(hidden, outputs, false, stdev, vb.pp(name));
+        let gate_proj = cfg.use_gate.then(|| linear("g_proj", heads.value_dim())).transpose()?;
+        let b_proj = cfg.use_beta.then(|| linear("b_proj", heads.num_heads)).transpose()?;
+        let beside = gate_proj.into_iter().chain(b_proj);
+        let gate = cfg.use_gate.then_some(OutputGate { up: None, act: Activation::Silu });
         let norm = RmsNorm::new(heads.head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
         Ok(Self {
-            qkv: Qkv::new(&(&heads).into(), conv, Silu::Of([silu, silu, true]), stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::Of([silu, silu, true]), stdev, &vb, beside)?,
             // What is SiLU is done by the projections.
             qk_activation: if silu { Activation::Identity } else { cfg.qk_activation },
             qk_norm: cfg.qk_norm,
-            beta,
-            constant_beta: beta_factor(cfg.allow_neg_eigval),
+            learns_beta: cfg.use_beta,
+            beta_factor: beta_factor(cfg.allow_neg_eigval),
             output_norm: OutputNorm::from_parts(norm, gate),
             o_proj: Linear::new(heads.value_dim(), hidden, false, stdev, vb.pp("o_proj"))?,
             heads,
@@ -162,19 +157,20 @@ public_methods!(DeltaNet);
 impl Mixer for DeltaNet {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
+        let Projected { q, k, v, conv, beside, .. } = self.qkv.forward(xs, &call)?;
         let mapped = |x: &Tensor| self.qk_norm.forward(&self.qk_activation.forward(x)?);
-        let beta = match &self.beta {
-            Some(beta) => beta.forward(xs)?,
-            None => {
-                let shape = (size.0, size.1, self.heads.num_heads);
-                Tensor::full(self.constant_beta as f32, shape, xs.device())?
-            }
+        let (beta, gate) = if self.learns_beta {
+            let ([b], gate) = beside.split()?;
+            (fused::scaled(self.beta_factor, Pointwise::Sigmoid, &b)?, gate)
+        } else {
+            let ([], gate) = beside.split()?;
+            let shape = (size.0, size.1, self.heads.num_heads);
+            (Tensor::full(self.beta_factor as f32, shape, xs.device())?, gate)
         };
         let options = call.options(self.mode);
         let Output { out, state } = delta_rule(&mapped(&q)?, &mapped(&k)?, &v, &beta, &options)?;
         call.finish(state, conv, size);
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+        self.o_proj.forward(&self.output_norm.forward(&out, gate, xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

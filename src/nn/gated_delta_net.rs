@@ -2,10 +2,9 @@
 
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::decay::{Decay, DecayRange};
-use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
-use crate::nn::output_norm::{OutputNorm, Projection};
+use crate::nn::delta::{DeltaHeads, L2_EPS, beta_factor};
+use crate::nn::output_norm::{OutputGate, OutputNorm};
 use crate::nn::qkv::{ConvShape, Projected, Qkv};
-use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, gated_delta_rule};
@@ -86,9 +85,8 @@ pub struct GatedDeltaNet {
     qkv: Qkv,
     /// What follows the projections, if it is not a part of them.
     act: Option<Activation>,
-    a_proj: Linear,
     decay: Decay,
-    beta: Beta,
+    beta_factor: f64,
     output_norm: OutputNorm,
     o_proj: Linear,
     mode: Mode,
@@ -102,20 +100,16 @@ impl GatedDeltaNet {
         let (hidden, v_heads, stdev) = (heads.hidden_size, heads.num_v_heads, cfg.initializer_range);
         let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
         let silu = cfg.conv_act == Activation::Silu;
-        let gate = match cfg.use_gate {
-            true => {
-                let proj = Linear::new(hidden, heads.value_dim(), false, stdev, vb.pp("g_proj"))?;
-                Some((Projection::Full(proj), cfg.gate_fn))
-            }
-            false => None,
-        };
+        let linear = |name: &str, outputs| Linear::new(hidden, outputs, false, stdev, vb.pp(name));
+        let gate_proj = cfg.use_gate.then(|| linear("g_proj", heads.value_dim())).transpose()?;
+        let others = [linear("a_proj", v_heads)?, linear("b_proj", v_heads)?];
+        let gate = cfg.use_gate.then_some(OutputGate { up: None, act: cfg.gate_fn });
         let norm = RmsNorm::new(heads.head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
         Ok(Self {
-            qkv: heads.qkv(conv, silu, stdev, &vb)?,
+            qkv: heads.qkv(conv, silu, stdev, &vb, gate_proj.into_iter().chain(others))?,
             act: (!silu).then_some(cfg.conv_act),
-            a_proj: Linear::new(hidden, v_heads, false, stdev, vb.pp("a_proj"))?,
             decay: Decay::new(v_heads, v_heads, DecayRange::default(), &vb)?,
-            beta: Beta::new(hidden, v_heads, cfg.allow_neg_eigval, stdev, &vb)?,
+            beta_factor: beta_factor(cfg.allow_neg_eigval),
             output_norm: OutputNorm::from_parts(norm, gate),
             o_proj: Linear::new(heads.value_dim(), hidden, false, stdev, vb.pp("o_proj"))?,
             heads,
@@ -129,13 +123,13 @@ public_methods!(GatedDeltaNet);
 impl Mixer for GatedDeltaNet {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.activated(self.act)?;
-        let (q, k) = (l2_norm(&q, L2_EPS)?, l2_norm(&k, L2_EPS)?);
-        let g = self.decay.log_decay(&self.a_proj.forward(xs)?)?;
-        let beta = self.beta.forward(xs)?;
+        let projected = self.qkv.forward(xs, &call)?.activated(self.act)?;
+        let Projected { q, k, v, conv, beside, .. } = projected.normed(L2_EPS)?;
+        let ([a, b], gate) = beside.split()?;
+        let (g, beta) = self.decay.log_decay_and_beta(&a, (self.beta_factor, &b))?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, conv, size);
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+        self.o_proj.forward(&self.output_norm.forward(&out, gate, xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

@@ -1,6 +1,7 @@
 //! Gated linear attention ([Yang et al., 2023](https://arxiv.org/abs/2312.06635)).
 
 use crate::nn::call::{Call, Mixer, public_methods};
+use crate::nn::fused::{self, Pointwise};
 use crate::nn::heads::Heads;
 use crate::nn::output_norm::{OutputNorm, OutputNormConfig};
 use crate::nn::qkv::{ConvShape, Projected, Qkv, Silu};
@@ -101,7 +102,8 @@ pub struct GatedLinearAttention {
     heads: Heads,
     qkv: Qkv,
     feature_map: Option<Activation>,
-    gk_proj: [Linear; 2],
+    /// From the few channels that the input is projected to for the decay.
+    gk_up: Linear,
     gate_logit_normalizer: f64,
     clamp_min: Option<f64>,
     output_norm: OutputNorm,
@@ -124,16 +126,16 @@ impl GatedLinearAttention {
             stdev,
         };
         let (rank, gates) = (cfg.gate_low_rank_dim, heads.num_kv_heads * heads.head_k_dim);
+        let (output_norm, gate_proj) = OutputNorm::new(&output_norm, &heads, &vb)?;
+        let gk_down = Linear::new(heads.hidden_size, rank, false, stdev, vb.pp("gk_proj.0"))?;
+        let beside = gate_proj.into_iter().chain([gk_down]);
         Ok(Self {
-            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb, beside)?,
             feature_map: cfg.feature_map,
-            gk_proj: [
-                Linear::new(heads.hidden_size, rank, false, stdev, vb.pp("gk_proj.0"))?,
-                Linear::new(rank, gates, true, stdev, vb.pp("gk_proj.1"))?,
-            ],
+            gk_up: Linear::new(rank, gates, true, stdev, vb.pp("gk_proj.1"))?,
             gate_logit_normalizer: cfg.gate_logit_normalizer,
             clamp_min: cfg.clamp_min,
-            output_norm: OutputNorm::new(&output_norm, &heads, &vb)?,
+            output_norm,
             o_proj: Linear::new(heads.value_dim(), heads.hidden_size, false, stdev, vb.pp("o_proj"))?,
             heads,
             mode: Mode::Auto,
@@ -142,10 +144,10 @@ impl GatedLinearAttention {
 
     /// The logarithms of the decays, `[B, T, num_kv_heads, K]`, f32: they add up over the whole sequence, where 16 bits
     /// would not do.
-    fn gates(&self, xs: &Tensor) -> Result<Tensor> {
-        let (batch, tokens, _) = xs.dims3()?;
-        let logits = self.gk_proj[1].forward(&self.gk_proj[0].forward(xs)?)?;
-        let mut g = (Activation::LogSigmoid.forward_f32(&logits)? / self.gate_logit_normalizer)?;
+    fn gates(&self, gk: &Tensor) -> Result<Tensor> {
+        let (batch, tokens, _) = gk.dims3()?;
+        let factor = self.gate_logit_normalizer.recip();
+        let mut g = fused::scaled(factor, Pointwise::LogSigmoid, &self.gk_up.forward(gk)?)?;
         if let Some(least) = self.clamp_min {
             g = g.maximum(least)?;
         }
@@ -158,12 +160,14 @@ public_methods!(GatedLinearAttention);
 impl Mixer for GatedLinearAttention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.mapped(self.feature_map)?;
+        let projected = self.qkv.forward(xs, &call)?;
+        let Projected { q, k, v, conv, beside, .. } = projected.mapped(self.feature_map)?;
+        let ([gk], gate) = beside.split()?;
         let [k, v, g] =
-            [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(xs)?)?];
+            [self.heads.repeat(&k)?, self.heads.repeat(&v)?, self.heads.repeat(&self.gates(&gk)?)?];
         let Output { out, state } = gla(&q, &k, &v, &g, &call.options(self.mode))?;
         call.finish(state, conv, size);
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+        self.o_proj.forward(&self.output_norm.forward(&out, gate, xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

@@ -67,7 +67,7 @@ impl Default for MlpNames {
 #[derive(Debug, Clone)]
 pub struct GatedMlp {
     /// Of the gate and up.
-    projections: Projections<2>,
+    projections: Projections,
     down_proj: Linear,
     kind: GluKind,
 }
@@ -98,7 +98,7 @@ impl GatedMlp {
 
     /// From the projections of the gate, up and down.
     pub(crate) fn from_parts([gate, up, down_proj]: [Linear; 3], kind: GluKind) -> Result<Self> {
-        Ok(Self { projections: Projections::new([gate, up])?, down_proj, kind })
+        Ok(Self { projections: Projections::new(vec![gate, up])?, down_proj, kind })
     }
 
     /// `[.., hidden]` to the same shape and dtype.

@@ -2,10 +2,10 @@
 
 use crate::nn::call::{Call, Mixer, public_methods};
 use crate::nn::decay::{Decay, DecayRange};
-use crate::nn::delta::{Beta, DeltaHeads, L2_EPS};
-use crate::nn::output_norm::{OutputNorm, Projection};
+use crate::nn::delta::{DeltaHeads, L2_EPS, beta_factor};
+use crate::nn::fused::{self, Pointwise};
+use crate::nn::output_norm::{OutputGate, OutputNorm};
 use crate::nn::qkv::{ConvShape, Projected, Qkv};
-use crate::nn::rms_norm::l2_norm;
 use crate::nn::short_conv::check_conv_size;
 use crate::nn::{Activation, LayerCache, Linear, RmsNorm};
 use crate::{Mode, Output, kda};
@@ -96,10 +96,11 @@ impl KimiDeltaAttentionConfig {
 pub struct KimiDeltaAttention {
     heads: DeltaHeads,
     qkv: Qkv,
-    f_proj: Projection,
+    /// From the few channels that the input is projected to for it.
+    f_up: Linear,
     decay: Decay,
     lower_bound: Option<f64>,
-    beta: Beta,
+    beta_factor: f64,
     output_norm: OutputNorm,
     o_proj: Linear,
     mode: Mode,
@@ -114,16 +115,16 @@ impl KimiDeltaAttention {
         let stdev = cfg.initializer_range;
         let conv = cfg.use_short_conv.then_some(ConvShape { width: cfg.conv_size, bias: cfg.conv_bias });
         let fla = cfg.layout == KdaLayout::Fla;
-        let low_rank = |name: &str, outputs, bias| -> Result<Projection> {
+        let low_rank = |name: &str, outputs, bias| -> Result<[Linear; 2]> {
             let [down, up] = match cfg.layout {
                 KdaLayout::Fla => ["proj.0", "proj.1"],
                 KdaLayout::KimiLinear => ["a_proj", "b_proj"],
             };
             let vb = |part: &str| vb.pp(format!("{name}_{part}"));
-            Ok(Projection::LowRank([
+            Ok([
                 Linear::new(hidden, head_v_dim, false, stdev, vb(down))?,
                 Linear::new(head_v_dim, outputs, bias, stdev, vb(up))?,
-            ]))
+            ])
         };
         let heads_shape: Shape = if fla { num_v_heads.into() } else { (1, 1, num_v_heads, 1).into() };
         let range = match cfg.lower_bound {
@@ -131,13 +132,16 @@ impl KimiDeltaAttention {
             None => DecayRange::default(),
         };
         let norm = RmsNorm::new(head_v_dim, cfg.norm_eps, true, vb.pp("o_norm"))?;
-        let gate = (low_rank("g", heads.value_dim(), fla)?, Activation::Sigmoid);
+        let [g_down, g_up] = low_rank("g", heads.value_dim(), fla)?;
+        let [f_down, f_up] = low_rank("f", num_v_heads * head_k_dim, false)?;
+        let b_proj = Linear::new(hidden, num_v_heads, false, stdev, vb.pp("b_proj"))?;
+        let gate = OutputGate { up: Some(g_up), act: Activation::Sigmoid };
         Ok(Self {
-            qkv: heads.qkv(conv, true, stdev, &vb)?,
-            f_proj: low_rank("f", num_v_heads * head_k_dim, false)?,
+            qkv: heads.qkv(conv, true, stdev, &vb, [g_down, f_down, b_proj])?,
+            f_up,
             decay: Decay::shaped(heads_shape, num_v_heads * head_k_dim, range, &vb)?,
             lower_bound: cfg.lower_bound,
-            beta: Beta::new(hidden, num_v_heads, cfg.allow_neg_eigval, stdev, &vb)?,
+            beta_factor: beta_factor(cfg.allow_neg_eigval),
             output_norm: OutputNorm::from_parts(norm, Some(gate)),
             o_proj: Linear::new(heads.value_dim(), hidden, false, stdev, vb.pp("o_proj"))?,
             heads,
@@ -145,15 +149,19 @@ impl KimiDeltaAttention {
         })
     }
 
-    /// The logarithms of the decays, `[B, T, HV, K]`, f32.
-    fn gates(&self, xs: &Tensor) -> Result<Tensor> {
-        let (batch, tokens, _) = xs.dims3()?;
+    /// The logarithms of the decays, `[B, T, HV, K]`, and the betas, `[B, T, HV]`, both f32.
+    fn gates(&self, f: &Tensor, b: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (batch, tokens, _) = b.dims3()?;
         let shape = (batch, tokens, self.heads.num_v_heads, self.heads.head_k_dim);
-        let f = self.f_proj.forward(xs)?;
-        let Some(bound) = self.lower_bound else { return self.decay.log_decay(&f)?.reshape(shape) };
+        let f = self.f_up.forward(f)?;
+        let Some(bound) = self.lower_bound else {
+            let (g, beta) = self.decay.log_decay_and_beta(&f, (self.beta_factor, b))?;
+            return Ok((g.reshape(shape)?, beta));
+        };
         let rate = self.decay.rate()?.unsqueeze(D::Minus1)?;
         let f = self.decay.biased(&f)?.reshape(shape)?.broadcast_mul(&rate)?;
-        Activation::Sigmoid.forward_f32(&f)? * bound
+        let sigmoid = |factor, xs: &Tensor| fused::scaled(factor, Pointwise::Sigmoid, xs);
+        Ok((sigmoid(bound, &f)?, sigmoid(self.beta_factor, b)?))
     }
 }
 
@@ -162,12 +170,12 @@ public_methods!(KimiDeltaAttention);
 impl Mixer for KimiDeltaAttention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
-        let (q, k) = (l2_norm(&q, L2_EPS)?, l2_norm(&k, L2_EPS)?);
-        let (g, beta) = (self.gates(xs)?, self.beta.forward(xs)?);
+        let Projected { q, k, v, conv, beside, .. } = self.qkv.forward(xs, &call)?.normed(L2_EPS)?;
+        let ([f, b], gate) = beside.split()?;
+        let (g, beta) = self.gates(&f, &b)?;
         let Output { out, state } = kda(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, conv, size);
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+        self.o_proj.forward(&self.output_norm.forward(&out, gate, xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

@@ -60,78 +60,106 @@ const FEW: usize = 16;
 ///
 /// On a GPU, unless they are trained or quantized, their weights lie in one matrix, and a few tokens take one product with it.
 #[derive(Debug, Clone)]
-pub(crate) struct Projections<const N: usize> {
-    each: [Linear; N],
+pub(crate) struct Projections {
+    each: Vec<Linear>,
+    /// Where the outputs of each begin among those of all.
+    starts: Vec<usize>,
     whole: Option<Weight>,
 }
 
-impl<const N: usize> Projections<N> {
-    pub fn new(mut each: [Linear; N]) -> Result<Self> {
-        let Some(whole) = joined(&each)? else { return Ok(Self { each, whole: None }) };
-        let mut start = 0;
-        for linear in &mut each {
-            let outputs = linear.weight.outputs()?;
-            linear.weight = Weight::Dense(whole.narrow(0, start, outputs)?);
-            start += outputs;
+impl Projections {
+    pub fn new(mut each: Vec<Linear>) -> Result<Self> {
+        let (mut starts, mut end) = (Vec::with_capacity(each.len()), 0);
+        for linear in &each {
+            starts.push(end);
+            end += linear.weight.outputs()?;
         }
-        Ok(Self { each, whole: Some(Weight::Dense(whole)) })
-    }
-
-    /// `[.., inputs]` to `[.., outputs]` of each.
-    pub fn forward(&self, xs: &Tensor) -> Result<[Tensor; N]> {
-        match self.at_once(xs)? {
-            Some(ys) => self.each_with(|linear, start| ys.narrow(D::Minus1, start, linear.weight.outputs()?)),
-            None => self.each_with(|linear, _| linear.forward(xs)),
-        }
-    }
-
-    /// `[B, T, inputs]` to `[B, T, heads, width]` of each, given as `[heads, width]`.
-    pub fn forward_heads(&self, xs: &Tensor, shapes: [[usize; 2]; N]) -> Result<[Tensor; N]> {
-        let whole = self.at_once(xs)?;
-        let mut shapes = shapes.into_iter();
-        self.each_with(|linear, start| {
-            let [heads, width] = shapes.next().unwrap_or_default();
-            match &whole {
-                Some(ys) => heads_from(ys, start, heads, width),
-                None => linear.forward_heads(xs, heads),
+        let whole = joined(&each)?;
+        if let Some(whole) = &whole {
+            for (linear, start) in each.iter_mut().zip(&starts) {
+                linear.weight = Weight::Dense(whole.narrow(0, *start, linear.weight.outputs()?)?);
             }
-        })
+        }
+        Ok(Self { each, starts, whole: whole.map(Weight::Dense) })
     }
 
-    /// The results side by side, if one product makes them all.
-    fn at_once(&self, xs: &Tensor) -> Result<Option<Tensor>> {
+    /// `[.., inputs]` to `[.., outputs]` of each of N projections.
+    pub fn forward<const N: usize>(&self, xs: &Tensor) -> Result<[Tensor; N]> {
+        let projected = self.project(xs)?;
+        let found = (0..self.each.len()).map(|i| projected.get(i)).collect::<Result<Vec<_>>>()?;
+        found.try_into().map_err(|_| Error::msg("as many results as projections"))
+    }
+
+    /// What they make of `xs: [.., inputs]`, at once or one by one.
+    pub fn project<'a>(&'a self, xs: &'a Tensor) -> Result<Projected<'a>> {
         let tokens: usize = xs.dims().iter().rev().skip(1).product();
         let whole = self.whole.as_ref().filter(|_| tokens <= FEW);
-        whole.map(|whole| project(xs, whole)).transpose()
-    }
-
-    /// What `f` makes of each projection and of where its outputs begin among those of all.
-    fn each_with(&self, mut f: impl FnMut(&Linear, usize) -> Result<Tensor>) -> Result<[Tensor; N]> {
-        let mut start = 0;
-        let mut found = Vec::with_capacity(N);
-        for linear in &self.each {
-            found.push(f(linear, start)?);
-            start += linear.weight.outputs()?;
-        }
-        found.try_into().map_err(|_| Error::msg("as many results as projections"))
+        Ok(Projected { of: self, xs, whole: whole.map(|whole| project(xs, whole)).transpose()? })
     }
 }
 
+/// The results of [`Projections`].
+pub(crate) struct Projected<'a> {
+    of: &'a Projections,
+    xs: &'a Tensor,
+    /// All of them side by side, if one product has made them.
+    whole: Option<Tensor>,
+}
+
+impl Projected<'_> {
+    /// Of projection `i`, `[.., outputs]`.
+    pub fn get(&self, i: usize) -> Result<Tensor> {
+        let linear = &self.of.each[i];
+        match &self.whole {
+            Some(ys) => ys.narrow(D::Minus1, self.of.starts[i], linear.weight.outputs()?),
+            None => linear.forward(self.xs),
+        }
+    }
+
+    /// Of projection `i` of `[B, T, inputs]`, `[B, T, heads, width]`.
+    pub fn heads(&self, i: usize, [heads, width]: [usize; 2]) -> Result<Tensor> {
+        match &self.whole {
+            Some(ys) => heads_from(ys, self.of.starts[i], heads, width),
+            None => self.of.each[i].forward_heads(self.xs, heads),
+        }
+    }
+
+    /// Of all that come before projection `i`, side by side, if they are.
+    pub fn before(&self, i: usize) -> Result<Option<Tensor>> {
+        let end = self.of.starts.get(i).copied();
+        let whole = |ys: &Tensor| match end {
+            Some(end) => ys.narrow(D::Minus1, 0, end),
+            None => Ok(ys.clone()),
+        };
+        self.whole.as_ref().map(whole).transpose()
+    }
+}
+
+/// Outputs of a joined matrix are a multiple of this, so that each token's begin where kernels can move 16 bytes.
+const WHOLE: usize = 8;
+
 /// All weights, one below the other, if they are to be one matrix.
 fn joined(each: &[Linear]) -> Result<Option<Tensor>> {
-    let mut weights = Vec::with_capacity(each.len());
+    let mut weights = Vec::with_capacity(each.len() + 1);
     for linear in each {
         match (&linear.weight, &linear.bias) {
             (Weight::Dense(weight), None) if on_gpu(weight) && !weight.track_op() => weights.push(weight),
             _ => return Ok(None),
         }
     }
-    let first = weights.first().map(|first| (first.dtype(), first.dim(1).ok()));
-    let alike = |weight: &&Tensor| Some((weight.dtype(), weight.dim(1).ok())) == first;
-    if weights.iter().all(alike) { Tensor::cat(&weights, 0).map(Some) } else { Ok(None) }
+    let Some(first) = weights.first().copied() else { return Ok(None) };
+    let inputs = first.dim(1)?;
+    if weights.iter().any(|weight| weight.dtype() != first.dtype() || weight.dim(1).ok() != Some(inputs)) {
+        return Ok(None);
+    }
+    let outputs = weights.iter().map(|weight| weight.dim(0)).sum::<Result<usize>>()?;
+    let padding = outputs.next_multiple_of(WHOLE) - outputs;
+    let zeros = Tensor::zeros((padding.max(1), inputs), first.dtype(), first.device())?;
+    weights.extend((padding > 0).then_some(&zeros));
+    Tensor::cat(&weights, 0).map(Some)
 }
 
-fn on_gpu(weight: &Tensor) -> bool {
+pub(crate) fn on_gpu(weight: &Tensor) -> bool {
     #[cfg(feature = "cuda-host")]
     if crate::cuda::takes(weight.device()) {
         return true;

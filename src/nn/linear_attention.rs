@@ -100,7 +100,7 @@ impl LinearAttention {
             false => None,
         };
         Ok(Self {
-            qkv: Qkv::new(&(&heads).into(), None, Silu::WithConvolution, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), None, Silu::WithConvolution, stdev, &vb, None)?,
             feature_map_q,
             feature_map_k,
             norm_q: cfg.norm_q,
@@ -119,7 +119,7 @@ public_methods!(LinearAttention);
 impl Mixer for LinearAttention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?;
+        let Projected { q, k, v, conv, .. } = self.qkv.forward(xs, &call)?;
         let mut q = self.feature_map_q.forward(&q)?;
         let mut k = self.feature_map_k.forward(&k)?;
         if self.norm_q {

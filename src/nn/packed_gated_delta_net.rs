@@ -78,7 +78,7 @@ impl PackedGatedDeltaNetConfig {
 #[derive(Debug, Clone)]
 enum PackedProjections {
     /// qkv, z, b and a
-    ByKind(Projections<4>),
+    ByKind(Projections),
     ByHead {
         qkvz: Linear,
         ba: Linear,
@@ -100,7 +100,7 @@ impl PackedProjections {
         };
         let (qkv, z) = (conv_dim(heads), heads.value_dim());
         Ok(match cfg.packing {
-            Packing::ByKind => Self::ByKind(Projections::new([
+            Packing::ByKind => Self::ByKind(Projections::new(vec![
                 linear("in_proj_qkv", qkv)?,
                 linear("in_proj_z", z)?,
                 linear("in_proj_b", heads.num_v_heads)?,
@@ -208,7 +208,7 @@ impl Mixer for PackedGatedDeltaNet {
             qkv = act.forward(&qkv)?;
         }
         let [q, k, v] = self.split(&qkv)?;
-        let (g, beta) = self.decay.log_decay_and_sigmoid(&a, &b)?;
+        let (g, beta) = self.decay.log_decay_and_beta(&a, (1., &b))?;
         let Output { out, state } = gated_delta_rule(&q, &k, &v, &g, &beta, &call.options(self.mode))?;
         call.finish(state, vec![past], size);
         self.out_proj.forward(&self.norm.forward_gated_to(&out, (&z, Gate::Silu), xs.dtype())?)

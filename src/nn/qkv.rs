@@ -2,9 +2,10 @@
 
 use crate::nn::call::Call;
 use crate::nn::heads::{Heads, heads_from};
-use crate::nn::linear::Projections;
+use crate::nn::linear::{self, Projections};
+use crate::nn::rms_norm::l2_norm;
 use crate::nn::{Activation, Linear, ShortConvolution};
-use candle_core::{Result, Tensor};
+use candle_core::{Error, Result, Tensor};
 use candle_nn::VarBuilder;
 
 /// The width of the short convolutions and whether they have a bias.
@@ -42,37 +43,65 @@ pub(crate) enum Silu {
     Of([bool; 3]),
 }
 
-/// The three projections: `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` if there are convolutions.
+/// The three projections: `q_proj`, `k_proj`, `v_proj`, and `q_conv1d`, `k_conv1d`, `v_conv1d` if there are convolutions; and
+/// what a layer projects its input to besides.
 #[derive(Debug, Clone)]
 pub(crate) struct Qkv {
-    projections: Projections<3>,
-    convs: Option<[ShortConvolution; 3]>,
+    projections: Projections,
+    convs: Option<Convolutions>,
     /// Where SiLU follows that is not a part of a convolution.
     silu: [bool; 3],
     /// How many heads, and how wide.
     heads: [[usize; 2]; 3],
+    /// Projections besides.
+    beside: usize,
 }
 
 /// What comes out: `q [B, T, heads, K]`, `k [B, T, heads, K]`, `v [B, T, heads, V]`, each with heads of its own number,
-/// and the convolutions' memory, empty if there are none.
+/// the convolutions' memory, empty if there are none, and what is projected besides.
 pub(crate) struct Projected {
     pub q: Tensor,
     pub k: Tensor,
     pub v: Tensor,
     pub conv: Vec<Tensor>,
+    pub beside: Beside,
+    /// The heads of q and k one after the other, if they lie so.
+    qk: Option<Tensor>,
 }
 
 impl Projected {
     /// With q and k as the feature map `map` makes them.
     pub fn mapped(self, map: Option<Activation>) -> Result<Self> {
         let Some(map) = map else { return Ok(self) };
-        Ok(Self { q: map.forward(&self.q)?, k: map.forward(&self.k)?, ..self })
+        Ok(Self { q: map.forward(&self.q)?, k: map.forward(&self.k)?, qk: None, ..self })
+    }
+
+    /// With the l2norm of q and k. One norm for both is a launch less on a GPU.
+    pub fn normed(self, eps: f64) -> Result<Self> {
+        let Some(qk) = &self.qk else {
+            return Ok(Self { q: l2_norm(&self.q, eps)?, k: l2_norm(&self.k, eps)?, ..self });
+        };
+        let (qk, heads) = (l2_norm(qk, eps)?, self.q.dim(2)?);
+        Ok(Self { q: qk.narrow(2, 0, heads)?, k: qk.narrow(2, heads, heads)?, qk: None, ..self })
     }
 
     /// With all three as `act` makes them.
     pub fn activated(self, act: Option<Activation>) -> Result<Self> {
         let Some(act) = act else { return Ok(self) };
         Ok(Self { v: act.forward(&self.v)?, ..self.mapped(Some(act))? })
+    }
+}
+
+/// What a layer projects its input to besides q, k and v: that of which its output gate is made, if it has one, then others.
+pub(crate) struct Beside(Vec<Tensor>);
+
+impl Beside {
+    /// The N others, and that of the gate.
+    pub fn split<const N: usize>(self) -> Result<([Tensor; N], Option<Tensor>)> {
+        let mut all = self.0.into_iter();
+        let gate = if all.len() > N { all.next() } else { None };
+        let others = all.collect::<Vec<_>>().try_into();
+        Ok((others.map_err(|_| Error::msg("as many results as projections"))?, gate))
     }
 }
 
@@ -83,6 +112,7 @@ impl Qkv {
         silu: Silu,
         stdev: f64,
         vb: &VarBuilder,
+        beside: impl IntoIterator<Item = Linear>,
     ) -> Result<Self> {
         const NAMES: [&str; 3] = ["q", "k", "v"];
         let heads = [0, 1, 2].map(|i| [shape.heads[i], shape.head_dims[i]]);
@@ -97,37 +127,83 @@ impl Qkv {
         let convolution = |shape: ConvShape, i: usize| {
             let vb = vb.pp(format!("{}_conv1d", NAMES[i]));
             let conv = ShortConvolution::new(heads[i].iter().product(), shape.width, shape.bias, stdev, vb)?;
-            Ok::<_, candle_core::Error>(conv.with_silu(silu[i]))
+            Ok::<_, Error>(conv.with_silu(silu[i]))
         };
         let convs = match conv {
-            Some(shape) => Some([convolution(shape, 0)?, convolution(shape, 1)?, convolution(shape, 2)?]),
+            Some(shape) => {
+                let each = [convolution(shape, 0)?, convolution(shape, 1)?, convolution(shape, 2)?];
+                Some(Convolutions::new(each)?)
+            }
             None => None,
         };
-        let projections = Projections::new([projection(0)?, projection(1)?, projection(2)?])?;
-        Ok(Self { projections, silu: if convs.is_some() { [false; 3] } else { silu }, convs, heads })
+        let mut projections = vec![projection(0)?, projection(1)?, projection(2)?];
+        projections.extend(beside);
+        let beside = projections.len() - 3;
+        let projections = Projections::new(projections)?;
+        Ok(Self { projections, silu: if convs.is_some() { [false; 3] } else { silu }, convs, heads, beside })
     }
 
     pub fn forward(&self, xs: &Tensor, call: &Call) -> Result<Projected> {
+        let projected = self.projections.project(xs)?;
+        let beside = (3..3 + self.beside).map(|i| projected.get(i)).collect::<Result<_>>()?;
+        let beside = Beside(beside);
         let Some(convs) = &self.convs else {
             call.past(0, 0)?;
-            let mut projected = self.projections.forward_heads(xs, self.heads)?;
-            for (ys, silu) in projected.iter_mut().zip(self.silu) {
-                if silu {
-                    *ys = Activation::Silu.forward(ys)?;
-                }
+            let get = |i: usize| {
+                let ys = projected.heads(i, self.heads[i])?;
+                if self.silu[i] { Activation::Silu.forward(&ys) } else { Ok(ys) }
+            };
+            return Ok(Projected { q: get(0)?, k: get(1)?, v: get(2)?, conv: Vec::new(), beside, qk: None });
+        };
+        let (ys, conv) = convs.run(&projected, call)?;
+        let heads = |i: usize| {
+            let ([heads, width], (ys, start)) = (self.heads[i], &ys[i]);
+            heads_from(ys, *start, heads, width)
+        };
+        let [of_q, of_k, _] = self.heads;
+        let qk = match &ys {
+            [(ys, 0), (_, start), _] if of_q == of_k && *start > 0 => {
+                Some(heads_from(ys, 0, of_q[0] + of_k[0], of_q[1])?)
             }
-            let [q, k, v] = projected;
-            return Ok(Projected { q, k, v, conv: Vec::new() });
+            _ => None,
         };
-        let projected = self.projections.forward(xs)?;
-        let mut conv = Vec::new();
+        Ok(Projected { q: heads(0)?, k: heads(1)?, v: heads(2)?, conv, beside, qk })
+    }
+}
+
+/// The short convolutions behind q, k and v.
+#[derive(Debug, Clone)]
+struct Convolutions {
+    each: [ShortConvolution; 3],
+    /// All three as one, where their inputs may come side by side: their memory is one then.
+    joined: Option<ShortConvolution>,
+}
+
+impl Convolutions {
+    fn new(each: [ShortConvolution; 3]) -> Result<Self> {
+        Ok(Self { joined: ShortConvolution::joined(&each)?, each })
+    }
+
+    /// What they make of the first three of `projected`, as tensors and the channel with which each begins, and their memory.
+    fn run(&self, projected: &linear::Projected, call: &Call) -> Result<([(Tensor, usize); 3], Vec<Tensor>)> {
+        let channels = self.each.each_ref().map(ShortConvolution::channels);
+        let starts = [0, channels[0], channels[0] + channels[1]];
+        let memories = if self.joined.is_some() { 1 } else { 3 };
+        if let (Some(joined), Some(xs)) = (&self.joined, projected.before(3)?) {
+            let (ys, past) = joined.run(&xs, call.past(0, memories)?, call.cu_seqlens())?;
+            return Ok((starts.map(|start| (ys.clone(), start)), vec![past]));
+        }
+        let mut pasts = Vec::new();
         let mut convolve = |i: usize| {
-            let (ys, past) = convs[i].run(&projected[i], call.past(i, convs.len())?, call.cu_seqlens())?;
-            conv.push(past);
-            let [heads, head_dim] = self.heads[i];
-            heads_from(&ys, 0, heads, head_dim)
+            let past = match (call.past(if memories == 1 { 0 } else { i }, memories)?, memories) {
+                (Some(past), 1) => Some(past.narrow(2, starts[i], channels[i])?),
+                (past, _) => past.cloned(),
+            };
+            let (ys, past) = self.each[i].run(&projected.get(i)?, past.as_ref(), call.cu_seqlens())?;
+            pasts.push(past);
+            Ok::<_, Error>((ys, 0))
         };
-        let (q, k, v) = (convolve(0)?, convolve(1)?, convolve(2)?);
-        Ok(Projected { q, k, v, conv })
+        let ys = [convolve(0)?, convolve(1)?, convolve(2)?];
+        Ok((ys, if memories == 1 { vec![Tensor::cat(&pasts, 2)?] } else { pasts }))
     }
 }

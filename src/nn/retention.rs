@@ -123,12 +123,13 @@ impl MultiScaleRetention {
         // ln_1p keeps the decay of the later heads, where 1 - 2^(-5-h) rounds to 1.
         let log_decay = |head| (-(-5. - head as f64).exp2()).ln_1p() as f32;
         let log_decay: Vec<f32> = (0..heads.num_heads).map(log_decay).collect();
+        let (output_norm, gate_proj) = OutputNorm::new(&output_norm, &heads, &vb)?;
         Ok(Self {
-            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb)?,
+            qkv: Qkv::new(&(&heads).into(), conv, Silu::WithConvolution, stdev, &vb, gate_proj)?,
             feature_map: cfg.feature_map,
             rotary: RotaryEmbedding::new(heads.head_k_dim, ROTARY_BASE)?,
             log_decay: Tensor::from_vec(log_decay, heads.num_heads, vb.device())?,
-            output_norm: OutputNorm::new(&output_norm, &heads, &vb)?,
+            output_norm,
             o_proj: Linear::new(heads.value_dim(), heads.hidden_size, false, stdev, vb.pp("o_proj"))?,
             heads,
             mode: Mode::Auto,
@@ -141,14 +142,16 @@ public_methods!(MultiScaleRetention);
 impl Mixer for MultiScaleRetention {
     fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.heads.hidden_size)?;
-        let Projected { q, k, v, conv } = self.qkv.forward(xs, &call)?.mapped(self.feature_map)?;
+        let projected = self.qkv.forward(xs, &call)?;
+        let Projected { q, k, v, conv, beside, .. } = projected.mapped(self.feature_map)?;
+        let ([], gate) = beside.split()?;
         let positions = call.positions(size.0, size.1);
         let [q, k] = self.rotary.rotate([&q, &k], &positions)?;
         let k = self.heads.repeat(&k)?;
         let v = self.heads.repeat(&v)?;
         let Output { out, state } = retention(&q, &k, &v, &self.log_decay, &call.options(self.mode))?;
         call.finish(state, conv, size);
-        self.o_proj.forward(&self.output_norm.forward(&out, xs)?)
+        self.o_proj.forward(&self.output_norm.forward(&out, gate, xs.dtype())?)
     }
 
     fn set_mode(&mut self, mode: Mode) {

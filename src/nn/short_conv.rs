@@ -1,6 +1,7 @@
 //! The short causal convolution that most layers of today put behind their projections.
 
 use crate::nn::fused::{self, ShortConv};
+use crate::nn::linear::on_gpu;
 use crate::nn::normal;
 use crate::problem;
 use candle_core::{Result, Tensor, bail};
@@ -86,6 +87,28 @@ impl ShortConvolution {
             false => None,
         };
         Ok(Self { weight, bias, silu: true })
+    }
+
+    /// Those of several behind one another in their order, if they lie on a GPU, are alike but for their channels, and not trained.
+    pub(crate) fn joined(each: &[Self]) -> Result<Option<Self>> {
+        let Some(first) = each.first() else { return Ok(None) };
+        let kind =
+            |conv: &Self| (conv.weight.dim(2).ok(), conv.weight.dtype(), conv.bias.is_some(), conv.silu);
+        let parameters = || each.iter().flat_map(|conv| std::iter::once(&conv.weight).chain(&conv.bias));
+        if each.iter().any(|conv| kind(conv) != kind(first))
+            || parameters().any(|x| x.track_op() || !on_gpu(x))
+        {
+            return Ok(None);
+        }
+        let cat = |parameter: &dyn Fn(&Self) -> Option<Tensor>| {
+            Tensor::cat(&each.iter().filter_map(parameter).collect::<Vec<_>>(), 0)
+        };
+        let bias = first.bias.as_ref().map(|_| cat(&|conv| conv.bias.clone())).transpose()?;
+        Ok(Some(Self { weight: cat(&|conv| Some(conv.weight.clone()))?, bias, silu: first.silu }))
+    }
+
+    pub(crate) fn channels(&self) -> usize {
+        self.weight.dims()[0]
     }
 
     /// With or without the SiLU at the end.

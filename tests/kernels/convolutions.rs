@@ -114,6 +114,7 @@ impl Convolution {
         };
         let bias_given = self.bias.then(|| bias.as_tensor());
         let (y, last) = short_conv(&x, &weight, bias_given, &opts)?;
+        self.check_detached((&x, &weight, bias_given, &opts), [&y, &last])?;
         let mut loss = Vec::new();
         if !empty {
             // Through a layout of its own, as what comes next in a layer may have.
@@ -137,6 +138,23 @@ impl Convolution {
         let viewed = |var: &Var| grad(var)?.map(|x| self.lies.view(&x, self.channels)).transpose();
         results.extend([viewed(&x_var)?, grad(&weight)?, grad(&bias)?, viewed(&past_var)?]);
         Ok(results)
+    }
+
+    /// Without a graph, where one kernel may find both, the results are the same to the bit.
+    fn check_detached(
+        &self,
+        (x, weight, bias, opts): (&Tensor, &Tensor, Option<&Tensor>, &ShortConvOptions),
+        wanted: [&Tensor; 2],
+    ) -> Result<()> {
+        let (bias, past) = (bias.map(Tensor::detach), opts.past.map(Tensor::detach));
+        let opts = ShortConvOptions { past: past.as_ref(), ..*opts };
+        let (y, last) = short_conv(&x.detach(), &weight.detach(), bias.as_ref(), &opts)?;
+        for ((name, found), wanted) in NAMES.iter().zip([&y, &last]).zip(wanted) {
+            assert_eq!(found.dims(), wanted.dims(), "{self:?}: {name}");
+            let bits = |x: &Tensor| values(&x.to_device(&Device::Cpu)?);
+            assert!(bits(found)? == bits(wanted)?, "{self:?}: {name} without a graph");
+        }
+        Ok(())
     }
 
     /// By the definition.

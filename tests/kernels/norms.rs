@@ -202,6 +202,10 @@ fn wide_rows() {
             Norm { kind, dims: vec![7, width], dtype, ..Default::default() }.check();
         }
     }
+    // More rows than a GPU has room for blocks of their own.
+    for (kind, dtype) in KINDS.into_iter().zip(DTYPES) {
+        Norm { kind, dims: vec![300, 1000], dtype, ..Default::default() }.check();
+    }
 }
 
 #[test]

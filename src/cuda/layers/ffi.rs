@@ -116,6 +116,7 @@ pub(super) struct Pointwise {
     pub bias: Numbers,
     pub log_rate: Numbers,
     pub partial: *mut f32,
+    pub factor: f32,
     pub function: Function,
     pub width: i32,
     pub team_bits: i32,

@@ -13,6 +13,8 @@ use crate::nn::fused::Gate;
 /// Blocks of the backward pass for each multiprocessor, where there are rows for so many: each leaves a row of the weight's
 /// gradient to be added up.
 const BLOCKS: usize = 6;
+/// Rows for which blocks of one or two each are not more than a GPU runs at once.
+const FEW: usize = 256;
 
 /// Which norm, of rows of `width` elements.
 #[derive(Debug, Clone, Copy)]
@@ -24,18 +26,20 @@ pub(crate) struct Norm {
 }
 
 impl Norm {
-    /// The threads that share a row: one for each vector of 16 bytes up to a warp, then as few warps as can hold it.
-    fn team(&self, dtype: DType) -> usize {
+    /// The threads that share one of so many rows: one for each vector of 16 bytes up to a warp, then as few warps as can hold it,
+    /// or as many as there are vectors for, where there are few rows to wait for.
+    fn team(&self, dtype: DType, rows: usize) -> usize {
         let vectors = self.width.div_ceil(16 / dtype.size_in_bytes());
         if vectors <= 32 {
             return vectors.next_power_of_two();
         }
-        vectors.div_ceil(ffi::NORM_HELD).next_power_of_two().max(32)
+        let least = vectors.div_ceil(ffi::NORM_HELD).next_power_of_two().max(32);
+        if rows > FEW { least } else { vectors.next_power_of_two().min(ffi::NORM_THREADS).max(least) }
     }
 
     /// Whether a block can hold a row.
     pub fn fits(&self, dtype: DType) -> bool {
-        self.width > 0 && self.team(dtype) <= ffi::NORM_THREADS
+        self.width > 0 && self.team(dtype, usize::MAX) <= ffi::NORM_THREADS
     }
 }
 
@@ -109,13 +113,13 @@ impl Op {
 
     /// Blocks of the backward pass over `xs`.
     fn blocks(&self, machine: &Machine, xs: &Tensor) -> Result<usize> {
-        let teams = ffi::NORM_THREADS / self.norm.team(xs.dtype());
         let rows = xs.elem_count() / self.norm.width;
+        let teams = ffi::NORM_THREADS / self.norm.team(xs.dtype(), rows);
         Ok(rows.div_ceil(teams).min(BLOCKS * machine.card()?.multiprocessors))
     }
 
     fn run(&self, machine: &Machine, given: &Given, pass: Pass) -> Result<()> {
-        let (width, team) = (self.norm.width, self.norm.team(given.x.dtype()));
+        let width = self.norm.width;
         let (out, sum, of) = match pass {
             Pass::Forward { out, sum } => (Some(out), sum, None),
             Pass::Backward(of) => (None, None, Some(of)),
@@ -128,6 +132,7 @@ impl Op {
         let read = [Some(given.x), given.gate, given.added, grad_out];
         let shared = SharedRows::new(&read.into_iter().flatten().collect::<Vec<_>>(), width)?;
         let rows = shared.rows();
+        let team = self.norm.team(given.x.dtype(), rows);
         if rows == 0 {
             return Ok(());
         }

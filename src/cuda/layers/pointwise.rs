@@ -12,40 +12,50 @@ use crate::nn::fused::Pointwise;
 /// Blocks for each multiprocessor, where there are rows for so many: each loads what its columns have in common.
 const BLOCKS: usize = 8;
 
-/// `factor * f(xs + bias)` in f32, in the shape of `xs: [.., width]`. `bias` is `[width]`; the factor is `-exp(log_rate)` for a
+/// `factor * rate * f(xs + bias)` in f32, in the shape of `xs: [.., width]`. `bias` is `[width]`; the rate is `-exp(log_rate)` for a
 /// `log_rate: [n]` where n divides the width, or 1 without one.
-pub(crate) fn pointwise(
-    f: Pointwise,
-    xs: &Tensor,
-    bias: Option<&Tensor>,
-    log_rate: Option<&Tensor>,
-) -> Result<Tensor> {
-    let (op, inputs) = Op::of(f, xs, bias, log_rate)?;
-    only_result(op.name(), autograd::apply(op, &inputs)?)
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Application<'a> {
+    pub f: Pointwise,
+    pub factor: f32,
+    pub xs: &'a Tensor,
+    pub bias: Option<&'a Tensor>,
+    pub log_rate: Option<&'a Tensor>,
 }
 
-/// A function, and what [`pointwise`] takes beside it.
-pub(crate) type Application<'a> = (Pointwise, &'a Tensor, Option<&'a Tensor>, Option<&'a Tensor>);
+impl Application<'_> {
+    pub fn run(self) -> Result<Tensor> {
+        let (op, inputs) = self.parts()?;
+        only_result(op.name(), autograd::apply(op, &inputs)?)
+    }
 
-/// Two of them by one kernel, neither with a graph, of `xs` of one dtype.
-pub(crate) fn pointwise_pair(first: Application, second: Application) -> Result<[Tensor; 2]> {
-    let machine = Machine::of(first.1.device())?;
-    let new = |(_, xs, ..): Application| Buffer::new(&machine, DType::F32, xs.shape());
-    let grid = |(_, xs, ..): Application| Grid::new(&machine, xs);
-    let (mut out, mut other) = (new(first)?, new(second)?);
-    let (grids, passes) =
-        ([grid(first)?, grid(second)?], (Pass::Forward { out: &mut out }, Pass::Forward { out: &mut other }));
-    let of = |(f, xs, bias, log_rate): Application| Op::of(f, xs, bias, log_rate);
-    let ((op, inputs), (other_op, other_inputs)) = (of(first)?, of(second)?);
-    let [grid, other_grid] = grids;
-    op.with_call(&machine, &inputs, grid, passes.0, |first| {
-        other_op.with_call(&machine, &other_inputs, other_grid, passes.1, |second| {
-            // SAFETY: as in `run`, for both.
-            let code = unsafe { ffi::cla_pointwise_forward_pair(first, second, machine.stream()) };
-            op.check(code, first)
-        })
-    })?;
-    Ok([out.into_tensor(), other.into_tensor()])
+    /// This and another by one kernel, neither with a graph, of `xs` of one dtype.
+    pub fn run_beside(self, other: Self) -> Result<[Tensor; 2]> {
+        let machine = Machine::of(self.xs.device())?;
+        let new = |xs: &Tensor| Buffer::new(&machine, DType::F32, xs.shape());
+        let (mut out, mut other_out) = (new(self.xs)?, new(other.xs)?);
+        let (pass, other_pass) = (Pass::Forward { out: &mut out }, Pass::Forward { out: &mut other_out });
+        let (grid, other_grid) = (Grid::new(&machine, self.xs)?, Grid::new(&machine, other.xs)?);
+        let ((op, inputs), (other_op, other_inputs)) = (self.parts()?, other.parts()?);
+        op.with_call(&machine, &inputs, grid, pass, |call| {
+            other_op.with_call(&machine, &other_inputs, other_grid, other_pass, |other_call| {
+                // SAFETY: as in `Op::run`, for both.
+                let code = unsafe { ffi::cla_pointwise_forward_pair(call, other_call, machine.stream()) };
+                op.check(code, call)
+            })
+        })?;
+        Ok([out.into_tensor(), other_out.into_tensor()])
+    }
+
+    /// The operation and its inputs.
+    fn parts(self) -> Result<(Op, Vec<Tensor>)> {
+        let Self { f, factor, xs, bias, log_rate } = self;
+        let mut inputs = vec![xs.clone()];
+        for x in [bias, log_rate].into_iter().flatten() {
+            inputs.push(x.contiguous()?);
+        }
+        Ok((Op { f, factor, bias: bias.is_some(), log_rate: log_rate.is_some() }, inputs))
+    }
 }
 
 impl From<Pointwise> for ffi::Function {
@@ -60,6 +70,7 @@ impl From<Pointwise> for ffi::Function {
 
 struct Op {
     f: Pointwise,
+    factor: f32,
     bias: bool,
     log_rate: bool,
 }
@@ -98,20 +109,6 @@ impl Grid {
 }
 
 impl Op {
-    /// The operation and its inputs.
-    fn of(
-        f: Pointwise,
-        xs: &Tensor,
-        bias: Option<&Tensor>,
-        log_rate: Option<&Tensor>,
-    ) -> Result<(Self, Vec<Tensor>)> {
-        let mut inputs = vec![xs.clone()];
-        for x in [bias, log_rate].into_iter().flatten() {
-            inputs.push(x.contiguous()?);
-        }
-        Ok((Self { f, bias: bias.is_some(), log_rate: log_rate.is_some() }, inputs))
-    }
-
     /// Bias and log rate.
     fn columns<'a>(&self, inputs: &'a [Tensor]) -> [Option<&'a Tensor>; 2] {
         let mut rest = inputs[1..].iter();
@@ -179,6 +176,7 @@ impl Op {
             bias: numbers(&mut at, bias.as_ref())?,
             log_rate: numbers(&mut at, log_rate.as_ref())?,
             partial: at.out_numbers(partial)?,
+            factor: self.factor,
             function: self.f.into(),
             width: width as i32,
             team_bits: grid.team.ilog2() as i32,

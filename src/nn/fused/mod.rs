@@ -20,7 +20,7 @@ mod standardize;
 
 pub(crate) use gated::gated;
 pub(crate) use linear::{batched_product, linear};
-pub(crate) use pointwise::{Pointwise, decay, decay_and_sigmoid, pointwise};
+pub(crate) use pointwise::{Pointwise, decay, decay_and_sigmoid, pointwise, scaled};
 pub(crate) use quantized::{divides, quantized_linear};
 pub use rms_norm::Gate;
 pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated, rms_norm_of_sum};

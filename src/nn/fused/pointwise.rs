@@ -2,7 +2,7 @@
 
 use super::{BLOCK, Held, fits, in_blocks, sigmoid, values};
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-use crate::cuda::layers;
+use crate::cuda::layers::{self, Application};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
@@ -18,24 +18,28 @@ pub(crate) enum Pointwise {
 
 /// `f(xs)` of any shape and float dtype, f32.
 pub(crate) fn pointwise(f: Pointwise, xs: &Tensor) -> Result<Tensor> {
+    scaled(1., f, xs)
+}
+
+/// `factor * f(xs)` of any shape and float dtype, f32.
+pub(crate) fn scaled(factor: f64, f: Pointwise, xs: &Tensor) -> Result<Tensor> {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     if layers::takes_pointwise(&[xs]) {
-        return layers::pointwise(f, xs, None, None);
+        return Application { f, factor: factor as f32, xs, bias: None, log_rate: None }.run();
     }
     let xs = xs.to_dtype(DType::F32)?;
-    match f {
+    let ys = match f {
         Pointwise::Sigmoid => candle_nn::ops::sigmoid(&xs),
         Pointwise::LogSigmoid => log_sigmoid(&xs),
         Pointwise::Softplus => log_sigmoid(&xs.neg()?)?.neg(),
-    }
+    }?;
+    if factor == 1. { Ok(ys) } else { ys * factor }
 }
 
-/// [`decay`] of `xs`, and the sigmoid of `others`, both in f32. Without a graph one kernel on CUDA.
+/// [`decay`] of `xs`, and `factor` times the sigmoid of `others`, both in f32. Without a graph one kernel on CUDA.
 pub(crate) fn decay_and_sigmoid(
-    xs: &Tensor,
-    bias: &Tensor,
-    a_log: &Tensor,
-    others: &Tensor,
+    (xs, bias, a_log): (&Tensor, &Tensor, &Tensor),
+    (factor, others): (f64, &Tensor),
 ) -> Result<(Tensor, Tensor)> {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     if xs.dtype() == others.dtype()
@@ -45,11 +49,19 @@ pub(crate) fn decay_and_sigmoid(
     {
         let a_log = a_log.flatten_all()?;
         check_decay(xs, bias.dims1()?, a_log.elem_count())?;
-        let of_decay = (Pointwise::Softplus, xs, Some(bias), Some(&a_log));
-        let [g, ys] = layers::pointwise_pair(of_decay, (Pointwise::Sigmoid, others, None, None))?;
+        let decay =
+            Application { f: Pointwise::Softplus, factor: 1., xs, bias: Some(bias), log_rate: Some(&a_log) };
+        let sigmoid = Application {
+            f: Pointwise::Sigmoid,
+            factor: factor as f32,
+            xs: others,
+            bias: None,
+            log_rate: None,
+        };
+        let [g, ys] = decay.run_beside(sigmoid)?;
         return Ok((g, ys));
     }
-    Ok((decay(xs, bias, Some(a_log))?, pointwise(Pointwise::Sigmoid, others)?))
+    Ok((decay(xs, bias, Some(a_log))?, scaled(factor, Pointwise::Sigmoid, others)?))
 }
 
 fn check_decay(xs: &Tensor, n: usize, heads: usize) -> Result<()> {
@@ -68,7 +80,8 @@ pub(crate) fn decay(xs: &Tensor, bias: &Tensor, a_log: Option<&Tensor>) -> Resul
     check_decay(xs, n, heads)?;
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     if layers::takes_pointwise(&[xs, bias, a_log.as_ref().unwrap_or(bias)]) {
-        return layers::pointwise(Pointwise::Softplus, xs, Some(bias), a_log.as_ref());
+        let (f, log_rate) = (Pointwise::Softplus, a_log.as_ref());
+        return Application { f, factor: 1., xs, bias: Some(bias), log_rate }.run();
     }
     let biased = xs.to_dtype(DType::F32)?.broadcast_add(&bias.to_dtype(DType::F32)?)?;
     let steps = pointwise(Pointwise::Softplus, &biased)?;
