@@ -161,7 +161,7 @@ impl Mixer for DeltaNet {
         let mapped = |x: &Tensor| self.qk_norm.forward(&self.qk_activation.forward(x)?);
         let (beta, gate) = if self.learns_beta {
             let ([b], gate) = beside.split()?;
-            (fused::scaled(self.beta_factor, Pointwise::Sigmoid, &b)?, gate)
+            (fused::scaled(self.beta_factor, Pointwise::Sigmoid, &b, None)?, gate)
         } else {
             let ([], gate) = beside.split()?;
             let shape = (size.0, size.1, self.heads.num_heads);

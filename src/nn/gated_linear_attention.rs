@@ -147,7 +147,8 @@ impl GatedLinearAttention {
     fn gates(&self, gk: &Tensor) -> Result<Tensor> {
         let (batch, tokens, _) = gk.dims3()?;
         let factor = self.gate_logit_normalizer.recip();
-        let mut g = fused::scaled(factor, Pointwise::LogSigmoid, &self.gk_up.forward(gk)?)?;
+        let (logits, bias) = self.gk_up.forward_and_bias(gk)?;
+        let mut g = fused::scaled(factor, Pointwise::LogSigmoid, &logits, bias)?;
         if let Some(least) = self.clamp_min {
             g = g.maximum(least)?;
         }

@@ -160,7 +160,7 @@ impl KimiDeltaAttention {
         };
         let rate = self.decay.rate()?.unsqueeze(D::Minus1)?;
         let f = self.decay.biased(&f)?.reshape(shape)?.broadcast_mul(&rate)?;
-        let sigmoid = |factor, xs: &Tensor| fused::scaled(factor, Pointwise::Sigmoid, xs);
+        let sigmoid = |factor, xs: &Tensor| fused::scaled(factor, Pointwise::Sigmoid, xs, None);
         Ok((sigmoid(bound, &f)?, sigmoid(self.beta_factor, b)?))
     }
 }

@@ -33,10 +33,15 @@ impl Linear {
         Ok(Self { weight: Weight::new(weight)?, bias })
     }
 
+    /// `x W^T` and the bias that is still to be added to it, for a function that does that on its way.
+    pub fn forward_and_bias(&self, xs: &Tensor) -> Result<(Tensor, Option<&Tensor>)> {
+        Ok((project(xs, &self.weight)?, self.bias.as_ref()))
+    }
+
     /// `[.., inputs]` to `[.., outputs]`, in the dtype of `xs`.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        let ys = project(xs, &self.weight)?;
-        match &self.bias {
+        let (ys, bias) = self.forward_and_bias(xs)?;
+        match bias {
             Some(bias) => {
                 let (wide, bias) = in_wider(&ys, bias)?;
                 wide.broadcast_add(&bias)?.to_dtype(ys.dtype())

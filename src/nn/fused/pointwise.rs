@@ -18,16 +18,22 @@ pub(crate) enum Pointwise {
 
 /// `f(xs)` of any shape and float dtype, f32.
 pub(crate) fn pointwise(f: Pointwise, xs: &Tensor) -> Result<Tensor> {
-    scaled(1., f, xs)
+    scaled(1., f, xs, None)
 }
 
-/// `factor * f(xs)` of any shape and float dtype, f32.
-pub(crate) fn scaled(factor: f64, f: Pointwise, xs: &Tensor) -> Result<Tensor> {
-    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
-    if layers::takes_pointwise(&[xs]) {
-        return Application { f, factor: factor as f32, xs, bias: None, log_rate: None }.run();
+/// `factor * f(xs + bias)` for `xs: [.., n]` and `bias: [n]` of any float dtype, f32.
+pub(crate) fn scaled(factor: f64, f: Pointwise, xs: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    if let Some(bias) = bias.filter(|bias| xs.dims().last().copied() != bias.dims1().ok()) {
+        bail!("bias: shape is {:?}, that of xs {:?}", bias.dims(), xs.dims());
     }
-    let xs = xs.to_dtype(DType::F32)?;
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if layers::takes_pointwise(&[Some(xs), bias].into_iter().flatten().collect::<Vec<_>>()) {
+        return Application { f, factor: factor as f32, xs, bias, log_rate: None }.run();
+    }
+    let mut xs = xs.to_dtype(DType::F32)?;
+    if let Some(bias) = bias {
+        xs = xs.broadcast_add(&bias.to_dtype(DType::F32)?)?;
+    }
     let ys = match f {
         Pointwise::Sigmoid => candle_nn::ops::sigmoid(&xs),
         Pointwise::LogSigmoid => log_sigmoid(&xs),
@@ -61,7 +67,7 @@ pub(crate) fn decay_and_sigmoid(
         let [g, ys] = decay.run_beside(sigmoid)?;
         return Ok((g, ys));
     }
-    Ok((decay(xs, bias, Some(a_log))?, scaled(factor, Pointwise::Sigmoid, others)?))
+    Ok((decay(xs, bias, Some(a_log))?, scaled(factor, Pointwise::Sigmoid, others, None)?))
 }
 
 fn check_decay(xs: &Tensor, n: usize, heads: usize) -> Result<()> {
@@ -83,8 +89,7 @@ pub(crate) fn decay(xs: &Tensor, bias: &Tensor, a_log: Option<&Tensor>) -> Resul
         let (f, log_rate) = (Pointwise::Softplus, a_log.as_ref());
         return Application { f, factor: 1., xs, bias: Some(bias), log_rate }.run();
     }
-    let biased = xs.to_dtype(DType::F32)?.broadcast_add(&bias.to_dtype(DType::F32)?)?;
-    let steps = pointwise(Pointwise::Softplus, &biased)?;
+    let steps = scaled(1., Pointwise::Softplus, xs, Some(bias))?;
     let Some(a_log) = a_log else { return Ok(steps) };
     let rates = a_log.to_dtype(DType::F32)?.exp()?.neg()?.unsqueeze(1)?.broadcast_as((heads, n / heads))?;
     steps.broadcast_mul(&rates.reshape(n)?)
