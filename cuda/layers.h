@@ -56,14 +56,21 @@ enum cla_gate_kind { CLA_UNGATED = 0, CLA_GATE_SILU = 1, CLA_GATE_SIGMOID = 2 };
 //
 //     y = x / sqrt(factor sum(x^2) + eps) weight f(gate)        factor: 1 / n for RMS norm, 1 for l2norm
 //
-// All but the weight are of one dtype. Forwards and without a gate x may be a sum that is still to be made: `added` is then added
+// and `centred`, without a gate, layer norm, which takes the mean from x before:
+//
+//     y = (x - mean) / sqrt(factor sum((x - mean)^2) + eps) weight + bias        factor: 1 / n
+//
+// All but weight and bias are of one dtype. Forwards and without a gate x may be a sum that is still to be made: `added` is then added
 // to it, rounded, and the sum goes to `sum` as well.
 typedef struct {
   cla_tensor x, gate, out;         // [B, T, H, n]
   cla_tensor added, sum;           // [B, T, H, n]; null: nothing is added
   cla_tensor grad_out, dx, dgate;  // [B, T, H, n]; dgate is written if there is a gate
   cla_numbers weight;              // [n]; null: 1
-  float *partial;                  // [blocks, n]: what each block adds to the gradient of the weight; null: not wanted
+  cla_numbers bias;                // [n]; null: 0
+  // [blocks, n], and `centred` [blocks, 2, n]: what each block adds to the gradients of weight and bias; null: not wanted
+  float *partial;
+  int32_t centred;
   float factor, eps;
   int32_t gate_kind;  // enum cla_gate_kind
   int32_t width;      // n, up to what CLA_NORM_HELD vectors of 16 bytes in each of CLA_NORM_THREADS threads hold

@@ -14,7 +14,7 @@ template <int DTYPE> constexpr int IN_16_BYTES = DTYPE == CLA_F32 ? 4 : 8;
 // N neighbours as they lie in memory, 8 or 16 bytes. WHOLE: moved at once; otherwise one by one, whatever lies between them,
 // and behind the end of a row there are zeros.
 template <int DTYPE, int N, bool WHOLE> struct Vector {
-  static constexpr int SIZE = DTYPE == CLA_F32 ? 4 : 2, WORDS = N * SIZE / 4;
+  static constexpr int COUNT = N, SIZE = DTYPE == CLA_F32 ? 4 : 2, WORDS = N * SIZE / 4;
   static_assert(WORDS == 2 || WORDS == 4, "8 or 16 bytes");
   uint32_t words[WORDS];
 

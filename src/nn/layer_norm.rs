@@ -45,18 +45,13 @@ impl LayerNorm {
 
     /// `[.., size]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
-        self.forward_f32(xs)?.to_dtype(xs.dtype())
+        self.forward_to(xs, xs.dtype())
     }
 
-    /// [`forward`](Self::forward), left in f32 for whatever comes next.
-    pub(crate) fn forward_f32(&self, xs: &Tensor) -> Result<Tensor> {
-        let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+    /// [`forward`](Self::forward), in the dtype that comes next.
+    pub(crate) fn forward_to(&self, xs: &Tensor, dtype: DType) -> Result<Tensor> {
         let width = self.weight.dim(0)? / self.groups;
-        let ys = fused::standardize(&f32(xs)?, width, self.eps)?.broadcast_mul(&f32(&self.weight)?)?;
-        match &self.bias {
-            Some(bias) => ys.broadcast_add(&f32(bias)?),
-            None => Ok(ys),
-        }
+        fused::layer_norm(xs, (&self.weight, self.bias.as_ref()), width, self.eps, dtype)
     }
 }
 

@@ -1,6 +1,7 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): time mixing.
 
 use crate::nn::call::Call;
+use crate::nn::fused::{self, Pointwise};
 use crate::nn::heads::check_size;
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::token_shift::{TokenShift, mixed};
@@ -116,8 +117,11 @@ impl LowRank {
         self.layers[1].forward(&self.activation.forward(&self.layers[0].forward(xs)?)?)
     }
 
-    fn sigmoid(&self, xs: &Tensor) -> Result<Tensor> {
-        Activation::Sigmoid.forward_f32(&self.forward(xs)?)
+    /// `factor` times the sigmoid of it, f32.
+    fn sigmoid(&self, factor: f64, xs: &Tensor) -> Result<Tensor> {
+        let inner = self.activation.forward(&self.layers[0].forward(xs)?)?;
+        let (logits, bias) = self.layers[1].forward_and_bias(&inner)?;
+        fused::scaled(factor, Pointwise::Sigmoid, &logits, bias)
     }
 }
 
@@ -260,10 +264,10 @@ impl Rwkv7Attention {
         let [xr, xw, xk, xv, xa, xg] = [mix(0)?, mix(1)?, mix(2)?, mix(3)?, mix(4)?, mix(5)?];
         let heads = |x: &Tensor| x.reshape((batch, tokens, self.heads, ()));
         let r = heads(&self.r_proj.forward(&xr)?)?;
-        let g = heads(&(self.w_lora.sigmoid(&xw)? * STRONGEST_DECAY)?)?;
+        let g = heads(&self.w_lora.sigmoid(STRONGEST_DECAY, &xw)?)?;
         let own_values = self.v_proj.forward(&xv)?;
         let v = heads(&self.values(&own_values, &xv, first_values)?)?;
-        let a = self.a_lora.sigmoid(&xa)?;
+        let a = self.a_lora.sigmoid(1., &xa)?;
         let k = self.k_proj.forward(&xk)?.to_dtype(DType::F32)?;
         let f32 = |x: &Tensor| x.to_dtype(DType::F32);
         let kappa = l2_norm(&heads(&k.broadcast_mul(&f32(&self.k_k)?)?)?, self.l2_eps)?;
@@ -274,7 +278,7 @@ impl Rwkv7Attention {
         let options = call.options(self.mode).with_scale(1.);
         let Output { out, state } = rwkv7(&r, &k, &v, &remove, &replace, &g, &options)?;
         call.finish(state, vec![past], size);
-        let ys = self.g_norm.forward_f32(&out.flatten_from(2)?)?;
+        let ys = self.g_norm.forward_to(&out.flatten_from(2)?, DType::F32)?;
         let ys = ((ys + self.bonus(&r, &k, &v)?)? * self.g_lora.forward(&xg)?.to_dtype(DType::F32)?)?;
         Ok((self.o_proj.forward(&ys.to_dtype(xs.dtype())?)?, own_values))
     }
@@ -289,7 +293,7 @@ impl Rwkv7Attention {
             }
             (Some(v_lora), Some(first)) => {
                 let (own, first) = (own.to_dtype(DType::F32)?, first.to_dtype(DType::F32)?);
-                let mixed = (&own + ((first - &own)? * v_lora.sigmoid(xv)?)?)?;
+                let mixed = (&own + ((first - &own)? * v_lora.sigmoid(1., xv)?)?)?;
                 mixed.to_dtype(xv.dtype())
             }
         }

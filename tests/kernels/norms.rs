@@ -5,7 +5,7 @@ use crate::convolutions::{DTYPES, Lies};
 use crate::kernels::limits;
 use crate::on_kernels;
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_linear_attn::nn::{NormGate, RmsNorm, l2_norm};
+use candle_linear_attn::nn::{LayerNorm, NormGate, RmsNorm, l2_norm};
 use candle_nn::{VarBuilder, VarMap};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -14,10 +14,11 @@ pub enum Kind {
     L2,
     Rms,
     Gated(NormGate),
+    Layer,
 }
 
-pub const KINDS: [Kind; 4] =
-    [Kind::L2, Kind::Rms, Kind::Gated(NormGate::Silu), Kind::Gated(NormGate::Sigmoid)];
+pub const KINDS: [Kind; 5] =
+    [Kind::L2, Kind::Rms, Kind::Gated(NormGate::Silu), Kind::Layer, Kind::Gated(NormGate::Sigmoid)];
 
 #[derive(Debug, Clone)]
 pub struct Norm {
@@ -48,15 +49,16 @@ impl Default for Norm {
     }
 }
 
-/// What goes in: x, weight, gate and the gradient of the result, on the CPU.
+/// What goes in: x, weight, bias, gate and the gradient of the result, on the CPU.
 pub struct Numbers {
     x: Tensor,
     weight: Tensor,
+    bias: Tensor,
     gate: Tensor,
     of_y: Tensor,
 }
 
-const NAMES: [&str; 4] = ["y", "dx", "dweight", "dgate"];
+const NAMES: [&str; 5] = ["y", "dx", "dweight", "dgate", "dbias"];
 
 impl Norm {
     fn width(&self) -> usize {
@@ -83,6 +85,7 @@ impl Norm {
         Ok(Numbers {
             x: random(&self.dims, self.scale, self.dtype)?,
             weight: random(&[self.width()], 1., self.weight_dtype)?,
+            bias: random(&[self.width()], 1., self.weight_dtype)?,
             gate: random(&self.result_dims(), 2., self.dtype)?,
             of_y: random(&self.result_dims(), 1., self.dtype)?,
         })
@@ -95,17 +98,19 @@ impl Norm {
         let gate = Var::from_tensor(&self.lies.base(&on(&n.gate)?)?)?;
         let varmap = VarMap::new();
         let vb = VarBuilder::from_varmap(&varmap, self.weight_dtype, device);
-        let norm = RmsNorm::new(self.width(), self.eps, true, vb)?;
-        let weight = {
-            let all = varmap.data().lock().unwrap();
-            let weight = all["weight"].clone();
-            weight.set(&on(&n.weight)?)?;
-            weight
+        let norm = RmsNorm::new(self.width(), self.eps, true, vb.clone())?;
+        let layer_norm = LayerNorm::new(self.width(), self.eps, true, vb)?;
+        let parameter = |name: &str, value: &Tensor| {
+            let parameter = varmap.data().lock().unwrap()[name].clone();
+            parameter.set(&on(value)?)?;
+            Ok::<_, candle_core::Error>(parameter)
         };
+        let (weight, bias) = (parameter("weight", &n.weight)?, parameter("bias", &n.bias)?);
         let xs = self.lies.view(&x, self.width())?;
         let y = match self.kind {
             Kind::L2 => l2_norm(&xs, self.eps)?,
             Kind::Rms => norm.forward(&xs)?,
+            Kind::Layer => layer_norm.forward(&xs)?,
             Kind::Gated(kind) => norm.forward_gated(&xs, &self.lies.view(&gate, result_width)?, kind)?,
         };
         let of_y = self.lies.view(&self.lies.base(&on(&n.of_y)?)?, result_width)?;
@@ -113,14 +118,19 @@ impl Norm {
         let grad = |var: &Var| grads.get(var).map(|x| x.to_device(&Device::Cpu)).transpose();
         let viewed = |var: &Var, width: usize| grad(var)?.map(|x| self.lies.view(&x, width)).transpose();
         let y = y.to_device(&Device::Cpu)?;
-        Ok(vec![Some(y), viewed(&x, self.width())?, grad(&weight)?, viewed(&gate, result_width)?])
+        let (dx, dgate) = (viewed(&x, self.width())?, viewed(&gate, result_width)?);
+        Ok(vec![Some(y), dx, grad(&weight)?, dgate, grad(&bias)?])
     }
 
     /// By the definition.
-    fn expected(&self, n: &Numbers) -> Result<[Vec<f64>; 4]> {
-        let [x, weight, gate, of_y] = [&n.x, &n.weight, &n.gate, &n.of_y].map(values);
-        let (x, weight, gate, of_y) = (x?, weight?, gate?, of_y?);
-        let width = self.width();
+    fn expected(&self, n: &Numbers) -> Result<[Vec<f64>; 5]> {
+        let [x, weight, bias, gate, of_y] = [&n.x, &n.weight, &n.bias, &n.gate, &n.of_y].map(values);
+        let (mut x, weight, bias, gate, of_y) = (x?, weight?, bias?, gate?, of_y?);
+        let (width, centred) = (self.width(), self.kind == Kind::Layer);
+        for row in x.chunks_mut(width).filter(|_| centred) {
+            let mean = row.iter().sum::<f64>() / width as f64;
+            row.iter_mut().for_each(|x| *x -= mean);
+        }
         let factor = if self.kind == Kind::L2 { 1. } else { 1. / width as f64 };
         let weight = |i: usize| if self.kind == Kind::L2 { 1. } else { weight[i] };
         // The gate's function and its derivative.
@@ -134,25 +144,28 @@ impl Norm {
         };
         let zeros = || vec![0f64; x.len()];
         let (mut y, mut dx, mut dgate, mut dweight) = (zeros(), zeros(), zeros(), vec![0.; width]);
+        let mut dbias = vec![0.; width];
         for row in (0..x.len()).step_by(width) {
             let squares: f64 = x[row..row + width].iter().map(|x| x * x).sum();
             let inverse = 1. / (squares * factor + self.eps).sqrt();
-            let mut along = 0.;
+            let (mut along, mut level) = (0., 0.);
             for i in 0..width {
                 let (at, (value, slope)) = (row + i, gated(gate[row + i]));
                 let normed = x[at] * inverse;
-                y[at] = normed * weight(i) * value;
+                y[at] = normed * weight(i) * value + if centred { bias[i] } else { 0. };
+                dbias[i] += of_y[at];
                 dgate[at] = of_y[at] * normed * weight(i) * slope;
                 dweight[i] += of_y[at] * value * normed;
                 along += of_y[at] * value * weight(i) * normed;
+                level += if centred { of_y[at] * weight(i) / width as f64 } else { 0. };
             }
             for i in 0..width {
                 let at = row + i;
                 let grad = of_y[at] * gated(gate[at]).0 * weight(i);
-                dx[at] = inverse * (grad - x[at] * inverse * along * factor);
+                dx[at] = inverse * (grad - level - x[at] * inverse * along * factor);
             }
         }
-        Ok([y, dx, dweight, dgate])
+        Ok([y, dx, dweight, dgate, dbias])
     }
 
     pub fn check(&self) {
@@ -167,9 +180,10 @@ impl Norm {
         let limits = limits(self.dtype);
         let of_weight = crate::kernels::limits(self.weight_dtype).grad.max(limits.f32_grad.min(1e-4));
         for (i, (result, want)) in results.iter().zip(self.expected(numbers)?).enumerate() {
-            let there = [true, true, self.kind != Kind::L2, matches!(self.kind, Kind::Gated(_))][i];
-            let dtype = if i == 2 { self.weight_dtype } else { self.dtype };
-            let limit = [limits.out, limits.grad, of_weight, limits.grad][i];
+            let (gated, centred) = (matches!(self.kind, Kind::Gated(_)), self.kind == Kind::Layer);
+            let there = [true, true, self.kind != Kind::L2, gated, centred][i];
+            let dtype = if [2, 4].contains(&i) { self.weight_dtype } else { self.dtype };
+            let limit = [limits.out, limits.grad, of_weight, limits.grad, of_weight][i];
             match result {
                 Some(x) if there => close(x, &want, dtype, limit, NAMES[i])?,
                 None if !there => {}
@@ -186,7 +200,7 @@ impl Norm {
 fn widths_in_every_dtype() {
     for (i, width) in [1, 2, 3, 8, 20, 64, 96, 128, 200, 256].into_iter().enumerate() {
         for (j, dtype) in DTYPES.into_iter().enumerate() {
-            let kind = KINDS[(i + j) % 4];
+            let kind = KINDS[(i + j) % KINDS.len()];
             // With a small one the gradient of few channels is all rounding: most of it cancels.
             let eps = if width < 8 { 1. } else { 1e-5 };
             Norm { kind, dims: vec![3, 50, width], dtype, eps, ..Default::default() }.check();
@@ -198,7 +212,7 @@ fn widths_in_every_dtype() {
 fn wide_rows() {
     for (i, width) in [257, 512, 1000, 1024, 1100, 2048, 4096, 5000, 8192, 8200].into_iter().enumerate() {
         for (j, dtype) in DTYPES.into_iter().enumerate() {
-            let kind = KINDS[(i + j) % 4];
+            let kind = KINDS[(i + j) % KINDS.len()];
             Norm { kind, dims: vec![7, width], dtype, ..Default::default() }.check();
         }
     }
@@ -253,8 +267,9 @@ fn no_rows() {
         let empty = on_kernels(|device| {
             let x = Tensor::zeros((2, 0, 8), DType::F32, device)?;
             let vb = VarBuilder::zeros(DType::F32, device);
-            let norm = RmsNorm::new(8, 1e-5, true, vb)?;
+            let norm = RmsNorm::new(8, 1e-5, true, vb.clone())?;
             match kind {
+                Kind::Layer => LayerNorm::new(8, 1e-5, true, vb)?.forward(&x),
                 Kind::L2 => l2_norm(&x, 1e-5),
                 Kind::Rms => norm.forward(&x),
                 Kind::Gated(gate) => norm.forward_gated(&x, &x, gate),

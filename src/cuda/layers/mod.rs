@@ -18,7 +18,7 @@ use super::memory::{Addresses, Held};
 
 pub(crate) use attention::softmax_attention;
 pub(crate) use gated::gated;
-pub(crate) use norm::{Norm, norm, norm_of_sum};
+pub(crate) use norm::{Norm, layer_norm, norm, norm_of_sum};
 pub(crate) use pointwise::Application;
 pub(crate) use rotary::{Positions, Rotation, rotate};
 pub(crate) use short_conv::{last_rows, short_conv, short_conv_and_last, takes_width};

@@ -20,6 +20,8 @@ const FEW: usize = 256;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Norm {
     pub width: usize,
+    /// Whether the mean is taken off first.
+    pub centred: bool,
     /// Of the sum of squares: `1 / width` for its mean.
     pub factor: f32,
     pub eps: f32,
@@ -52,10 +54,25 @@ pub(crate) fn norm(
     gate: Option<(&Tensor, Gate)>,
 ) -> Result<Tensor> {
     let weight = weight.map(Tensor::contiguous).transpose()?;
-    let op = Op { norm, weight: weight.is_some(), gate: gate.map(|(_, kind)| kind) };
+    let op = Op { norm, weight: weight.is_some(), bias: false, gate: gate.map(|(_, kind)| kind) };
     let inputs = [Some(xs), weight.as_ref(), gate.map(|(gate, _)| gate)];
     let inputs: Vec<Tensor> = inputs.into_iter().flatten().cloned().collect();
-    only_result(NAME, autograd::apply(op, &inputs)?)
+    only_result(op.name(), autograd::apply(op, &inputs)?)
+}
+
+/// `(x - mean) / sqrt(factor * sum((x - mean)^2) + eps) * weight + bias`, of a norm that is centred, in the dtype and shape of `xs`.
+/// Weight and bias are `[width]`.
+pub(crate) fn layer_norm(
+    norm: Norm,
+    xs: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let [weight, bias] = [weight, bias].map(|x| x.map(Tensor::contiguous).transpose());
+    let (weight, bias) = (weight?, bias?);
+    let op = Op { norm, weight: weight.is_some(), bias: bias.is_some(), gate: None };
+    let inputs: Vec<Tensor> = [Some(xs.clone()), weight, bias].into_iter().flatten().collect();
+    only_result(op.name(), autograd::apply(op, &inputs)?)
 }
 
 /// `xs + added`, and its [`norm`], neither with a graph. All but the weight are of one dtype.
@@ -68,17 +85,17 @@ pub(crate) fn norm_of_sum(
     let machine = Machine::of(xs.device())?;
     let new = || Buffer::new(&machine, xs.dtype(), xs.shape());
     let (mut sum, mut out) = (new()?, new()?);
-    let given = Given { x: xs, added: Some(added), weight: Some(&weight.contiguous()?), gate: None };
-    let op = Op { norm, weight: true, gate: None };
+    let weight = weight.contiguous()?;
+    let given = Given { x: xs, added: Some(added), weight: Some(&weight), bias: None, gate: None };
+    let op = Op { norm, weight: true, bias: false, gate: None };
     op.run(&machine, &given, Pass::Forward { out: &mut out, sum: Some(&mut sum) })?;
     Ok((sum.into_tensor(), out.into_tensor()))
 }
 
-const NAME: &str = "rms_norm";
-
 struct Op {
     norm: Norm,
     weight: bool,
+    bias: bool,
     gate: Option<Gate>,
 }
 
@@ -88,6 +105,7 @@ struct Given<'a> {
     /// To x, in the forward pass.
     added: Option<&'a Tensor>,
     weight: Option<&'a Tensor>,
+    bias: Option<&'a Tensor>,
     gate: Option<&'a Tensor>,
 }
 
@@ -100,7 +118,7 @@ struct Gradients<'a> {
     grad_out: &'a Tensor,
     dx: &'a mut Buffer,
     dgate: Option<&'a mut Buffer>,
-    /// `[blocks, width]`
+    /// `[blocks, width]`, or twice that for a norm that is centred.
     partial: Option<&'a mut Buffer>,
 }
 
@@ -108,7 +126,8 @@ impl Op {
     fn given<'a>(&self, inputs: &'a [Tensor]) -> Given<'a> {
         let mut rest = inputs[1..].iter();
         let weight = if self.weight { rest.next() } else { None };
-        Given { x: &inputs[0], added: None, weight, gate: rest.next() }
+        let bias = if self.bias { rest.next() } else { None };
+        Given { x: &inputs[0], added: None, weight, bias, gate: rest.next() }
     }
 
     /// Blocks of the backward pass over `xs`.
@@ -137,10 +156,11 @@ impl Op {
             return Ok(());
         }
         if rows.div_ceil(ffi::NORM_THREADS / team) > MOST_BLOCKS {
-            bail!("{NAME}: {rows} rows of {width} are more blocks than a launch takes, {MOST_BLOCKS}");
+            let name = self.name();
+            bail!("{name}: {rows} rows of {width} are more blocks than a launch takes, {MOST_BLOCKS}");
         }
         let held: Vec<Held> = shared.tensors.iter().map(Held::new).collect();
-        let weight = given.weight.map(Held::new);
+        let [weight, bias] = [given.weight, given.bias].map(|x| x.map(Held::new));
         let mut at = Addresses::new(machine);
         let mut found = Vec::with_capacity(held.len());
         for (i, x) in held.iter().enumerate() {
@@ -159,7 +179,9 @@ impl Op {
             dx: at.out_strided(dx, shared.contiguous())?,
             dgate: at.out_strided(dgate, shared.contiguous())?,
             weight: numbers(&mut at, weight.as_ref())?,
+            bias: numbers(&mut at, bias.as_ref())?,
             partial: at.out_numbers(partial)?,
+            centred: self.norm.centred.into(),
             factor: self.norm.factor,
             eps: self.norm.eps,
             gate_kind: self.gate.map_or(ffi::Gate::None, ffi::Gate::from),
@@ -179,7 +201,8 @@ impl Op {
             }
         };
         if code != 0 {
-            bail!("{NAME}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
+            let name = self.name();
+            bail!("{name}: the kernel could not be launched, CUDA error {code} ({rows} rows of {width})");
         }
         Ok(())
     }
@@ -187,7 +210,7 @@ impl Op {
 
 impl Function for Op {
     fn name(&self) -> &'static str {
-        NAME
+        if self.norm.centred { "layer_norm" } else { "rms_norm" }
     }
 
     fn forward(&self, inputs: &[Tensor]) -> Result<Vec<(Storage, Shape)>> {
@@ -204,30 +227,38 @@ impl Function for Op {
         grads: &[Option<Tensor>],
         wanted: &[bool],
     ) -> Result<Vec<Option<Tensor>>> {
-        let grad_out = only_gradient(NAME, grads)?;
+        let grad_out = only_gradient(self.name(), grads)?;
         let given = self.given(inputs);
         let machine = Machine::of(given.x.device())?;
         let like = |x: &Tensor| Buffer::new(&machine, x.dtype(), x.shape());
         let mut dx = like(given.x)?;
         let mut dgate = given.gate.map(like).transpose()?;
-        let mut partial = match given.weight {
-            Some(_) if wanted[1] => {
+        let width = self.norm.width;
+        let parameters = usize::from(self.weight) + usize::from(self.bias);
+        let mut partial = match wanted[1..1 + parameters].contains(&true) {
+            true => {
                 let blocks = self.blocks(&machine, given.x)?;
-                Some(Buffer::new(&machine, DType::F32, (blocks, self.norm.width))?)
+                let columns = if self.norm.centred { 2 * width } else { width };
+                Some(Buffer::new(&machine, DType::F32, (blocks, columns))?)
             }
-            _ => None,
+            false => None,
         };
         let of = Gradients { grad_out, dx: &mut dx, dgate: dgate.as_mut(), partial: partial.as_mut() };
         self.run(&machine, &given, Pass::Backward(of))?;
-        let dweight = match (given.weight, partial.map(Buffer::into_tensor)) {
-            (Some(weight), Some(partial)) => {
-                let columns = Columns { of: &partial, from: 0, columns: self.norm.width };
-                Some(columns.sums(NAME, &machine, weight.dtype(), weight.dims())?)
-            }
-            _ => None,
+        let partial = partial.map(Buffer::into_tensor);
+        // Of what begins at column `from` of what the blocks left.
+        let sums = |from: usize, parameter: &Tensor| {
+            let Some(of) = &partial else { return Ok(None) };
+            let columns = Columns { of, from, columns: width };
+            columns.sums(self.name(), &machine, parameter.dtype(), parameter.dims()).map(Some)
         };
         let mut found = vec![Some(dx)];
-        found.extend(given.weight.map(|_| dweight));
+        if let Some(weight) = given.weight {
+            found.push(sums(0, weight)?);
+        }
+        if let Some(bias) = given.bias {
+            found.push(sums(width, bias)?);
+        }
         found.extend(given.gate.map(|_| dgate));
         let found = found.into_iter().zip(wanted);
         Ok(found.map(|(grad, wanted)| grad.filter(|_| *wanted).map(Buffer::into_tensor)).collect())

@@ -9,6 +9,7 @@
 //! Sums are taken in an order that does not depend on the number of threads, so that training can be repeated bit by bit.
 
 mod gated;
+mod layer_norm;
 mod linear;
 mod pointwise;
 mod product;
@@ -16,16 +17,15 @@ mod projection;
 mod quantized;
 mod rms_norm;
 mod short_conv;
-mod standardize;
 
 pub(crate) use gated::gated;
+pub(crate) use layer_norm::layer_norm;
 pub(crate) use linear::{batched_product, linear};
 pub(crate) use pointwise::{Pointwise, decay, decay_and_sigmoid, pointwise, scaled};
 pub(crate) use quantized::{divides, quantized_linear};
 pub use rms_norm::Gate;
 pub(crate) use rms_norm::{l2_norm, rms_norm, rms_norm_gated, rms_norm_of_sum};
 pub(crate) use short_conv::{ShortConv, short_conv_and_last};
-pub(crate) use standardize::standardize;
 
 use crate::cpu::exp::exp;
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, StorageRef, Tensor, bail};

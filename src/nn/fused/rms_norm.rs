@@ -137,7 +137,7 @@ fn on_kernels(
         Squares::Mean => 1. / width as f32,
     };
     let dtype = if tensors.iter().all(|x| x.dtype() == result) { result } else { DType::F32 };
-    let norm = layers::Norm { width, factor, eps: eps as f32 };
+    let norm = layers::Norm { width, centred: false, factor, eps: eps as f32 };
     let all: Vec<&Tensor> = tensors.iter().copied().chain([weight]).collect();
     (layers::takes(&all) && norm.fits(dtype)).then_some((norm, dtype))
 }

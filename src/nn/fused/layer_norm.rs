@@ -1,22 +1,68 @@
-//! `(x - mean) / sqrt(variance + eps)`, what a layer norm does before its weight.
+//! Layer norm: `(x - mean) / sqrt(variance + eps)`, then a weight and a bias.
 
 use super::{BLOCK, Held, fits, values, vectorized};
-use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::cuda::layers;
+use candle_core::{CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-/// Every `width` numbers of the last dimension by themselves, f32.
-pub(crate) fn standardize(xs: &Tensor, width: usize, eps: f64) -> Result<Tensor> {
+/// A layer norm of every `width` numbers of the last dimension by themselves, computed in f32; in `dtype`. `weight` and `bias` have
+/// a number for each of all.
+pub(crate) fn layer_norm(
+    xs: &Tensor,
+    (weight, bias): (&Tensor, Option<&Tensor>),
+    width: usize,
+    eps: f64,
+    dtype: DType,
+) -> Result<Tensor> {
     let last = xs.dims().last().copied().unwrap_or(0);
-    if width == 0 || last == 0 || !last.is_multiple_of(width) {
+    let parameters = [Some(weight), bias].into_iter().flatten().all(|x| x.dims() == [last]);
+    if width == 0 || last == 0 || !last.is_multiple_of(width) || !parameters {
         bail!(
-            "layer_norm: xs is {:?}, its last dimension must be a multiple of {width}, and at least 1",
-            xs.dims()
+            "layer_norm: xs is {:?}, its last dimension must be a multiple of {width}, at least 1, and the norm's, {:?}",
+            xs.dims(),
+            weight.dims()
         );
+    }
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if last == width
+        && let Some((norm, inner)) = on_kernels(&[Some(xs), Some(weight), bias], width, eps, dtype)
+    {
+        return layers::layer_norm(norm, &xs.to_dtype(inner)?, Some(weight), bias)?.to_dtype(dtype);
+    }
+    let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+    let ys = standardize(&f32(xs)?, width, eps)?.broadcast_mul(&f32(weight)?)?;
+    match bias {
+        Some(bias) => ys.broadcast_add(&f32(bias)?)?.to_dtype(dtype),
+        None => ys.to_dtype(dtype),
+    }
+}
+
+/// `(x - mean) / sqrt(variance + eps)`, f32.
+fn standardize(xs: &Tensor, width: usize, eps: f64) -> Result<Tensor> {
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    if let Some((norm, _)) = on_kernels(&[Some(xs)], width, eps, DType::F32) {
+        let rows = xs.reshape(((), width))?;
+        return layers::layer_norm(norm, &rows, None, None)?.reshape(xs.shape());
     }
     match fits(&[xs]) {
         true => xs.contiguous()?.apply_op1(Standardize { width, eps: eps as f32 }),
         false => composed(xs, width, eps),
     }
+}
+
+/// The norm that the kernels are to compute and the dtype to give them the first of `tensors` in, if they take these.
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+fn on_kernels(
+    tensors: &[Option<&Tensor>],
+    width: usize,
+    eps: f64,
+    result: DType,
+) -> Option<(layers::Norm, DType)> {
+    let all: Vec<&Tensor> = tensors.iter().copied().flatten().collect();
+    let dtype = if all.first()?.dtype() == result { result } else { DType::F32 };
+    let norm = layers::Norm { width, centred: true, factor: 1. / width as f32, eps: eps as f32 };
+    (layers::takes(&all) && norm.fits(dtype)).then_some((norm, dtype))
 }
 
 fn composed(xs: &Tensor, width: usize, eps: f64) -> Result<Tensor> {
@@ -140,9 +186,12 @@ mod tests {
 
     #[test]
     fn rows_that_do_not_fit_are_refused() -> Result<()> {
-        let zeros = |dims: &[usize]| Tensor::zeros(dims, candle_core::DType::F32, &Device::Cpu);
-        for (dims, width) in [(&[2, 5][..], 3), (&[2, 0], 1), (&[], 1), (&[2, 4], 0)] {
-            assert!(standardize(&zeros(dims)?, width, 1e-5).is_err(), "{dims:?} {width}");
+        let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, &Device::Cpu);
+        for (dims, width, weight) in
+            [(&[2, 5][..], 3, 5), (&[2, 0], 1, 0), (&[], 1, 1), (&[2, 4], 0, 4), (&[2, 4], 2, 2)]
+        {
+            let norm = layer_norm(&zeros(dims)?, (&zeros(&[weight])?, None), width, 1e-5, DType::F32);
+            assert!(norm.is_err(), "{dims:?} {width}");
         }
         Ok(())
     }
