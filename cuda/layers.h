@@ -156,6 +156,54 @@ typedef struct {
 
 int32_t cla_rotate(const cla_rotary *call, void *stream);
 
+// RWKV-7 around its operator, of tokens with C channels, a multiple of 4. Tensors are contiguous; those with tokens are of one dtype.
+
+// What each token has of the one before it, mixed n times:
+//
+//     out_i,t = x_t + mix_i (x_{t-1} - x_t)
+typedef struct {
+  cla_numbers x;     // [B, T, C]
+  cla_numbers past;  // [B, 1, C]: what was before the first; null: zeros
+  cla_numbers mix;   // [n, C]
+  void *out;         // [n, B, T, C]
+  void *last;        // [B, 1, C]: the last x
+  int64_t batch, tokens;
+  int32_t channels, mixes;
+} cla_token_mix;
+
+int32_t cla_mix_tokens(const cla_token_mix *call, void *stream);
+
+// Keys in heads of `width` channels, 4 times a power of two up to 128:
+//
+//     rate = sigmoid(a + a_bias)        kappa = l2norm(k k_k)
+//     key = k (1 + (rate - 1) k_a)      remove = -kappa      replace = kappa rate
+typedef struct {
+  cla_numbers k, a;              // [rows, C]
+  cla_numbers k_k, k_a, a_bias;  // [C]; no a_bias: zeros
+  void *key, *remove, *replace;  // [rows, C]
+  int64_t rows;
+  int32_t channels, width;
+  float eps;
+} cla_rwkv7_keys;
+
+int32_t cla_make_rwkv7_keys(const cla_rwkv7_keys *call, void *stream);
+
+// The end of a layer, in such heads:
+//
+//     out = (layer_norm(x) weight + bias + (sum over the head of r r_k k) v) gate
+typedef struct {
+  cla_numbers x, r, k, v, gate;  // [rows, C]
+  cla_numbers r_k, weight, bias;  // [C]
+  void *out;                      // [rows, C]
+  int64_t rows;
+  int32_t channels, width;
+  float eps;
+} cla_rwkv7_output;
+
+int32_t cla_finish_rwkv7(const cla_rwkv7_output *call, void *stream);
+
+#define CLA_RWKV7_THREADS 256
+
 // Adds up `rows` rows of f32 that are `stride` apart. The sum of column j goes to element
 // j / inner * outer_stride + j % inner * inner_stride of `out`.
 typedef struct {

@@ -43,6 +43,12 @@ impl LayerNorm {
         Ok(Self { weight, bias, groups, eps })
     }
 
+    /// Weight, bias and epsilon.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+    pub(crate) fn parts(&self) -> (&Tensor, Option<&Tensor>, f64) {
+        (&self.weight, self.bias.as_ref(), self.eps)
+    }
+
     /// `[.., size]` to the same shape and dtype.
     pub fn forward(&self, xs: &Tensor) -> Result<Tensor> {
         self.forward_to(xs, xs.dtype())

@@ -1,10 +1,12 @@
 //! RWKV-7 ([Peng et al., 2025](https://arxiv.org/abs/2503.14456)): time mixing.
 
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::cuda::layers;
 use crate::nn::call::Call;
 use crate::nn::fused::{self, Pointwise};
 use crate::nn::heads::check_size;
 use crate::nn::rms_norm::l2_norm;
-use crate::nn::token_shift::{TokenShift, mixed};
+use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, LayerNorm, Linear};
 use crate::{Mode, Output, rwkv7};
 use candle_core::{D, DType, Result, Tensor, bail};
@@ -117,10 +119,14 @@ impl LowRank {
         self.layers[1].forward(&self.activation.forward(&self.layers[0].forward(xs)?)?)
     }
 
+    /// The result, and the bias that is still to be added to it.
+    fn forward_and_bias(&self, xs: &Tensor) -> Result<(Tensor, Option<&Tensor>)> {
+        self.layers[1].forward_and_bias(&self.activation.forward(&self.layers[0].forward(xs)?)?)
+    }
+
     /// `factor` times the sigmoid of it, f32.
     fn sigmoid(&self, factor: f64, xs: &Tensor) -> Result<Tensor> {
-        let inner = self.activation.forward(&self.layers[0].forward(xs)?)?;
-        let (logits, bias) = self.layers[1].forward_and_bias(&inner)?;
+        let (logits, bias) = self.forward_and_bias(xs)?;
         fused::scaled(factor, Pointwise::Sigmoid, &logits, bias)
     }
 }
@@ -138,9 +144,8 @@ pub struct Rwkv7Attention {
     hidden_size: usize,
     heads: usize,
     l2_eps: f64,
-    shift: TokenShift,
     /// For r, w, k, v, a and g.
-    mix: Vec<Tensor>,
+    shift: TokenShift,
     k_k: Tensor,
     k_a: Tensor,
     r_k: Tensor,
@@ -193,8 +198,7 @@ impl Rwkv7Attention {
             hidden_size: hidden,
             heads,
             l2_eps: cfg.l2_eps,
-            shift: TokenShift::new(hidden, &vb)?,
-            mix: mixes(hidden, 1. - layer as f64 / layers as f64, &vb)?,
+            shift: TokenShift::new(hidden, mixes(hidden, 1. - layer as f64 / layers as f64, &vb)?, &vb)?,
             k_k: vector("k_k", even(0.66, 0.76))?,
             k_a: vector("k_a", Init::Const(1.02))?,
             r_k: vb.get_with_hints((heads, cfg.head_dim), "r_k", Init::Const(-0.04))?,
@@ -259,28 +263,60 @@ impl Rwkv7Attention {
         call: Call,
     ) -> Result<(Tensor, Tensor)> {
         let size @ (batch, tokens) = call.check(xs, self.hidden_size)?;
-        let (delta, past) = self.shift.forward(xs, &call)?;
-        let mix = |i: usize| mixed(xs, &delta, &self.mix[i]);
-        let [xr, xw, xk, xv, xa, xg] = [mix(0)?, mix(1)?, mix(2)?, mix(3)?, mix(4)?, mix(5)?];
+        let ([xr, xw, xk, xv, xa, xg], past) = self.shift.forward(xs, &call)?;
         let heads = |x: &Tensor| x.reshape((batch, tokens, self.heads, ()));
         let r = heads(&self.r_proj.forward(&xr)?)?;
         let g = heads(&self.w_lora.sigmoid(STRONGEST_DECAY, &xw)?)?;
         let own_values = self.v_proj.forward(&xv)?;
         let v = heads(&self.values(&own_values, &xv, first_values)?)?;
-        let a = self.a_lora.sigmoid(1., &xa)?;
-        let k = self.k_proj.forward(&xk)?.to_dtype(DType::F32)?;
-        let f32 = |x: &Tensor| x.to_dtype(DType::F32);
-        let kappa = l2_norm(&heads(&k.broadcast_mul(&f32(&self.k_k)?)?)?, self.l2_eps)?;
-        let rate = ((&a - 1.)?.broadcast_mul(&f32(&self.k_a)?)? + 1.)?;
-        let k = heads(&(k * rate)?)?.to_dtype(xs.dtype())?;
-        let remove = kappa.neg()?.to_dtype(xs.dtype())?;
-        let replace = (&kappa * heads(&a)?)?.to_dtype(xs.dtype())?;
+        let [k, remove, replace] = self.keys(&xk, &xa)?;
+        let [k, remove, replace] = [heads(&k)?, heads(&remove)?, heads(&replace)?];
         let options = call.options(self.mode).with_scale(1.);
         let Output { out, state } = rwkv7(&r, &k, &v, &remove, &replace, &g, &options)?;
         call.finish(state, vec![past], size);
+        let ys = self.gated(&out, [&r, &k, &v], &self.g_lora.forward(&xg)?)?;
+        Ok((self.o_proj.forward(&ys)?, own_values))
+    }
+
+    /// Keys, what they remove and what replaces it, each `[B, T, hidden_size]`.
+    fn keys(&self, xk: &Tensor, xa: &Tensor) -> Result<[Tensor; 3]> {
+        let k = self.k_proj.forward(xk)?;
+        let (a, bias) = self.a_lora.forward_and_bias(xa)?;
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if let Some(a_bias) = bias {
+            let (k, a, k_k, k_a, eps) = (&k, &a, &self.k_k, &self.k_a, self.l2_eps);
+            let width = self.hidden_size / self.heads;
+            if let Some(found) =
+                layers::rwkv7_keys(&layers::Rwkv7Keys { k, a, a_bias, k_k, k_a, width, eps })?
+            {
+                return Ok(found);
+            }
+        }
+        let f32 = |x: &Tensor| x.to_dtype(DType::F32);
+        let (batch, tokens, _) = k.dims3()?;
+        let (k, a) = (f32(&k)?, fused::scaled(1., Pointwise::Sigmoid, &a, bias)?);
+        let heads = k.broadcast_mul(&f32(&self.k_k)?)?.reshape((batch, tokens, self.heads, ()))?;
+        let kappa = l2_norm(&heads, self.l2_eps)?.flatten_from(2)?;
+        let rate = ((&a - 1.)?.broadcast_mul(&f32(&self.k_a)?)? + 1.)?;
+        let found = [(k * rate)?, kappa.neg()?, (&kappa * &a)?].map(|x| x.to_dtype(xk.dtype()));
+        let [k, remove, replace] = found;
+        Ok([k?, remove?, replace?])
+    }
+
+    /// What the operator leaves, normed, with what a token says to itself, and gated: `[B, T, value_dim]`.
+    fn gated(&self, out: &Tensor, [r, k, v]: [&Tensor; 3], gate: &Tensor) -> Result<Tensor> {
+        #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+        if let (weight, Some(bias), eps) = self.g_norm.parts()
+            && r.dims() == v.dims()
+        {
+            let (r_k, width) = (&self.r_k, self.hidden_size / self.heads);
+            let of = layers::Rwkv7Output { out, r, k, v, gate, r_k, weight, bias, width, eps };
+            if let Some(found) = layers::rwkv7_output(&of)? {
+                return Ok(found);
+            }
+        }
         let ys = self.g_norm.forward_to(&out.flatten_from(2)?, DType::F32)?;
-        let ys = ((ys + self.bonus(&r, &k, &v)?)? * self.g_lora.forward(&xg)?.to_dtype(DType::F32)?)?;
-        Ok((self.o_proj.forward(&ys.to_dtype(xs.dtype())?)?, own_values))
+        ((ys + self.bonus(r, k, v)?)? * gate.to_dtype(DType::F32)?)?.to_dtype(gate.dtype())
     }
 
     /// The values, mixed with those of the first layer.

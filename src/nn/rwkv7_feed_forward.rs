@@ -2,7 +2,7 @@
 
 use crate::nn::call::{Call, forward_methods};
 use crate::nn::heads::check_size;
-use crate::nn::token_shift::{TokenShift, mixed};
+use crate::nn::token_shift::TokenShift;
 use crate::nn::{Activation, LayerCache, Linear};
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -34,7 +34,6 @@ impl Rwkv7FeedForwardConfig {
 pub struct Rwkv7FeedForward {
     hidden_size: usize,
     shift: TokenShift,
-    x_k: Tensor,
     key: Linear,
     value: Linear,
     activation: Activation,
@@ -51,10 +50,10 @@ impl Rwkv7FeedForward {
         let (layer, layers) = cfg.layer;
         let power = (1. - layer as f64 / layers.max(layer + 1) as f64).powi(4);
         let x_k = Init::Uniform { lo: 0., up: 2. * power / (1. + power) };
+        let x_k = vb.get_with_hints(hidden, "x_k", x_k)?;
         Ok(Self {
             hidden_size: hidden,
-            shift: TokenShift::new(hidden, &vb)?,
-            x_k: vb.get_with_hints(hidden, "x_k", x_k)?,
+            shift: TokenShift::new(hidden, vec![x_k], &vb)?,
             key: Linear::new(hidden, inner, false, 1. / (inner as f64).sqrt(), vb.pp("key"))?,
             // The layer says nothing at first.
             value: Linear::new(inner, hidden, false, 0., vb.pp("value"))?,
@@ -68,9 +67,9 @@ forward_methods!(Rwkv7FeedForward);
 impl Rwkv7FeedForward {
     pub(crate) fn mix(&self, xs: &Tensor, call: Call) -> Result<Tensor> {
         let size = call.check(xs, self.hidden_size)?;
-        let (delta, past) = self.shift.forward(xs, &call)?;
+        let ([xk], past) = self.shift.forward(xs, &call)?;
         call.finish(None, vec![past], size);
-        let inner = self.key.forward(&mixed(xs, &delta, &self.x_k)?)?;
+        let inner = self.key.forward(&xk)?;
         self.value.forward(&self.activation.forward(&inner)?)
     }
 }

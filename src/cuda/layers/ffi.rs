@@ -18,6 +18,8 @@ pub(super) const NORM_HELD: usize = 4;
 pub(super) const POINTWISE_THREADS: usize = 256;
 pub(super) const COLUMNS_OF_THREAD: usize = 4;
 pub(super) const POINTWISE_COLUMNS: usize = 65535 * 128;
+/// Threads in a block of what RWKV-7 does around its operator.
+pub(super) const RWKV7_THREADS: usize = 256;
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -182,6 +184,55 @@ pub(super) struct Attention {
     pub shared_limit: i64,
 }
 
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct TokenMix {
+    pub x: Numbers,
+    pub past: Numbers,
+    pub mix: Numbers,
+    pub out: *mut c_void,
+    pub last: *mut c_void,
+    pub batch: i64,
+    pub tokens: i64,
+    pub channels: i32,
+    pub mixes: i32,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Rwkv7Keys {
+    pub k: Numbers,
+    pub a: Numbers,
+    pub k_k: Numbers,
+    pub k_a: Numbers,
+    pub a_bias: Numbers,
+    pub key: *mut c_void,
+    pub remove: *mut c_void,
+    pub replace: *mut c_void,
+    pub rows: i64,
+    pub channels: i32,
+    pub width: i32,
+    pub eps: f32,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(super) struct Rwkv7Output {
+    pub x: Numbers,
+    pub r: Numbers,
+    pub k: Numbers,
+    pub v: Numbers,
+    pub gate: Numbers,
+    pub r_k: Numbers,
+    pub weight: Numbers,
+    pub bias: Numbers,
+    pub out: *mut c_void,
+    pub rows: i64,
+    pub channels: i32,
+    pub width: i32,
+    pub eps: f32,
+}
+
 unsafe extern "C" {
     pub(super) fn cla_short_conv_forward(call: *const ShortConv, stream: *mut c_void) -> i32;
     pub(super) fn cla_short_conv_backward(call: *const ShortConv, stream: *mut c_void) -> i32;
@@ -199,6 +250,9 @@ unsafe extern "C" {
         stream: *mut c_void,
     ) -> i32;
     pub(super) fn cla_pointwise_backward(call: *const Pointwise, stream: *mut c_void) -> i32;
+    pub(super) fn cla_mix_tokens(call: *const TokenMix, stream: *mut c_void) -> i32;
+    pub(super) fn cla_make_rwkv7_keys(call: *const Rwkv7Keys, stream: *mut c_void) -> i32;
+    pub(super) fn cla_finish_rwkv7(call: *const Rwkv7Output, stream: *mut c_void) -> i32;
     pub(super) fn cla_rotate(call: *const Rotary, stream: *mut c_void) -> i32;
     pub(super) fn cla_column_sums(call: *const Sums, stream: *mut c_void) -> i32;
 }

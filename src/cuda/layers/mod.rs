@@ -8,6 +8,7 @@ mod norm;
 mod pointwise;
 mod rotary;
 mod rows;
+mod rwkv7;
 mod short_conv;
 mod sums;
 
@@ -21,6 +22,7 @@ pub(crate) use gated::gated;
 pub(crate) use norm::{Norm, layer_norm, norm, norm_of_sum};
 pub(crate) use pointwise::Application;
 pub(crate) use rotary::{Positions, Rotation, rotate};
+pub(crate) use rwkv7::{Rwkv7Keys, Rwkv7Output, mix_tokens, rwkv7_keys, rwkv7_output};
 pub(crate) use short_conv::{last_rows, short_conv, short_conv_and_last, takes_width};
 
 /// The most blocks of a launch.
