@@ -155,18 +155,11 @@ impl Qkv {
             };
             return Ok(Projected { q: get(0)?, k: get(1)?, v: get(2)?, conv: Vec::new(), beside, qk: None });
         };
-        let (ys, conv) = convs.run(&projected, call)?;
-        let heads = |i: usize| {
-            let ([heads, width], (ys, start)) = (self.heads[i], &ys[i]);
-            heads_from(ys, *start, heads, width)
-        };
+        let Convolved { of, starts, memory: conv } = convs.run(&projected, call)?;
+        let heads = |i: usize| heads_from(&of[i], starts[i], self.heads[i][0], self.heads[i][1]);
         let [of_q, of_k, _] = self.heads;
-        let qk = match &ys {
-            [(ys, 0), (_, start), _] if of_q == of_k && *start > 0 => {
-                Some(heads_from(ys, 0, of_q[0] + of_k[0], of_q[1])?)
-            }
-            _ => None,
-        };
+        let side_by_side = starts[1] > 0 && of_q == of_k;
+        let qk = side_by_side.then(|| heads_from(&of[0], 0, of_q[0] + of_k[0], of_q[1])).transpose()?;
         Ok(Projected { q: heads(0)?, k: heads(1)?, v: heads(2)?, conv, beside, qk })
     }
 }
@@ -184,26 +177,36 @@ impl Convolutions {
         Ok(Self { joined: ShortConvolution::joined(&each)?, each })
     }
 
-    /// What they make of the first three of `projected`, as tensors and the channel with which each begins, and their memory.
-    fn run(&self, projected: &linear::Projected, call: &Call) -> Result<([(Tensor, usize); 3], Vec<Tensor>)> {
+    /// What they make of the first three of `projected`.
+    fn run(&self, projected: &linear::Projected, call: &Call) -> Result<Convolved> {
         let channels = self.each.each_ref().map(ShortConvolution::channels);
         let starts = [0, channels[0], channels[0] + channels[1]];
-        let memories = if self.joined.is_some() { 1 } else { 3 };
-        if let (Some(joined), Some(xs)) = (&self.joined, projected.before(3)?) {
-            let (ys, past) = joined.run(&xs, call.past(0, memories)?, call.cu_seqlens())?;
-            return Ok((starts.map(|start| (ys.clone(), start)), vec![past]));
-        }
-        let mut pasts = Vec::new();
-        let mut convolve = |i: usize| {
-            let past = match (call.past(if memories == 1 { 0 } else { i }, memories)?, memories) {
-                (Some(past), 1) => Some(past.narrow(2, starts[i], channels[i])?),
-                (past, _) => past.cloned(),
-            };
-            let (ys, past) = self.each[i].run(&projected.get(i)?, past.as_ref(), call.cu_seqlens())?;
-            pasts.push(past);
-            Ok::<_, Error>((ys, 0))
+        let cu_seqlens = call.cu_seqlens();
+        let Some(joined) = &self.joined else {
+            let convolve = |i: usize| self.each[i].run(&projected.get(i)?, call.past(i, 3)?, cu_seqlens);
+            let [(q, of_q), (k, of_k), (v, of_v)] = [convolve(0)?, convolve(1)?, convolve(2)?];
+            return Ok(Convolved { of: [q, k, v], starts: [0; 3], memory: vec![of_q, of_k, of_v] });
         };
-        let ys = [convolve(0)?, convolve(1)?, convolve(2)?];
-        Ok((ys, if memories == 1 { vec![Tensor::cat(&pasts, 2)?] } else { pasts }))
+        let past = call.past(0, 1)?;
+        if let Some(xs) = projected.before(3)? {
+            let (ys, memory) = joined.run(&xs, past, cu_seqlens)?;
+            return Ok(Convolved { of: [ys.clone(), ys.clone(), ys], starts, memory: vec![memory] });
+        }
+        let convolve = |i: usize| {
+            let past = past.map(|past| past.narrow(2, starts[i], channels[i])).transpose()?;
+            self.each[i].run(&projected.get(i)?, past.as_ref(), cu_seqlens)
+        };
+        let [(q, of_q), (k, of_k), (v, of_v)] = [convolve(0)?, convolve(1)?, convolve(2)?];
+        let memory = vec![Tensor::cat(&[of_q, of_k, of_v], 2)?];
+        Ok(Convolved { of: [q, k, v], starts: [0; 3], memory })
     }
+}
+
+/// What convolutions make of q, k and v.
+struct Convolved {
+    of: [Tensor; 3],
+    /// The channel of its tensor with which each begins.
+    starts: [usize; 3],
+    /// For the next call.
+    memory: Vec<Tensor>,
 }

@@ -3,7 +3,9 @@
 #[cfg(any(feature = "cuda", feature = "cuda-host"))]
 use crate::cuda::layers;
 use crate::nn::call::Call;
-use crate::nn::linear::{in_wider, on_gpu};
+use crate::nn::linear::in_wider;
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+use crate::nn::linear::on_gpu;
 use crate::nn::{ShortConvOptions, short_conv};
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
@@ -13,6 +15,7 @@ use candle_nn::VarBuilder;
 pub(crate) struct TokenShift {
     mixes: Vec<Tensor>,
     /// All of them, `[n, channels]`, on a GPU and unless they are trained.
+    #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     joined: Option<Tensor>,
     /// `x_{t-1} - x_t` is a short convolution whose taps are 1 and -1.
     taps: Tensor,
@@ -23,14 +26,12 @@ impl TokenShift {
     pub fn new(channels: usize, mixes: Vec<Tensor>, vb: &VarBuilder) -> Result<Self> {
         let taps = Tensor::new(&[[[1f32, -1.]]], vb.device())?;
         let taps = taps.broadcast_as((channels, 1, 2))?.contiguous()?.to_dtype(DType::F32)?;
-        let joined = match mixes.iter().all(|mix| on_gpu(mix) && !mix.track_op()) {
-            true => Some(Tensor::stack(
-                &mixes.iter().map(|mix| mix.reshape(channels)).collect::<Result<Vec<_>>>()?,
-                0,
-            )?),
-            false => None,
-        };
-        Ok(Self { mixes, joined, taps })
+        Ok(Self {
+            #[cfg(any(feature = "cuda", feature = "cuda-host"))]
+            joined: joined(channels, &mixes)?,
+            mixes,
+            taps,
+        })
     }
 
     /// `[B, T, channels]` to the same for each of N mixes, and what to remember of it.
@@ -52,6 +53,15 @@ impl TokenShift {
         let (delta, last) = short_conv(xs, &self.taps, None, &opts)?;
         Ok((self.mixes.iter().map(|mix| mixed(xs, &delta, mix)).collect::<Result<_>>()?, last))
     }
+}
+
+#[cfg(any(feature = "cuda", feature = "cuda-host"))]
+fn joined(channels: usize, mixes: &[Tensor]) -> Result<Option<Tensor>> {
+    if !mixes.iter().all(|mix| on_gpu(mix) && !mix.track_op()) {
+        return Ok(None);
+    }
+    let rows = mixes.iter().map(|mix| mix.reshape(channels)).collect::<Result<Vec<_>>>()?;
+    Tensor::stack(&rows, 0).map(Some)
 }
 
 /// `xs + mix * delta`, in the dtype of `xs`.
