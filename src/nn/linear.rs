@@ -63,7 +63,8 @@ const FEW: usize = 16;
 
 /// Projections of one input.
 ///
-/// On a GPU, unless they are trained or quantized, their weights lie in one matrix, and a few tokens take one product with it.
+/// On a GPU their weights lie in one matrix, and a few tokens take one product with it: unless some are trained or quantized, of
+/// different dtypes, or have a bias.
 #[derive(Debug, Clone)]
 pub(crate) struct Projections {
     each: Vec<Linear>,
@@ -93,6 +94,11 @@ impl Projections {
         let projected = self.project(xs)?;
         let found = (0..self.each.len()).map(|i| projected.get(i)).collect::<Result<Vec<_>>>()?;
         found.try_into().map_err(|_| Error::msg("as many results as projections"))
+    }
+
+    /// Whether a few tokens may take one product.
+    pub fn are_joined(&self) -> bool {
+        self.whole.is_some()
     }
 
     /// What they make of `xs: [.., inputs]`, at once or one by one.
@@ -129,14 +135,9 @@ impl Projected<'_> {
         }
     }
 
-    /// Of all that come before projection `i`, side by side, if they are.
-    pub fn before(&self, i: usize) -> Result<Option<Tensor>> {
-        let end = self.of.starts.get(i).copied();
-        let whole = |ys: &Tensor| match end {
-            Some(end) => ys.narrow(D::Minus1, 0, end),
-            None => Ok(ys.clone()),
-        };
-        self.whole.as_ref().map(whole).transpose()
+    /// Of the first projections, which have so many outputs together, side by side, if they are.
+    pub fn first(&self, outputs: usize) -> Result<Option<Tensor>> {
+        self.whole.as_ref().map(|ys| ys.narrow(D::Minus1, 0, outputs)).transpose()
     }
 }
 

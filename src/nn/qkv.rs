@@ -5,7 +5,7 @@ use crate::nn::heads::{Heads, heads_from};
 use crate::nn::linear::{self, Projections};
 use crate::nn::rms_norm::l2_norm;
 use crate::nn::{Activation, Linear, ShortConvolution};
-use candle_core::{Error, Result, Tensor};
+use candle_core::{Error, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 /// The width of the short convolutions and whether they have a bias.
@@ -129,17 +129,17 @@ impl Qkv {
             let conv = ShortConvolution::new(heads[i].iter().product(), shape.width, shape.bias, stdev, vb)?;
             Ok::<_, Error>(conv.with_silu(silu[i]))
         };
-        let convs = match conv {
-            Some(shape) => {
-                let each = [convolution(shape, 0)?, convolution(shape, 1)?, convolution(shape, 2)?];
-                Some(Convolutions::new(each)?)
-            }
-            None => None,
-        };
         let mut projections = vec![projection(0)?, projection(1)?, projection(2)?];
         projections.extend(beside);
         let beside = projections.len() - 3;
         let projections = Projections::new(projections)?;
+        let convs = match conv {
+            Some(shape) => {
+                let each = [convolution(shape, 0)?, convolution(shape, 1)?, convolution(shape, 2)?];
+                Some(Convolutions::new(each, projections.are_joined())?)
+            }
+            None => None,
+        };
         Ok(Self { projections, silu: if convs.is_some() { [false; 3] } else { silu }, convs, heads, beside })
     }
 
@@ -173,8 +173,9 @@ struct Convolutions {
 }
 
 impl Convolutions {
-    fn new(each: [ShortConvolution; 3]) -> Result<Self> {
-        Ok(Self { joined: ShortConvolution::joined(&each)?, each })
+    fn new(each: [ShortConvolution; 3], side_by_side: bool) -> Result<Self> {
+        let joined = if side_by_side { ShortConvolution::joined(&each)? } else { None };
+        Ok(Self { joined, each })
     }
 
     /// What they make of the first three of `projected`.
@@ -187,8 +188,11 @@ impl Convolutions {
             let [(q, of_q), (k, of_k), (v, of_v)] = [convolve(0)?, convolve(1)?, convolve(2)?];
             return Ok(Convolved { of: [q, k, v], starts: [0; 3], memory: vec![of_q, of_k, of_v] });
         };
-        let past = call.past(0, 1)?;
-        if let Some(xs) = projected.before(3)? {
+        let (past, all) = (call.past(0, 1)?, channels.iter().sum::<usize>());
+        if let Some(past) = past.filter(|past| past.dim(2).ok() != Some(all)) {
+            bail!("cache: holds short convolutions' inputs {:?}, their channels must be {all}", past.dims());
+        }
+        if let Some(xs) = projected.first(all)? {
             let (ys, memory) = joined.run(&xs, past, cu_seqlens)?;
             return Ok(Convolved { of: [ys.clone(), ys.clone(), ys], starts, memory: vec![memory] });
         }

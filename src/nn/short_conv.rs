@@ -53,6 +53,9 @@ pub fn short_conv(
     if weight.dims() != [channels, 1, width] {
         bail!("xs: {channels} channels, the convolution has {own}: its weight is {:?}", weight.dims());
     }
+    if let Some(bias) = bias.filter(|bias| bias.dims() != [channels]) {
+        bail!("bias: shape is {:?}, it must be [{channels}]", bias.dims());
+    }
     if channels == 0 {
         bail!("xs: shape is {:?}, with 0 channels, it must have at least 1", xs.dims());
     }

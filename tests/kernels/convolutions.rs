@@ -7,6 +7,19 @@ use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_linear_attn::nn::{ShortConvOptions, short_conv};
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
+#[test]
+fn a_bias_of_another_size_is_refused() {
+    for bias in [&[8][..], &[1, 64]] {
+        let found = on_kernels(|device| {
+            let zeros = |dims: &[usize]| Tensor::zeros(dims, DType::F32, device);
+            let (xs, weight, bias) = (zeros(&[1, 8, 64])?, zeros(&[64, 1, 4])?, zeros(bias)?);
+            short_conv(&xs, &weight, Some(&bias), &ShortConvOptions::default())
+        });
+        let refusal = found.unwrap_err().to_string();
+        assert!(refusal.contains("bias: shape is"), "{refusal}");
+    }
+}
+
 pub const DTYPES: [DType; 3] = [DType::F32, DType::BF16, DType::F16];
 
 /// How the input, the past and the gradient of the output lie.

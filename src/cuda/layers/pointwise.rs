@@ -118,7 +118,7 @@ impl Op {
     fn run(&self, machine: &Machine, inputs: &[Tensor], grid: Grid, pass: Pass) -> Result<()> {
         let backward = matches!(pass, Pass::Backward(_));
         self.with_call(machine, inputs, grid, pass, |call| {
-            // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `pointwise`'s caller
+            // SAFETY: the addresses, strides and sizes are those of live tensors with the same rows, as `Application`'s caller
             // checks and `SharedRows` sees to; all are held until the kernel is queued, and the stream orders whatever comes
             // after.
             let code = unsafe {

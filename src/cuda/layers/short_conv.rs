@@ -55,10 +55,12 @@ pub(crate) fn short_conv_and_last(
     bias: Option<&Tensor>,
     past: Option<&Tensor>,
 ) -> Result<Option<(Tensor, Tensor)>> {
-    let of = Sequences::new(conv.clone(), xs)?;
-    if of.cu_seqlens.is_some() || of.tokens == 0 {
-        return Ok(None);
-    }
+    let of = match Sequences::batches(conv, xs) {
+        Some((batch, tokens)) if tokens > 0 => {
+            Sequences { conv: conv.clone(), batch, tokens, cu_seqlens: None }
+        }
+        _ => return Ok(None),
+    };
     let machine = Machine::of(xs.device())?;
     let mut out = Buffer::new(&machine, xs.dtype(), xs.shape())?;
     let mut last = Buffer::new(&machine, xs.dtype(), of.past_shape().as_slice())?;
@@ -97,15 +99,7 @@ struct Sequences {
 impl Sequences {
     fn new(conv: ShortConv, xs: &Tensor) -> Result<Self> {
         let rows: usize = conv.sequences.iter().map(|rows| rows.len()).sum();
-        let batches = match xs.dims3() {
-            Ok((batch, tokens, _)) if batch == conv.sequences.len() => {
-                let whole =
-                    |(n, rows): (usize, &std::ops::Range<usize>)| *rows == (n * tokens..(n + 1) * tokens);
-                conv.sequences.iter().enumerate().all(whole).then_some((batch, tokens))
-            }
-            _ => None,
-        };
-        if let Some((batch, tokens)) = batches {
+        if let Some((batch, tokens)) = Self::batches(&conv, xs) {
             return Ok(Self { conv, batch, tokens, cu_seqlens: None });
         }
         if rows > u32::MAX as usize {
@@ -115,6 +109,14 @@ impl Sequences {
         let cu: Vec<u32> = std::iter::once(0).chain(ends).collect();
         let cu_seqlens = Some(Tensor::from_slice(&cu, cu.len(), xs.device())?);
         Ok(Self { conv, batch: 1, tokens: rows, cu_seqlens })
+    }
+
+    /// B and T, if each batch entry is a sequence.
+    fn batches(conv: &ShortConv, xs: &Tensor) -> Option<(usize, usize)> {
+        let (batch, tokens, _) = xs.dims3().ok()?;
+        let whole = |(n, rows): (usize, &std::ops::Range<usize>)| *rows == (n * tokens..(n + 1) * tokens);
+        let all = batch == conv.sequences.len() && conv.sequences.iter().enumerate().all(whole);
+        all.then_some((batch, tokens))
     }
 
     /// `xs` as `[B, T, C]`, B being 1 for packed sequences.

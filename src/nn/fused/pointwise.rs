@@ -49,6 +49,7 @@ pub(crate) fn decay_and_sigmoid(
 ) -> Result<(Tensor, Tensor)> {
     #[cfg(any(feature = "cuda", feature = "cuda-host"))]
     if xs.dtype() == others.dtype()
+        && (xs.elem_count() == 0) == (others.elem_count() == 0)
         && layers::takes_pointwise(&[xs, bias, a_log])
         && layers::takes_pointwise(&[others, xs])
         && ![xs, bias, a_log, others].iter().any(|x| x.track_op())
