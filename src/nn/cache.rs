@@ -179,7 +179,7 @@ impl LayerCache {
             bail!("cache: holds keys and values of softmax attention, which this layer has not");
         }
         if !self.positions.is_empty() && held != own {
-            bail!("cache: holds the inputs of short convolutions in {held} tensors, this layer has {own}");
+            bail!("cache: holds the inputs of {held} short convolutions, this layer has {own}");
         }
         Ok(())
     }
