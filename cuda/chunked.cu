@@ -3,20 +3,27 @@
 
 namespace cla {
 
-// The kernels that copy their inputs to shared memory as they are, if those are bf16, lie well and the kernel fits, else those
-// that take everything.
+// The kernels that copy their inputs to shared memory as they are, if those have one dtype and lie well and the kernel fits,
+// else those that take everything.
 static int32_t chunked(const Call &call) {
   const cla_sweep &s = call.sweep;
-  auto bf16 = [](const cla_tensor &x, int width) { return x.dtype == CLA_BF16 && in_pieces(x, width); };
-  auto gate = [&](int width) { return s.gate.dtype != CLA_F16 && in_pieces(s.gate, width); };
-  const bool gates = s.gate_kind == CLA_GATE_ROWS ? gate(s.rows) : s.gate_kind == CLA_GATE_COLS ? gate(s.cols) : true;
+  const int32_t dtype = s.read.dtype;
+  auto input = [&](const cla_tensor &x, int width) { return x.dtype == dtype && in_pieces(x, width); };
+  auto or_f32 = [&](const cla_tensor &x, int width) {
+    return (x.dtype == dtype || x.dtype == CLA_F32) && in_pieces(x, width);
+  };
+  const bool gates = s.gate_kind == CLA_GATE_ROWS   ? or_f32(s.gate, s.rows)
+                     : s.gate_kind == CLA_GATE_COLS ? or_f32(s.gate, s.cols)
+                                                    : true;
   int32_t code = NONE_FITS;
-  if (gates && bf16(s.read, s.rows) && bf16(s.write, s.rows) && bf16(s.value, s.cols) &&
-      (!s.out.data || in_pieces(s.out, s.cols))) {
-    if (!s.out.data || s.out.dtype == CLA_BF16) code = chunked_narrow<true>(call);
-    else if (s.out.dtype == CLA_F32) code = chunked_narrow<false>(call);
+  if (gates && input(s.read, s.rows) && input(s.write, s.rows) && input(s.value, s.cols) &&
+      (!s.out.data || or_f32(s.out, s.cols))) {
+    const bool to_f32 = s.out.data && s.out.dtype == CLA_F32;
+    if (dtype == CLA_BF16) code = to_f32 ? chunked_bf16_to_f32(call) : chunked_bf16(call);
+    else if (dtype == CLA_F16) code = to_f32 ? chunked_f16_to_f32(call) : chunked_f16(call);
+    else code = chunked_f32(call);
   }
-  return code == NONE_FITS ? chunked_wide(call) : code;
+  return code == NONE_FITS ? chunked_any(call) : code;
 }
 
 // One element of the states of a sequence and head: what each segment adds becomes the state that it starts from.

@@ -21,7 +21,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   using Base::columns, Base::gates, Base::last_segment, Base::read_tile, Base::write_tile;
   using Base::value_tile, Base::scores, Base::count_at, Base::column, Base::waits, Base::finish, Base::flush;
   using Base::fetch_keys, Base::fetch_values, Base::fetch_gates, Base::sums, Base::sums_rest, Base::from_start;
-  using Base::to_end, Base::whole, Base::total, Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor;
+  using Base::split_chunk, Base::to_end, Base::whole, Base::total, Base::gate_pair, Base::sum_gates, Base::start_factor, Base::end_factor;
   using Base::total_of;
   using Base::copy_keys, Base::copy_values, Base::wait_for_keys, Base::wait_for_values, Base::drop_rows;
   using Base::prepare_counts, Base::row_of, Base::store_tile, Base::store_rows;
@@ -278,6 +278,8 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     }
     float acc[8][4];
     start_reading(acc, stage, set, meanwhile);
+    // Outputs may be written once all have read.
+    if (L::OUT_OF_READ) products_wait<WGMMA, 0>();
     shared_fence();
     barrier();
     if (SCALAR) {
@@ -304,7 +306,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
     const bool results = !only_state && out.data;
     if constexpr (L::COMPACT) results ? run_compact<true>(only_state) : run_compact<false>(only_state);
     else if constexpr (L::AHEAD) results ? run_ahead<true>(only_state) : run_ahead<false>(only_state);
-    else if constexpr (L::NARROW) run_staged(only_state);
+    else if constexpr (L::COPIED) run_staged(only_state);
     else run_filled(only_state);
     if (only_state || VECTOR) barrier();
     if (VECTOR) scale_state(end_factor());
@@ -417,9 +419,14 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       barrier();
       const int count = count_at(step);
       bool whole = true;
-      if constexpr (L::STAGED_DECAY) {
-        // What waits lies where this chunk's decays go.
-        if (waits) flush(f.out, stage ^ 1, step - CHUNK);
+      // What waits lies where this chunk's decays or operands go.
+      if (L::STAGED && waits) flush(f.out, stage ^ 1, step - CHUNK);
+      if constexpr (L::STAGED && !VECTOR) {
+        split_chunk();
+        shared_fence();
+        barrier();
+      }
+      if constexpr (L::STAGED && VECTOR) {
         decay_chunk();
         shared_fence();
         barrier();
@@ -435,7 +442,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       do {
         const int to = whole ? count : Base::fill_part_apart(s, step, from, count);
         solve(stage, stage, step, from, to, only_state, [&] {
-          if (!L::STAGED_DECAY && waits) flush(f.out, stage ^ 1, step - CHUNK);
+          if (!L::STAGED && waits) flush(f.out, stage ^ 1, step - CHUNK);
           if (SCALAR && tid < 32 && step + CHUNK < end) sum_gates(stage ^ 1, gate_pair(step + CHUNK));
         });
         if (!whole && waits) {
@@ -515,7 +522,7 @@ template <class L> struct Chunked : ChunkOutputs<L> {
   CLA_DEVICE void fetch_chunk(Fetched &f, int stage, int64_t step) {
     fetch_keys(f, stage, step);
     fetch_values(f, stage, step);
-    if constexpr (L::STAGED_DECAY) fetch_gates(step);
+    if constexpr (L::STAGED && VECTOR) fetch_gates(step);
     copies_commit();
   }
 };

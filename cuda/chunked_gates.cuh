@@ -16,7 +16,8 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   using Base = ChunkInputs<L>;
   using Base::s, Base::steps, Base::read, Base::write, Base::value, Base::gate, Base::tid, Base::lane, Base::warp;
   using Base::end, Base::columns, Base::gates, Base::read_tile;
-  using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_gates, Base::raw_gate_row, Base::gates_in_tile;
+  using Base::write_tile, Base::value_tile, Base::raw_tile, Base::raw_row, Base::raw_gates, Base::raw_gate_row;
+  using Base::gates_in_tile, Base::READ, Base::WRITE, Base::VALUE;
   using Base::factors, Base::decays, Base::totals, Base::writing;
   static constexpr int R = L::R, THREADS = L::THREADS, COLUMNS = L::COLUMNS, GATES = L::GATES, PITCH = L::PITCH;
   static constexpr bool SCALAR = L::SCALAR, BY_ROW = L::BY_ROW, BY_COLUMN = L::BY_COLUMN, VECTOR = L::VECTOR;
@@ -129,25 +130,60 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     return to;
   }
 
-  // ---- the same from what is staged ----
-  // Each thread has 4 channels of successive steps, whose decays it sums up in registers.
+  // ---- operands from what is staged ----
+
+  CLA_DEVICE Vec2 &four_at(Tile tile, int at) const { return *(Vec2 *)(tile.base + at); }
+  // Numbers of the inputs' 16 bits.
+  CLA_DEVICE static void unpack(float &low, float &high, uint32_t two) {
+    low = L::IN == CLA_F16 ? from_f16((uint16_t)two) : low_bf16(two);
+    high = L::IN == CLA_F16 ? from_f16((uint16_t)(two >> 16)) : high_bf16(two);
+  }
+  CLA_DEVICE static void unpack(float (&x)[4], Vec2 two) { unpack(x[0], x[1], two.x), unpack(x[2], x[3], two.y); }
+
+  // As they are, in two parts: a thread has the same 8 columns of several rows.
+  template <int WIDTH> CLA_DEVICE void split_staged(int which, Tile high, Tile low) const {
+    const int tid = opaque(this->tid);
+    CLA_UNROLL
+    for (int i = 0; i < CHUNK * WIDTH / 8 / THREADS; i++) {
+      const int row = tid / (WIDTH / 8) + i * (8 * THREADS / WIDTH), c = tid % (WIDTH / 8) * 8;
+      float x[8];
+      if constexpr (L::IN == CLA_F32) {
+        const Vec4 a = load16(raw_row(which, row) + c), b = load16(raw_row(which, row) + c + 4);
+        const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+        CLA_UNROLL
+        for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
+      } else {
+        const Vec4 a = load16(raw_tile(which).piece(row, c / 8));
+        unpack(x[0], x[1], a.x), unpack(x[2], x[3], a.y), unpack(x[4], x[5], a.z), unpack(x[6], x[7], a.w);
+      }
+      store_parts(high, low, row, c, x);
+    }
+  }
+  // Makes the operands of a whole chunk, without a decay in them.
+  CLA_DEVICE void split_chunk() const {
+    split_staged<COLUMNS>(VALUE, value_tile(0, 0), value_tile(0, 1));
+    split_staged<R>(WRITE, write_tile(0, 0), write_tile(0, 1));
+    // Outputs that lay there have gone out.
+    if (L::OUT_OF_READ) barrier();
+    split_staged<R>(READ, read_tile(0, 0), read_tile(0, 1));
+  }
+
+  // With a decay for each row or column, a thread has 4 channels of successive steps, and sums their decays up in registers.
 
   static constexpr int STEP_GROUPS = THREADS * 4 / GATES, STEPS_EACH = CHUNK / STEP_GROUPS;
   // Where in a tile the i-th of a thread's steps is, from where the first is: those are aligned in blocks of 8 rows, within
   // which the swizzle is an exclusive or.
   static_assert(STEPS_EACH % 8 == 0 || 8 % STEPS_EACH == 0, "a thread's steps are part of a block of 8 rows or some of them");
   CLA_DEVICE static int step_in_tile(int first, int i) { return (first ^ (i & 7) << 4) + i * 128; }
-  CLA_DEVICE Vec2 &four_at(Tile tile, int at) const { return *(Vec2 *)(tile.base + at); }
-  CLA_DEVICE void unpack(float (&x)[4], Vec2 two) const {
-    x[0] = low_bf16(two.x), x[1] = high_bf16(two.x), x[2] = low_bf16(two.y), x[3] = high_bf16(two.y);
-  }
   CLA_DEVICE void staged_gates(float (&g)[4], int at, int row, int c) const {
     if (gates_in_tile()) unpack(g, four_at(raw_gates(), at));
     else load4(g, raw_gate_row(row) + c);
   }
-  CLA_DEVICE void decay_staged(Tile from, Tile high, Tile low, int at, const float (&decay)[4], float sign) const {
+  CLA_DEVICE void decay_staged(int which, Tile high, Tile low, int at, int row, int c, const float (&decay)[4],
+                               float sign) const {
     float x[4];
-    unpack(x, four_at(from, at));
+    if constexpr (L::IN == CLA_F32) load4(x, raw_row(which, row) + c);
+    else unpack(x, four_at(raw_tile(which), at));
     CLA_UNROLL
     for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
     uint32_t h[2], l[2];
@@ -163,7 +199,7 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
   }
 
-  // Makes the operands of a whole chunk. Where its decay leaves the range `limit` becomes 0, and they are no use.
+  // Makes the operands of a whole chunk, with their decay. Where it leaves the range `limit` becomes 0, and they are no use.
   CLA_DEVICE void decay_chunk() {
     const int tid = opaque(this->tid);
     const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
@@ -206,14 +242,19 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
       CLA_UNROLL
       for (int k = 0; k < 4; k++) most = larger(most, fabsf(sum[k]));
       if constexpr (BY_ROW) {
-        decay_staged(raw_tile(0), read_tile(0, 0), read_tile(0, 1), at, sum, 1.f);
-        decay_staged(raw_tile(1), write_tile(0, 0), write_tile(0, 1), at, sum, -1.f);
+        decay_staged(READ, read_tile(0, 0), read_tile(0, 1), at, row, c, sum, 1.f);
+        decay_staged(WRITE, write_tile(0, 0), write_tile(0, 1), at, row, c, sum, -1.f);
       } else {
-        decay_staged(raw_tile(0), value_tile(0, 0), value_tile(0, 1), at, sum, -1.f);
+        decay_staged(VALUE, value_tile(0, 0), value_tile(0, 1), at, row, c, sum, -1.f);
         store4(decays() + row * PITCH + c, sum);
       }
     }
     if (!(most <= DECAY_RANGE)) limit() = 0;
+    if constexpr (BY_ROW && L::STAGED_VALUES) split_staged<COLUMNS>(VALUE, value_tile(0, 0), value_tile(0, 1));
+    if constexpr (BY_COLUMN && L::STAGED_KEYS) {
+      split_staged<R>(READ, read_tile(0, 0), read_tile(0, 1));
+      split_staged<R>(WRITE, write_tile(0, 0), write_tile(0, 1));
+    }
   }
   // After a chunk whose decay left the range.
   CLA_DEVICE void take_back_decay() {

@@ -53,15 +53,21 @@ template <class L> struct ChunkInputs {
   CLA_DEVICE int gates() const { return BY_ROW ? s.rows : columns(); }
   CLA_DEVICE bool last_segment() const { return end == steps.count; }
   CLA_DEVICE Tile key_tile(int stage, int which, int part) const {
-    return {shared + ((stage % L::KEY_STAGES * L::KEY_PARTS + part) * 2 + which) * L::KEY};
+    return {shared + ((stage % L::KEY_STAGES * 2 + which) * L::KEY_PARTS + part) * L::KEY};
   }
   CLA_DEVICE Tile read_tile(int stage, int part) const { return key_tile(stage, 0, part); }
   CLA_DEVICE Tile write_tile(int stage, int part) const { return key_tile(stage, 1, part); }
   CLA_DEVICE Tile value_tile(int stage, int part) const {
     return {shared + L::VALUES + (stage % L::VALUE_STAGES * L::VALUE_PARTS + part) * L::VALUE};
   }
-  // Of what is still to be decayed: read and write, or the value.
-  CLA_DEVICE Tile raw_tile(int which) const { return {shared + L::RAW + which * L::KEY}; }
+  // What operands are still to be made of: READ, WRITE or VALUE, as a tile of 16-bit numbers or as rows of f32.
+  static constexpr int READ = 0, WRITE = 1, VALUE = 2;
+  CLA_DEVICE Tile raw_tile(int which) const {
+    return {shared + (which == VALUE ? L::RAW_VALUES : L::RAW + which * L::RAW_KEY)};
+  }
+  CLA_DEVICE float *raw_row(int which, int row) const {
+    return (float *)raw_tile(which).base + row * (which == VALUE ? COLUMNS : R);
+  }
   CLA_DEVICE Tile raw_gates() const { return {shared + L::RAW_GATES}; }
   CLA_DEVICE Tile scores(int set, int part) const {
     return {shared + L::SCORES + (set % L::SCORE_SETS * 2 + part) * SUBTILE};
@@ -71,7 +77,7 @@ template <class L> struct ChunkInputs {
   }
   // In rows of OUT_PITCH, or in sub-tiles of 32 columns.
   CLA_DEVICE float *wide_out(int row, int column) const {
-    if (!L::AHEAD) return (float *)(shared + L::OUT) + row * L::OUT_PITCH + column;
+    if (!L::SUBTILES_OUT) return (float *)(shared + L::OUT) + row * L::OUT_PITCH + column;
     const Tile subtile = {shared + L::OUT + column / 32 * SUBTILE};
     return (float *)subtile.piece(row, column % 32 / 4) + column % 4;
   }
@@ -126,30 +132,35 @@ template <class L> struct ChunkInputs {
   // ---- loading piece by piece ----
 
   // A thread's 16-byte pieces of the rows of a chunk: the same piece of every EVERY-th row, so that one address and one
-  // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle).
-  template <int WIDTH> struct Pieces {
-    static constexpr int PER_ROW = WIDTH / 8, EVERY = THREADS / PER_ROW, EACH = CHUNK / EVERY;
-    static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK, "pieces cover the chunk");
+  // stride lead to all of them, in memory and in a tile (EVERY is a multiple of 8, the period of the swizzle). Numbers of 4
+  // bytes lie in rows there.
+  template <int WIDTH, int SIZE> struct Pieces {
+    static constexpr int PER_ROW = SIZE * WIDTH / 16, EVERY = THREADS / PER_ROW, EACH = CHUNK / EVERY;
+    static constexpr int STRIDE = EVERY * (SIZE == 4 ? 4 * WIDTH : 128);  // bytes between EVERY rows in shared memory
+    static_assert((SIZE == 4 || EVERY % 8 == 0) && EACH * EVERY == CHUNK, "pieces cover the chunk");
     unsigned char *data;  // of the step at hand
     int64_t stride;       // bytes between EVERY steps
     int row, column;
 
     CLA_DEVICE Pieces(const ChunkInputs &sweep, const Rows &rows)
-        : row(sweep.tid / PER_ROW), column(sweep.tid % PER_ROW * 8) {
-      const int64_t step = sweep.s.reverse ? -2 * rows.token : 2 * rows.token;
+        : row(sweep.tid / PER_ROW), column(sweep.tid % PER_ROW * (16 / SIZE)) {
+      const int64_t step = sweep.s.reverse ? -SIZE * rows.token : SIZE * rows.token;
       stride = EVERY * step;
-      data = rows.data + 2 * column + sweep.steps.token(0) * rows.token * 2 + (sweep.begin + row) * step;
+      data = rows.data + SIZE * column + sweep.steps.token(0) * rows.token * SIZE + (sweep.begin + row) * step;
+    }
+    CLA_DEVICE unsigned char *within(Tile tile) const {
+      return SIZE == 4 ? tile.base + 4 * (row * WIDTH + column) : tile.piece(row, column / 8);
     }
     CLA_DEVICE void next_chunk() { data += EACH * stride; }
   };
 
   // Zeros for rows from `count` and columns from `width` on.
-  template <int WIDTH> CLA_DEVICE void fetch(Tile to, Pieces<WIDTH> &at, int count, int width) {
-    unsigned char *into = to.piece(at.row, at.column / 8);
+  template <int WIDTH> CLA_DEVICE void fetch(Tile to, Pieces<WIDTH, L::SIZE> &at, int count, int width) {
+    unsigned char *into = at.within(to);
     CLA_UNROLL
     for (int i = 0; i < at.EACH; i++) {
       const bool valid = at.column < width && at.row + i * at.EVERY < count;
-      copy16_async(into + i * at.EVERY * 128, at.data + i * at.stride, valid);
+      copy16_async(into + i * at.STRIDE, at.data + i * at.stride, valid);
     }
     at.next_chunk();
   }
@@ -157,23 +168,24 @@ template <class L> struct ChunkInputs {
   // Of the chunk's steps up to `to`, those that write.
   CLA_DEVICE int writing(int64_t step, int to) const { return to > 0 && !steps.writes(s, step + to - 1) ? to - 1 : to; }
   struct Fetched {
-    Pieces<R> read, write;
-    Pieces<COLUMNS> value, out;
+    Pieces<R, L::SIZE> read, write;
+    Pieces<COLUMNS, L::SIZE> value, out;
   };
   CLA_DEVICE void fetch_keys(Fetched &f, int stage, int64_t step) {
     if (step >= end) return;
     const int count = count_at(step);
-    const Tile r = BY_ROW ? raw_tile(0) : read_tile(stage, 0), w = BY_ROW ? raw_tile(1) : write_tile(stage, 0);
+    const Tile r = L::STAGED_KEYS ? raw_tile(READ) : read_tile(stage, 0);
+    const Tile w = L::STAGED_KEYS ? raw_tile(WRITE) : write_tile(stage, 0);
     fetch(r, f.read, count, s.rows);
     fetch(w, f.write, writing(step, count), s.rows);
   }
   CLA_DEVICE void fetch_values(Fetched &f, int stage, int64_t step) {
     if (step >= end) return;
-    fetch(BY_COLUMN ? raw_tile(0) : value_tile(stage, 0), f.value, count_at(step), columns());
+    fetch(L::STAGED_VALUES ? raw_tile(VALUE) : value_tile(stage, 0), f.value, count_at(step), columns());
   }
 
-  // Whether gates are staged in bf16, in a tile, or as rows of f32.
-  CLA_DEVICE bool gates_in_tile() const { return gate.dtype == CLA_BF16; }
+  // Whether gates are staged in 16 bits, as the inputs are, in a tile, or as rows of f32.
+  CLA_DEVICE bool gates_in_tile() const { return L::SIZE == 2 && gate.dtype == L::IN; }
   CLA_DEVICE float *raw_gate_row(int row) const { return (float *)(shared + L::RAW_GATES) + row * GATES; }
   CLA_DEVICE void fetch_gates(int64_t step) {
     if (step >= end) return;
@@ -206,7 +218,7 @@ template <class L> struct ChunkInputs {
   template <int WIDTH, class Token, class Use>
   CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, Token token_of, Use use) {
     const int tid = opaque(this->tid);
-    const bool pieces = L::NARROW || rows.in_pieces(width);
+    const bool pieces = L::COPIED || rows.in_pieces(width);
     constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
     static_assert(EACH % N == 0, "whole batches");
     const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;

@@ -15,6 +15,8 @@ struct Call {
 
 // Not launched: no kernel of the list fits.
 constexpr int32_t NONE_FITS = -1;
+// The most shared memory that a block has on any machine.
+constexpr int MOST_SHARED = 227 * 1024;
 
 // A tensor of `width` columns as sub-tiles; false where the machine cannot copy them.
 inline bool describe(SubtileMap &map, const cla_tensor &x, int width, const cla_sweep &s) {
@@ -45,33 +47,33 @@ template <class Layout> int32_t run_chunked(const Call &call) {
 }
 
 // So many warpgroups a block, if the machine has the memory for it.
-template <int R, int W, bool BF16_OUT, int GATE> int32_t run_narrow(const Call &call) {
-  using Whole = ChunkLayout<R, W, false, true, BF16_OUT, GATE>;
+template <int R, int W, int IN, bool SMALL_OUT, int GATE> int32_t run_copied(const Call &call) {
+  using Whole = ChunkLayout<R, W, false, IN, SMALL_OUT, GATE>;
   int32_t code = NONE_FITS;
-  if constexpr (Whole::AHEAD || !Whole::FOR_AHEAD) code = run_chunked<Whole>(call);
-  if constexpr (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR) {
-    if (code == NONE_FITS) return run_chunked<ChunkLayout<R, W, true, true, BF16_OUT, GATE>>(call);
+  if constexpr (Whole::SHARED <= MOST_SHARED && (Whole::AHEAD || !Whole::FOR_AHEAD)) code = run_chunked<Whole>(call);
+  if constexpr (IN == CLA_BF16 && (GATE == CLA_NO_GATE || GATE == CLA_GATE_SCALAR)) {
+    if (code == NONE_FITS) return run_chunked<ChunkLayout<R, W, true, IN, SMALL_OUT, GATE>>(call);
   }
   return code;
 }
 
 // Two warpgroups where the state has the columns for it and the machine the memory.
-template <int R, bool BF16_OUT, int GATE> int32_t choose_width(const Call &call) {
+template <int R, int IN, bool SMALL_OUT, int GATE> int32_t choose_width(const Call &call) {
   if (call.sweep.cols > 64) {
-    const int32_t code = run_narrow<R, 2, BF16_OUT, GATE>(call);
+    const int32_t code = run_copied<R, 2, IN, SMALL_OUT, GATE>(call);
     if (code != NONE_FITS) return code;
   }
-  return run_narrow<R, 1, BF16_OUT, GATE>(call);
+  return run_copied<R, 1, IN, SMALL_OUT, GATE>(call);
 }
 
-template <bool BF16_OUT, int GATE> int32_t choose_narrow(const Call &call) {
-  if (call.sweep.rows <= 64) return choose_width<64, BF16_OUT, GATE>(call);
-  return choose_width<128, BF16_OUT, GATE>(call);
+template <int IN, bool SMALL_OUT, int GATE> int32_t choose_rows(const Call &call) {
+  if (call.sweep.rows <= 64) return choose_width<64, IN, SMALL_OUT, GATE>(call);
+  return choose_width<128, IN, SMALL_OUT, GATE>(call);
 }
 
-template <int GATE> int32_t choose_wide(const Call &call) {
-  if (call.sweep.rows <= 64) return run_chunked<ChunkLayout<64, 1, false, false, false, GATE>>(call);
-  return run_chunked<ChunkLayout<128, 1, false, false, false, GATE>>(call);
+template <int GATE> int32_t choose_any(const Call &call) {
+  if (call.sweep.rows <= 64) return run_chunked<ChunkLayout<64, 1, false, ANY_DTYPE, false, GATE>>(call);
+  return run_chunked<ChunkLayout<128, 1, false, ANY_DTYPE, false, GATE>>(call);
 }
 
 // Calls `choose` with the kind of the call's gate as a type.
@@ -84,9 +86,17 @@ template <class Choose> int32_t by_gate(const Call &call, Choose choose) {
   }
 }
 
-// bf16 inputs, and results in bf16 or f32.
-template <bool BF16_OUT> int32_t chunked_narrow(const Call &call);
+// Inputs of one dtype, and results in the same or in f32.
+template <int IN, bool SMALL_OUT> int32_t copied(const Call &call) {
+  return by_gate(call, [&](auto gate) { return choose_rows<IN, SMALL_OUT, decltype(gate)::value>(call); });
+}
+// Each in a file of its own, to be compiled at the same time.
+int32_t chunked_bf16(const Call &call);
+int32_t chunked_bf16_to_f32(const Call &call);
+int32_t chunked_f16(const Call &call);
+int32_t chunked_f16_to_f32(const Call &call);
+int32_t chunked_f32(const Call &call);
 // Everything.
-int32_t chunked_wide(const Call &call);
+int32_t chunked_any(const Call &call);
 
 }  // namespace cla

@@ -8,7 +8,7 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
   using Base = ChunkGates<L>;
   using Base::s, Base::steps, Base::out, Base::warp, Base::group, Base::row0, Base::pair, Base::columns;
   using Base::out_tile, Base::wide_out, Base::decays, Base::anchor, Base::count_at, Base::row_of, Base::tid;
-  template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
+  using Pieces = typename Base::template Pieces<L::COLUMNS, L::SIZE>;
   static constexpr int THREADS = L::THREADS, COLUMNS = L::COLUMNS, PITCH = L::PITCH;
   static constexpr bool BY_COLUMN = L::BY_COLUMN;
 
@@ -45,13 +45,17 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
   CLA_DEVICE void stage_out(const float (&acc)[8][4], Tile to) {
     CLA_UNROLL
     for (int j = 0; j < 8; j += 2) {
-      const uint32_t x[4] = {pack_bf16(acc[j][0], acc[j][1]), pack_bf16(acc[j][2], acc[j][3]),
-                             pack_bf16(acc[j + 1][0], acc[j + 1][1]), pack_bf16(acc[j + 1][2], acc[j + 1][3])};
+      uint32_t x[4];
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) {
+        const float low = acc[j + i / 2][2 * (i & 1)], high = acc[j + i / 2][2 * (i & 1) + 1];
+        x[i] = L::IN == CLA_F16 ? pack_f16(low, high) : pack_bf16(low, high);
+      }
       store_transposed(to, 8 * j, 16 * warp, x);
     }
   }
   // What waits of the chunk at `step`, which was in `stage`, its steps from..to.
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int stage, int64_t step, int from, int to) {
+  CLA_DEVICE void flush(Pieces &at, int stage, int64_t step, int from, int to) {
     if (L::WIDE_OUT) {
       constexpr int PER_ROW = COLUMNS / 4, EVERY = THREADS / PER_ROW;
       const int tid = opaque(this->tid);
@@ -78,7 +82,7 @@ template <class L> struct ChunkOutputs : ChunkGates<L> {
     waits = false;
     if (to == count_at(step)) at.next_chunk();
   }
-  CLA_DEVICE void flush(Pieces<COLUMNS> &at, int stage, int64_t step) { flush(at, stage, step, 0, count_at(step)); }
+  CLA_DEVICE void flush(Pieces &at, int stage, int64_t step) { flush(at, stage, step, 0, count_at(step)); }
 
   // By one thread: the whole chunk at `step`, as sub-tiles.
   CLA_DEVICE void store_tile(int stage, int64_t step) {

@@ -186,6 +186,11 @@ CLA_DEVICE float low_bf16(uint32_t x) { return __uint_as_float(x << 16); }
 CLA_DEVICE float high_bf16(uint32_t x) { return __uint_as_float(x & 0xffff0000u); }
 CLA_DEVICE uint16_t to_bf16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 CLA_DEVICE float from_bf16(uint16_t x) { return __uint_as_float((uint32_t)x << 16); }
+CLA_DEVICE uint32_t pack_f16(float low, float high) {
+  uint32_t r;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
 CLA_DEVICE uint16_t to_f16(float x) { return __half_as_ushort(__float2half_rn(x)); }
 CLA_DEVICE float from_f16(uint16_t x) { return __half2float(__ushort_as_half(x)); }
 

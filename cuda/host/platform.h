@@ -197,6 +197,7 @@ inline uint16_t to_f16(float x) {
   const float shifted = host::same_bits<float>(size) + 0.5f;
   return (uint16_t)(sign | (host::same_bits<uint32_t>(shifted) - 0x3f000000));
 }
+inline uint32_t pack_f16(float low, float high) { return to_f16(low) | (uint32_t)to_f16(high) << 16; }
 
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float exp_fast(float x) { return expf(x); }

@@ -126,6 +126,30 @@ fn outputs_in_bf16_are_rounded_once() {
     }
 }
 
+/// Rows that are whole pieces of 16 bytes are copied ahead, in every dtype; where a gate forgets much, a chunk is taken in parts.
+#[test]
+fn rows_in_whole_pieces() {
+    let sizes = [(64, 64), (128, 128), (64, 128), (128, 64), (24, 72), (104, 16)];
+    for (i, (k, v)) in sizes.into_iter().enumerate() {
+        for (j, dtype) in [DType::F32, DType::F16].into_iter().enumerate() {
+            let gates = [Gates::Mild, Gates::Strong][(i + j) % 2];
+            let gate_dtype = if i % 3 == 0 { DType::F32 } else { dtype };
+            for op in Op::ADDITIVE {
+                let (t, scale) = (LENGTHS[1 + (i + j) % 6], SCALES[i % SCALES.len()]);
+                let case = Case { op, k, v, t, scale, dtype, gates, gate_dtype, h: 1, ..Case::default() };
+                check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+            }
+        }
+    }
+    let ends = Some(vec![0, 0, 65, 65, 70, 135]);
+    for op in Op::ADDITIVE {
+        for dtype in [DType::F32, DType::F16] {
+            let case = Case { op, dtype, k: 64, v: 72, t: 135, h: 1, group: 2, ..Case::default() };
+            check(&Case { cu_seqlens: ends.clone(), ..case }, &[Mode::FusedChunk], Graph::ALL);
+        }
+    }
+}
+
 /// Powers of two and not, 1, the largest, more columns than one block has, more rows than columns and fewer.
 #[test]
 fn head_sizes() {
@@ -177,7 +201,7 @@ fn heads_wider_than_a_block() {
         }
     }
     let ends = Some(vec![0, 0, 65, 65, 70]);
-    for (op, dtype) in [(Op::Gla, DType::BF16), (Op::SimpleGla, DType::F32)] {
+    for (op, dtype) in [(Op::Gla, DType::BF16), (Op::Gla, DType::F16), (Op::SimpleGla, DType::F32)] {
         let case =
             Case { op, dtype, k: 264, v: 136, t: 70, h: 1, cu_seqlens: ends.clone(), ..Case::default() };
         check(&case, &[Mode::FusedChunk, Mode::Chunk], Graph::ALL);
