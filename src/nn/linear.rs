@@ -160,8 +160,11 @@ fn joined(each: &[Linear]) -> Result<Option<Tensor>> {
     }
     let outputs = weights.iter().map(|weight| weight.dim(0)).sum::<Result<usize>>()?;
     let padding = outputs.next_multiple_of(WHOLE) - outputs;
-    let zeros = Tensor::zeros((padding.max(1), inputs), first.dtype(), first.device())?;
-    weights.extend((padding > 0).then_some(&zeros));
+    let zeros = match padding {
+        0 => None,
+        _ => Some(Tensor::zeros((padding, inputs), first.dtype(), first.device())?),
+    };
+    weights.extend(&zeros);
     Tensor::cat(&weights, 0).map(Some)
 }
 

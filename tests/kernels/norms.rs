@@ -217,7 +217,7 @@ fn wide_rows() {
         }
     }
     // More rows than a GPU has room for blocks of their own.
-    for (kind, dtype) in KINDS.into_iter().zip(DTYPES) {
+    for (kind, dtype) in KINDS.into_iter().zip(DTYPES.into_iter().cycle()) {
         Norm { kind, dims: vec![300, 1000], dtype, ..Default::default() }.check();
     }
 }
