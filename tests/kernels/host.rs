@@ -38,6 +38,9 @@ fn the_order_of_the_threads_changes_nothing() {
         if [Op::DeltaRule, Op::GatedDeltaRule].contains(&op) {
             sizes.push((DType::BF16, 136, 72));
         }
+        if Op::ADDITIVE.contains(&op) {
+            sizes.extend([(DType::F32, 128, 72), (DType::F16, 64, 72), (DType::F16, 128, 72)]);
+        }
         for (dtype, k, v) in sizes {
             let case = Case { op, dtype, t: 130, h: 1, k, v, ..Case::default() };
             for mode in [Mode::Recurrent, Mode::FusedChunk, Mode::Chunk] {

@@ -132,12 +132,21 @@ fn rows_in_whole_pieces() {
     let sizes = [(64, 64), (128, 128), (64, 128), (128, 64), (24, 72), (104, 16)];
     for (i, (k, v)) in sizes.into_iter().enumerate() {
         for (j, dtype) in [DType::F32, DType::F16].into_iter().enumerate() {
-            let gates = [Gates::Mild, Gates::Strong][(i + j) % 2];
             let gate_dtype = if i % 3 == 0 { DType::F32 } else { dtype };
             for op in Op::ADDITIVE {
                 let (t, scale) = (LENGTHS[1 + (i + j) % 6], SCALES[i % SCALES.len()]);
+                // One strong decay for all tokens leaves a gradient of 1e-32.
+                let strong = op != Op::Retention && (i / 2 + j) % 2 == 1;
+                let gates = if strong { Gates::Strong } else { Gates::Mild };
                 let case = Case { op, k, v, t, scale, dtype, gates, gate_dtype, h: 1, ..Case::default() };
                 check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+            }
+            // Without the gate's gradient those of keys have the inputs' dtype, and f32 takes chunks there too.
+            let tracked = std::array::from_fn(|n| n != GATE);
+            for gates in [Gates::Mild, Gates::AllStrong] {
+                let case =
+                    Case { op: Op::Gla, k, v, t: 130, dtype, gates, gate_dtype, h: 1, ..Case::default() };
+                check(&case, &[Mode::FusedChunk], Graph { tracked, ..Graph::ALL });
             }
         }
     }
@@ -145,7 +154,30 @@ fn rows_in_whole_pieces() {
     for op in Op::ADDITIVE {
         for dtype in [DType::F32, DType::F16] {
             let case = Case { op, dtype, k: 64, v: 72, t: 135, h: 1, group: 2, ..Case::default() };
-            check(&Case { cu_seqlens: ends.clone(), ..case }, &[Mode::FusedChunk], Graph::ALL);
+            check(&Case { cu_seqlens: ends.clone(), ..case.clone() }, &[Mode::FusedChunk], Graph::ALL);
+            check(&Case { t: 300, ..case }, &[Mode::Chunk], Graph::NONE);
+        }
+    }
+}
+
+/// A gate at the first step of a chunk that forgets nearly all takes no bits from the others' sums.
+#[test]
+fn a_strong_gate_where_a_chunk_begins() {
+    for (k, v) in [(24, 16), (128, 72)] {
+        let case = Case { op: Op::Gla, k, v, t: 150, h: 1, ..Case::default() };
+        let mut inputs = case.inputs().unwrap();
+        let gate = inputs.args[GATE].take().unwrap();
+        let mut shape = gate.dims().to_vec();
+        shape[1] = 1;
+        let strong = Tensor::full(-90f32, shape, &Device::Cpu).unwrap();
+        for at in [64, 85, 128] {
+            let (before, behind) = (gate.narrow(1, 0, at), gate.narrow(1, at + 1, 149 - at));
+            let gate = Tensor::cat(&[&before.unwrap(), &strong, &behind.unwrap()], 1).unwrap();
+            inputs.args[GATE] = Some(gate);
+            let want = case.expected(&inputs, [true; 3]).unwrap();
+            let tracked = std::array::from_fn(|n| n != GATE);
+            let graph = Graph { tracked, ..Graph::ALL };
+            crate::kernels::check_against(&case, &inputs, &want, &[Mode::FusedChunk], graph);
         }
     }
 }
