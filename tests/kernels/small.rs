@@ -160,7 +160,7 @@ fn rows_in_whole_pieces() {
     }
 }
 
-/// A gate at the first step of a chunk that forgets nearly all takes no bits from the others' sums.
+/// A gate that forgets nearly all, at the first step of a chunk and within one: the others' decays stay accurate.
 #[test]
 fn a_strong_gate_where_a_chunk_begins() {
     for (k, v) in [(24, 16), (128, 72)] {
