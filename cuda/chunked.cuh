@@ -421,15 +421,13 @@ template <class L> struct Chunked : ChunkOutputs<L> {
       bool whole = true;
       // What waits lies where this chunk's decays or operands go.
       if (L::STAGED && waits) flush(f.out, stage ^ 1, step - CHUNK);
-      if constexpr (L::STAGED && !VECTOR) {
-        split_chunk();
+      if constexpr (L::STAGED) {
+        if constexpr (VECTOR) decay_chunk();
+        else split_chunk();
         shared_fence();
         barrier();
       }
       if constexpr (L::STAGED && VECTOR) {
-        decay_chunk();
-        shared_fence();
-        barrier();
         whole = limit() != 0;
         if (whole && only_state) count_decay();
         if (!whole) {

@@ -146,16 +146,11 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     CLA_UNROLL
     for (int i = 0; i < CHUNK * WIDTH / 8 / THREADS; i++) {
       const int row = tid / (WIDTH / 8) + i * (8 * THREADS / WIDTH), c = tid % (WIDTH / 8) * 8;
+      Vec4 first, second = {0, 0, 0, 0};
+      if constexpr (L::IN == CLA_F32) first = load16(raw_row(which, row) + c), second = load16(raw_row(which, row) + c + 4);
+      else first = load16(raw_tile(which).piece(row, c / 8));
       float x[8];
-      if constexpr (L::IN == CLA_F32) {
-        const Vec4 a = load16(raw_row(which, row) + c), b = load16(raw_row(which, row) + c + 4);
-        const uint32_t bits[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
-        CLA_UNROLL
-        for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
-      } else {
-        const Vec4 a = load16(raw_tile(which).piece(row, c / 8));
-        unpack(x[0], x[1], a.x), unpack(x[2], x[3], a.y), unpack(x[4], x[5], a.z), unpack(x[6], x[7], a.w);
-      }
+      unpack_eight(x, L::IN, first, second);
       store_parts(high, low, row, c, x);
     }
   }
@@ -192,11 +187,14 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     four_at(low, at) = {l[0], l[1]};
   }
 
+  // Sums begin behind the first step of a chunk: between steps its gate is of no account, and if it is strong it would take bits
+  // from all others.
   CLA_DEVICE void add_gates(float (&sum)[4], int at, int row, int c) const {
     float g[4];
     staged_gates(g, at, row, c);
+    const float weight = row == 0 ? 0.f : (float)LOG2_E;
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
+    for (int k = 0; k < 4; k++) sum[k] += weight * larger(g[k], STRONGEST_DECAY);
   }
 
   // Makes the operands of a whole chunk, with their decay. Where it leaves the range `limit` becomes 0, and they are no use.
@@ -224,10 +222,14 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     CLA_UNROLL
     for (int k = 0; k < 4; k++) sum[k] -= middle[k];
     if (of == 0) {
-      float last[4], start[4], after[4];
+      float last[4], start[4], after[4], gate[4];
       load4(last, end_factor() + c);
+      staged_gates(gate, begins, 0, c);
       CLA_UNROLL
-      for (int k = 0; k < 4; k++) start[k] = last[k] * exp2_fast(middle[k]), after[k] = exp2_fast(all[k] - middle[k]);
+      for (int k = 0; k < 4; k++) {
+        start[k] = last[k] * exp2_fast((float)LOG2_E * larger(gate[k], STRONGEST_DECAY) + middle[k]);
+        after[k] = exp2_fast(all[k] - middle[k]);
+      }
       store4(last_end_factor() + c, last);
       store4(start_factor() + c, start);
       store4(end_factor() + c, after);

@@ -210,53 +210,11 @@ template <class L> struct ChunkInputs {
     }
   }
 
-  // Pieces of 8 elements that a thread loads before it looks at the first, so that the loads are under way together.
-  static constexpr int BATCH = 4;
-
   // The rows of a chunk, 8 elements at a time, to `use(row, column, elements)`; zeros for rows outside from..to. `token_of`
   // is where a row comes from.
   template <int WIDTH, class Token, class Use>
   CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, Token token_of, Use use) {
-    const int tid = opaque(this->tid);
-    const bool pieces = L::COPIED || rows.in_pieces(width);
-    constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
-    static_assert(EACH % N == 0, "whole batches");
-    const bool wide = rows.dtype == CLA_F32, bf16 = rows.dtype == CLA_BF16;
-    CLA_NO_UNROLL
-    for (int first = 0; first < EACH; first += N) {
-      Vec4 low[N], high[N];
-      CLA_UNROLL
-      for (int i = 0; i < N; i++) {
-        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-        const bool valid = pieces && row >= from && row < to && c < width;
-        const unsigned char *p = rows.data + (valid ? (token_of(row) * rows.token + c) * rows.size() : 0);
-        low[i] = high[i] = Vec4{0, 0, 0, 0};
-        if (valid) low[i] = load16(p);
-        if (valid && wide && c + 4 < width) high[i] = load16(p + 16);
-      }
-      CLA_UNROLL
-      for (int i = 0; i < N; i++) {
-        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-        const bool valid = row >= from && row < to && c < width;
-        float x[8];
-        if (!pieces) {
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = valid && c + k < width ? rows.load(token_of(row), c + k) : 0.f;
-        } else if (wide) {
-          const uint32_t bits[8] = {low[i].x, low[i].y, low[i].z, low[i].w, high[i].x, high[i].y, high[i].z, high[i].w};
-          CLA_UNROLL
-          for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
-        } else {
-          const uint32_t bits[4] = {low[i].x, low[i].y, low[i].z, low[i].w};
-          CLA_UNROLL
-          for (int k = 0; k < 4; k++) {
-            x[2 * k] = bf16 ? low_bf16(bits[k]) : from_f16((uint16_t)bits[k]);
-            x[2 * k + 1] = bf16 ? high_bf16(bits[k]) : from_f16((uint16_t)(bits[k] >> 16));
-          }
-        }
-        use(row, c, x);
-      }
-    }
+    each_eight<CHUNK, WIDTH, THREADS>(rows, L::COPIED || rows.in_pieces(width), from, to, width, opaque(tid), token_of, use);
   }
 };
 

@@ -36,6 +36,10 @@ struct Prepared {
 template <int R> struct PreparedKeys {
   static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
+// f16 is the sum of two bf16: k and q as they are, the same.
+template <int R> struct PreparedParts {
+  static constexpr int EACH = 2 * R * 128, K = 0, Q = EACH, BYTES = 2 * EACH;
+};
 
 // In the low-rank family, where r1 to x2 are those of delta.h with all decays since the start of the segment or to its end, and
 //
@@ -153,7 +157,7 @@ CLA_DEVICE void load_decays(const Rows &gate, const SegmentSteps &at, int before
   }
 }
 
-// The rows of a segment, `width` of up to WIDTH columns, to a tile; zeros elsewhere. By THREADS threads, of which this is `tid`, each
+// The rows of a segment, `width` of up to WIDTH columns of 16 bits, to a tile as they are; zeros elsewhere. By THREADS threads, of which this is `tid`, each
 // of which has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
 template <int WIDTH, int THREADS> struct TileRows {
   static constexpr int EVERY = THREADS / (WIDTH / 8), EACH = CHUNK / EVERY;
@@ -162,15 +166,17 @@ template <int WIDTH, int THREADS> struct TileRows {
   // Whatever lies between elements: rare, and out of the way of other instructions.
   CLA_COLD static void fetch_apart(Tile tile, Rows rows, SegmentSteps at, int width, int tid) {
     const int first = tid / (WIDTH / 8), c = tid % (WIDTH / 8) * 8;
+    const uint16_t *from = (const uint16_t *)rows.data;
     CLA_NO_UNROLL
     for (int n = 0; n < 4 * EACH; n++) {
       const int row = first + n / 4 * EVERY, column = c + n % 4 * 2;
-      float pair[2];
+      uint32_t pair = 0;
       CLA_UNROLL
       for (int j = 0; j < 2; j++) {
-        pair[j] = row < at.count && column + j < width ? rows.load(at.token(row), column + j) : 0.f;
+        if (!from || row >= at.count || column + j >= width) continue;
+        pair |= (uint32_t)from[at.token(row) * rows.token + (column + j) * rows.element] << (16 * j);
       }
-      *(uint32_t *)tile.element(row, column) = pack_bf16(pair[0], pair[1]);
+      *(uint32_t *)tile.element(row, column) = pair;
     }
   }
   // Copies are to be committed and waited for.
@@ -186,5 +192,11 @@ template <int WIDTH, int THREADS> struct TileRows {
     }
   }
 };
+// The same of rows of any dtype, in two parts of bf16.
+template <int WIDTH, int THREADS>
+CLA_DEVICE void split_rows(Tile high, Tile rest, const Rows &rows, const SegmentSteps &at, int width, int tid) {
+  each_eight<CHUNK, WIDTH, THREADS>(rows, rows.in_pieces(width), 0, at.count, width, tid, [&](int row) { return at.token(row); },
+                                    [&](int row, int c, const float(&x)[8]) { store_parts(high, rest, row, c, x); });
+}
 
 }  // namespace cla

@@ -9,9 +9,9 @@
 
 namespace cla {
 
-// By MOVING threads rows come to shared memory and go from there. With SHARED_COLUMNS warpgroups have the same columns, and
-// each R rows of its own: a state of more rows than a warpgroup has registers for.
-template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> struct DeltaChunkSweep {
+// By MOVING threads rows of DTYPE, of 16 bits, come to shared memory and go from there. With SHARED_COLUMNS warpgroups have the
+// same columns, and each R rows of its own: a state of more rows than a warpgroup has registers for.
+template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false, int DTYPE = CLA_BF16> struct DeltaChunkSweep {
   static constexpr int COLUMNS = SHARED_COLUMNS ? 64 : 64 * W, STEPS = CHUNK / 16, KEY = R * 128;
   static constexpr bool WGMMA = HAS_WGMMA;
 
@@ -215,7 +215,7 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> s
     const Rows out = sweep.of_columns(s.out);
     for (int n = sweep.tid; n < at.count * COLUMNS; n += MOVING) {
       const int row = n / COLUMNS, c = n % COLUMNS;
-      if (c < sweep.columns()) out.store(at.token(row), c, from_bf16(*from.element(row, c)));
+      if (c < sweep.columns()) ((uint16_t *)out.row(at.token(row)))[c] = *from.element(row, c);
     }
   }
 
@@ -252,7 +252,8 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> s
       CLA_UNROLL
       for (int i = 0; i < 4; i++) {
         float(&at)[4] = acc[2 * step + (i >> 1)];
-        f(at[2 * (i & 1)], low_bf16(v[i])), f(at[2 * (i & 1) + 1], high_bf16(v[i]));
+        f(at[2 * (i & 1)], DTYPE == CLA_F16 ? from_f16((uint16_t)v[i]) : low_bf16(v[i]));
+        f(at[2 * (i & 1) + 1], DTYPE == CLA_F16 ? from_f16((uint16_t)(v[i] >> 16)) : high_bf16(v[i]));
       }
     }
   }
@@ -327,7 +328,8 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false> s
       CLA_UNROLL
       for (int n = 0; n < 4; n++) {
         const float(&from)[4] = acc[j + (n >> 1)];
-        x[n] = pack_bf16(factor * from[2 * (n & 1)], factor * from[2 * (n & 1) + 1]);
+        const float low = factor * from[2 * (n & 1)], high = factor * from[2 * (n & 1) + 1];
+        x[n] = DTYPE == CLA_F16 ? to_f16(low) | (uint32_t)to_f16(high) << 16 : pack_bf16(low, high);
       }
       store_transposed(to, 8 * j, 16 * warp, x);
     }

@@ -5,14 +5,15 @@
 
 namespace cla {
 
-template <int R> CLA_KERNEL(128, R > 128 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
+template <int R, int PARTS> CLA_KERNEL(128, R * PARTS > 128 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
   const unsigned index = block_x() / s.of.heads;
-  DeltaPrepare<R>(s, SegmentOf(s.anchors, s.of.sequences, index), index, (int)(block_x() - index * s.of.heads)).run();
+  const SegmentOf segment(s.anchors, s.of.sequences, index);
+  DeltaPrepare<R, PARTS>(s, segment, index, (int)(block_x() - index * s.of.heads)).run();
 }
 
-template <int R> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaPrepare<R>;
-  return launch(delta_prepare_kernel<R>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
+template <int R, int PARTS = 1> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaPrepare<R, PARTS>;
+  return launch(delta_prepare_kernel<R, PARTS>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
 }
 
 }  // namespace cla
@@ -25,7 +26,9 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
     if (s.of.low_rank) {
       return s.reverse ? launch_delta_prepare_low_rank<R, true>(s, stream) : launch_delta_prepare_low_rank<R, false>(s, stream);
     }
-    if (s.of.gate_kind != CLA_GATE_ROWS) return launch_delta_prepare<R>(s, stream);
+    if (s.of.gate_kind != CLA_GATE_ROWS) {
+      return s.of.k.dtype == CLA_BF16 ? launch_delta_prepare<R>(s, stream) : launch_delta_prepare<R, 2>(s, stream);
+    }
     return s.reverse ? launch_delta_prepare_decayed<R, true>(s, stream) : launch_delta_prepare_decayed<R, false>(s, stream);
   };
   if (s.of.k_dim > 128) return launch_delta_prepare<256>(s, stream);
@@ -37,7 +40,8 @@ extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
   auto by_gate = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     if (sweep->of.low_rank) return Prepared::BYTES + PreparedLowRank<R>::BYTES;
-    return Prepared::BYTES + (sweep->of.gate_kind == CLA_GATE_ROWS ? PreparedKeys<R>::BYTES : 0);
+    if (sweep->of.gate_kind == CLA_GATE_ROWS) return Prepared::BYTES + PreparedKeys<R>::BYTES;
+    return Prepared::BYTES + (sweep->of.k.dtype == CLA_BF16 ? 0 : PreparedParts<R>::BYTES);
   };
   return sweep->of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
 }

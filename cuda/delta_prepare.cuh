@@ -70,13 +70,15 @@ CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const u
   mma(c[1], a, b[1], b[3]);
 }
 
-template <int R> struct DeltaPrepare {
+// PARTS: of k and q. If these are two they are f16, and are prepared for the sweep as well.
+template <int R, int PARTS = 1> struct DeltaPrepare {
   static constexpr int THREADS = 128, SIDE = 16, PITCH = 20;
   // Tiles of k and q make room for blocks of A and of the diagonal of T, and for P; the blocks for T.
-  static constexpr int KEY = R * 128, TILES = 2 * KEY > 4 * SUBTILE ? 2 * KEY : 4 * SUBTILE, BLOCK = 3 * 512;
+  static constexpr int KEY = R * 128, KEYS = 2 * PARTS * KEY, TILES = KEYS > 4 * SUBTILE ? KEYS : 4 * SUBTILE, BLOCK = 3 * 512;
   static_assert(10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
   static constexpr int SUMS = TILES, FACTORS = SUMS + GateSums::BYTES, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
   static constexpr int SHARED = FACTORS + FACTORS_BYTES;
+  static constexpr int BYTES = Prepared::BYTES + (PARTS == 2 ? PreparedParts<R>::BYTES : 0);
 
   const cla_delta_sweep &s;
   unsigned char *shared;
@@ -91,10 +93,11 @@ template <int R> struct DeltaPrepare {
     warp = shuffle(tid >> 5, 0);
     row0 = lane >> 2;
     pair = (lane & 3) * 2;
-    to = s.prepared + (index * s.of.heads + head) * Prepared::BYTES;
+    to = s.prepared + (index * s.of.heads + head) * BYTES;
   }
 
-  CLA_DEVICE Tile tile(int which) const { return {shared + which * KEY}; }
+  // Of k (0) or q (1).
+  CLA_DEVICE Tile tile(int which, int part = 0) const { return {shared + (which * PARTS + part) * KEY}; }
   CLA_DEVICE Tile prepared(int which) const { return {shared + which * SUBTILE}; }
   // Of T on the diagonal, or of -A as far below it as `below` says, in block column j: this lane's part.
   CLA_DEVICE unsigned char *block(int below, int j) const {
@@ -108,17 +111,23 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE int row(int e) const { return row0 + 8 * (e / 2 % 2); }
   CLA_DEVICE int column(int e) const { return 8 * (e / 4) + pair + e % 2; }
 
-  CLA_DEVICE void load() {
-    {
-      constexpr int AT_ONCE = R < 128 ? R : 128;
-      const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
-      CLA_UNROLL
-      for (int c = 0; c < R; c += AT_ONCE) {
-        TileRows<AT_ONCE, THREADS>::fetch(tile(0).from_column(c), k.from_column(c), at, s.of.k_dim - c, tid);
-        TileRows<AT_ONCE, THREADS>::fetch(tile(1).from_column(c), q.from_column(c), at, s.of.k_dim - c, tid);
-      }
+  CLA_DEVICE void load_keys() const {
+    constexpr int AT_ONCE = R < 128 ? R : 128;
+    const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
+    if constexpr (PARTS == 2) {
+      split_rows<R, THREADS>(tile(0), tile(0, 1), k, at, s.of.k_dim, tid);
+      split_rows<R, THREADS>(tile(1), tile(1, 1), q, at, s.of.k_dim, tid);
+      return;
+    }
+    CLA_UNROLL
+    for (int c = 0; c < R; c += AT_ONCE) {
+      TileRows<AT_ONCE, THREADS>::fetch(tile(0).from_column(c), k.from_column(c), at, s.of.k_dim - c, tid);
+      TileRows<AT_ONCE, THREADS>::fetch(tile(1).from_column(c), q.from_column(c), at, s.of.k_dim - c, tid);
     }
     copies_commit();
+  }
+  CLA_DEVICE void load() {
+    load_keys();
     const Rows gate(s.of.gate, at.steps.batch, head);
     const bool gated = s.of.gate_kind != CLA_NO_GATE;
     const int token = tid % CHUNK;
@@ -142,6 +151,12 @@ template <int R> struct DeltaPrepare {
     }
   }
 
+  CLA_DEVICE void write_keys() const {
+    static_assert(PARTS == 1 || (PreparedParts<R>::K == 0 && PreparedParts<R>::BYTES == KEYS), "as they lie here");
+    CLA_UNROLL
+    for (int i = 0; i < KEYS; i += 16 * THREADS) store16(to + Prepared::BYTES + i + 16 * tid, load16(shared + i + 16 * tid));
+  }
+
   // What is left in block i of what block j writes.
   template <bool TRANSPOSED, bool DIAGONAL> CLA_DEVICE void fades(float (&left)[8], int i, int j) const {
     const int apart = row0 ^ pair, near = apart < 2 ? 0 : apart < 4 ? 1 : 2, blocks = (i ^ j) < 2 ? 4 : 5;
@@ -154,6 +169,14 @@ template <int R> struct DeltaPrepare {
     }
   }
 
+  // c += x y^T for keys in parts.
+  CLA_DEVICE static void mma_keys(float (&c)[2][4], const uint32_t (&x)[PARTS][4], const uint32_t (&y)[PARTS][4]) {
+    CLA_UNROLL
+    for (int i = 0; i < PARTS; i++) {
+      CLA_UNROLL
+      for (int j = 0; j < PARTS; j++) mma_transposed(c, x[i], y[j]);
+    }
+  }
   // l[n] = block warp - n of this warp's of K K^T, p[n] = block i - n of block row i of the scores, transposed, where i is two
   // on from the warp. Where there is none, another is computed: that is less than to ask.
   template <bool REVERSE> CLA_DEVICE void multiply(float (&l)[4][2][4], float (&p)[4][2][4]) {
@@ -167,18 +190,21 @@ template <int R> struct DeltaPrepare {
     CLA_UNROLL_TWICE
     for (int d = 0; d < R / 16; d++) {
       const unsigned char *from = shared + (first ^ (d % 4 * 32)) + d / 4 * SUBTILE;
-      auto load = [&](uint32_t (&x)[4], int which, int n) {
-        load_matrices(x, from + which * KEY + ((warp - n) & 3) * SIDE * 128);
+      auto load = [&](uint32_t (&x)[PARTS][4], int which, int n) {
+        CLA_UNROLL
+        for (int part = 0; part < PARTS; part++) {
+          load_matrices(x[part], from + (which * PARTS + part) * KEY + ((warp - n) & 3) * SIDE * 128);
+        }
       };
-      uint32_t k[4][4], q[4];
+      uint32_t k[4][PARTS][4], q[PARTS][4];
       CLA_UNROLL
       for (int n = 0; n < 4; n++) load(k[n], 0, n);
       if (!REVERSE) load(q, 1, 2);
       CLA_UNROLL
       for (int n = 0; n < 4; n++) {
-        mma_transposed(l[n], k[0], k[n]);
+        mma_keys(l[n], k[0], k[n]);
         if (REVERSE) load(q, 1, n + 2);
-        mma_transposed(p[n], REVERSE ? q : k[(n + 2) & 3], REVERSE ? k[2] : q);
+        mma_keys(p[n], REVERSE ? q : k[(n + 2) & 3], REVERSE ? k[2] : q);
       }
     }
     barrier();  // the tiles have been read
@@ -296,6 +322,7 @@ template <int R> struct DeltaPrepare {
   CLA_DEVICE void run() {
     float l[4][2][4], p[4][2][4];
     load();
+    if (PARTS == 2) write_keys();
     // Who has much of P has little of A.
     const int i = (warp + 2) & 3;
     if (s.reverse) multiply<true>(l, p);
