@@ -187,14 +187,22 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     four_at(low, at) = {l[0], l[1]};
   }
 
-  // Sums begin behind the first step of a chunk: between steps its gate is of no account, and if it is strong it would take bits
-  // from all others.
+  // Between the steps of a chunk the gate of the first is of no account, and a strong one would take bits from all sums: it
+  // goes to the factor of the state before, and sums find a zero.
+  CLA_DEVICE void take_first_gate(int at, int c) const {
+    float g[4];
+    staged_gates(g, at, 0, c);
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) g[k] = exp2_fast((float)LOG2_E * larger(g[k], STRONGEST_DECAY));
+    store4(start_factor() + c, g);
+    if (gates_in_tile()) four_at(raw_gates(), at) = {0, 0};
+    else store4(raw_gate_row(0) + c, {0.f, 0.f, 0.f, 0.f});
+  }
   CLA_DEVICE void add_gates(float (&sum)[4], int at, int row, int c) const {
     float g[4];
     staged_gates(g, at, row, c);
-    const float weight = row == 0 ? 0.f : (float)LOG2_E;
     CLA_UNROLL
-    for (int k = 0; k < 4; k++) sum[k] += weight * larger(g[k], STRONGEST_DECAY);
+    for (int k = 0; k < 4; k++) sum[k] += (float)LOG2_E * larger(g[k], STRONGEST_DECAY);
   }
 
   // Makes the operands of a whole chunk, with their decay. Where it leaves the range `limit` becomes 0, and they are no use.
@@ -202,6 +210,7 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     const int tid = opaque(this->tid);
     const int c = tid % (GATES / 4) * 4, of = tid / (GATES / 4), first = of * STEPS_EACH;
     const int begins = (int)((unsigned char *)raw_gates().element(first, c) - raw_gates().base);
+    if (of == 0) take_first_gate(begins, c);
     float own[4] = {0.f, 0.f, 0.f, 0.f};
     CLA_UNROLL_TWICE
     for (int i = 0; i < STEPS_EACH; i++) add_gates(own, step_in_tile(begins, i), first + i, c);
@@ -222,14 +231,11 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
     CLA_UNROLL
     for (int k = 0; k < 4; k++) sum[k] -= middle[k];
     if (of == 0) {
-      float last[4], start[4], after[4], gate[4];
+      float last[4], start[4], after[4];
       load4(last, end_factor() + c);
-      staged_gates(gate, begins, 0, c);
+      load4(start, start_factor() + c);
       CLA_UNROLL
-      for (int k = 0; k < 4; k++) {
-        start[k] = last[k] * exp2_fast((float)LOG2_E * larger(gate[k], STRONGEST_DECAY) + middle[k]);
-        after[k] = exp2_fast(all[k] - middle[k]);
-      }
+      for (int k = 0; k < 4; k++) start[k] *= last[k] * exp2_fast(middle[k]), after[k] = exp2_fast(all[k] - middle[k]);
       store4(last_end_factor() + c, last);
       store4(start_factor() + c, start);
       store4(end_factor() + c, after);

@@ -5,7 +5,7 @@
 
 namespace cla {
 
-template <int R, int PARTS> CLA_KERNEL(128, R * PARTS > 128 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
+template <int R, int PARTS> CLA_KERNEL(128, R > 128 || PARTS > 1 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
   const unsigned index = block_x() / s.of.heads;
   const SegmentOf segment(s.anchors, s.of.sequences, index);
   DeltaPrepare<R, PARTS>(s, segment, index, (int)(block_x() - index * s.of.heads)).run();

@@ -121,12 +121,18 @@ struct Rows {
 
 // Eight neighbours, as they lie in 16 bytes, or, in f32, 32.
 CLA_DEVICE void unpack_eight(float (&x)[8], int32_t dtype, const Vec4 &low, const Vec4 &high) {
-  const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  CLA_UNROLL
-  for (int k = 0; k < 8; k++) {
-    if (dtype == CLA_F32) x[k] = bits_to_float(bits[k]);
-    else if (dtype == CLA_BF16) x[k] = k % 2 ? high_bf16(bits[k / 2]) : low_bf16(bits[k / 2]);
-    else x[k] = from_f16((uint16_t)(k % 2 ? bits[k / 2] >> 16 : bits[k / 2]));
+  if (dtype == CLA_F32) {
+    const uint32_t bits[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+    CLA_UNROLL
+    for (int k = 0; k < 8; k++) x[k] = bits_to_float(bits[k]);
+  } else {
+    const uint32_t bits[4] = {low.x, low.y, low.z, low.w};
+    const bool bf16 = dtype == CLA_BF16;
+    CLA_UNROLL
+    for (int k = 0; k < 4; k++) {
+      x[2 * k] = bf16 ? low_bf16(bits[k]) : from_f16((uint16_t)bits[k]);
+      x[2 * k + 1] = bf16 ? high_bf16(bits[k]) : from_f16((uint16_t)(bits[k] >> 16));
+    }
   }
 }
 
