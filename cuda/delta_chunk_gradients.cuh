@@ -18,8 +18,8 @@
 namespace cla {
 
 // R: channels of keys, V: of values, padded. Warps have 16 steps each, and one of PARTS of the channels, or of the steps that are
-// read: a block has a multiprocessor to itself, and where few warps wait for what they load nobody computes.
-template <int R, int V> struct DeltaChunkGradients {
+// read: a block has a multiprocessor to itself, and where few warps wait for what they load nobody computes. DTYPE: bf16 or f16.
+template <int R, int V, int DTYPE = CLA_BF16> struct DeltaChunkGradients {
   static constexpr int PARTS = 4, THREADS = 128 * PARTS, VALUE = V * 128, KEY = R * 128;
   // do, then M, U and the state or the gradient behind, each as the sum of two parts, then A and B, the same.
   static constexpr int GRAD_OUT = 0, M = VALUE, U = M + 2 * VALUE, STATE = U + 2 * VALUE, STATE_PART = R / 64 * VALUE;
@@ -183,6 +183,24 @@ template <int R, int V> struct DeltaChunkGradients {
 
   // ---- products ----
 
+  // Operands of an input, which has as many parts in bf16: f16 is the sum of two.
+  static constexpr int INPUT = DTYPE == CLA_F16 ? 2 : 1;
+  CLA_DEVICE static void unpack(float (&x)[2], uint32_t pair) {
+    x[0] = DTYPE == CLA_F16 ? from_f16((uint16_t)pair) : low_bf16(pair);
+    x[1] = DTYPE == CLA_F16 ? from_f16((uint16_t)(pair >> 16)) : high_bf16(pair);
+  }
+  CLA_DEVICE static void split_input(uint32_t (&x)[INPUT][4]) {
+    if constexpr (INPUT == 2) {
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) {
+        float two[2];
+        unpack(two, x[0][i]);
+        x[0][i] = pack_bf16(two[0], two[1]);
+        x[1][i] = pack_rest(x[0][i], two[0], two[1]);
+      }
+    }
+  }
+
   // acc += (a + rest) b^T for one step of 16 of the sum and 8 N rows of b, which `load` loads, in two parts: load(high, low, row).
   template <int N, class Load>
   CLA_DEVICE static void multiply(float (&acc)[N][4], const uint32_t (&a)[4], const uint32_t (&rest)[4], Load load) {
@@ -195,17 +213,18 @@ template <int R, int V> struct DeltaChunkGradients {
       mma16(acc[j], acc[j + 1], rest, high);
     }
   }
-  // The same, and of_one += one b^T.
-  template <int N, class Load>
-  CLA_DEVICE static void multiply_two(float (&of_one)[N][4], const uint32_t (&one)[4], float (&acc)[N][4], const uint32_t (&a)[4],
-                                      const uint32_t (&rest)[4], Load load) {
+  // The same, and of_one += one b^T for an input.
+  template <int N, int ONE, class Load>
+  CLA_DEVICE static void multiply_two(float (&of_one)[N][4], const uint32_t (&one)[ONE][4], float (&acc)[N][4],
+                                      const uint32_t (&a)[4], const uint32_t (&rest)[4], Load load) {
     CLA_UNROLL
     for (int j = 0; j < N; j += 2) {
       uint32_t high[4], low[4];
       load(high, low, 8 * j);
-      mma16(of_one[j], of_one[j + 1], one, high);
+      mma16(of_one[j], of_one[j + 1], one[0], high);
       mma16(acc[j], acc[j + 1], a, high);
-      mma16(of_one[j], of_one[j + 1], one, low);
+      mma16(of_one[j], of_one[j + 1], one[0], low);
+      if constexpr (ONE == 2) mma16(of_one[j], of_one[j + 1], one[1], high);
       mma16(acc[j], acc[j + 1], rest, high);
       mma16(acc[j], acc[j + 1], a, low);
     }
@@ -240,8 +259,9 @@ template <int R, int V> struct DeltaChunkGradients {
     zero(of_u);
     CLA_NO_UNROLL
     for (int step = 0; step < steps; step++) {
-      uint32_t out[4], u[4], u_rest[4];
-      load_a(out, tile(GRAD_OUT), rows, 16 * step);
+      uint32_t out[INPUT][4], u[4], u_rest[4];
+      load_a(out[0], tile(GRAD_OUT), rows, 16 * step);
+      split_input(out);
       load_a(u, tile(U), rows, 16 * step);
       load_a(u_rest, tile(U, 1, VALUE), rows, 16 * step);
       multiply_two(of_out, out, of_u, u, u_rest, load(step));
@@ -301,10 +321,12 @@ template <int R, int V> struct DeltaChunkGradients {
       }
       CLA_UNROLL
       for (int j = 0; j < TILES; j += 2) {
-        uint32_t of_key[4];
-        load_b_transposed(of_key, tile(y), 16 * step, channel() + 8 * j);
-        mma16(acc[j], acc[j + 1], high, of_key);
-        mma16(acc[j], acc[j + 1], low, of_key);
+        uint32_t of_key[INPUT][4];
+        load_b_transposed(of_key[0], tile(y), 16 * step, channel() + 8 * j);
+        split_input(of_key);
+        mma16(acc[j], acc[j + 1], high, of_key[0]);
+        mma16(acc[j], acc[j + 1], low, of_key[0]);
+        if constexpr (INPUT == 2) mma16(acc[j], acc[j + 1], high, of_key[1]);
       }
     }
   }
@@ -352,8 +374,9 @@ template <int R, int V> struct DeltaChunkGradients {
     for (int j = 0; j < TILES; j++) {
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
-        const uint32_t of_key = key_pair(y, rows + row0 + 8 * h, j);
-        sum[h] += factor * (acc[j][2 * h] * low_bf16(of_key) + acc[j][2 * h + 1] * high_bf16(of_key));
+        float of_key[2];
+        unpack(of_key, key_pair(y, rows + row0 + 8 * h, j));
+        sum[h] += factor * (acc[j][2 * h] * of_key[0] + acc[j][2 * h + 1] * of_key[1]);
       }
     }
   }
@@ -379,9 +402,10 @@ template <int R, int V> struct DeltaChunkGradients {
       const float x = own[row];
       CLA_UNROLL
       for (int j = 0; j < TILES; j++) {
-        const uint32_t key = key_pair(other, row, j);
-        acc[j][2 * h] += x * low_bf16(key);
-        acc[j][2 * h + 1] += x * high_bf16(key);
+        float key[2];
+        unpack(key, key_pair(other, row, j));
+        acc[j][2 * h] += x * key[0];
+        acc[j][2 * h + 1] += x * key[1];
       }
     }
   }
@@ -389,12 +413,13 @@ template <int R, int V> struct DeltaChunkGradients {
     if (!tensor.data) return;
     const Rows to = rows_of(tensor);
     // A result is contiguous: pairs lie well where all channels of a key are an even number, which these may be a part of.
-    if (to.dtype == CLA_BF16) {
-      each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(uint32_t *)at = pack_bf16(x, y); },
-                [](unsigned char *at, float x) { *(uint16_t *)at = to_bf16(x); });
-    } else {
+    if (to.dtype == CLA_F32) {
       each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(Vec2 *)at = {float_to_bits(x), float_to_bits(y)}; },
                 [](unsigned char *at, float x) { *(float *)at = x; });
+    } else {
+      auto half = [](float x) { return DTYPE == CLA_F16 ? to_f16(x) : to_bf16(x); };
+      each_pair(to, acc, steps, [&](unsigned char *at, float x, float y) { *(uint32_t *)at = half(x) | (uint32_t)half(y) << 16; },
+                [&](unsigned char *at, float x) { *(uint16_t *)at = half(x); });
     }
   }
   // pair(address, two neighbours), or one(address, number) for either, of all that is accumulated.

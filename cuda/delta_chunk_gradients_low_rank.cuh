@@ -154,8 +154,8 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     zero(writes[1]);
     CLA_NO_UNROLL
     for (int step = 0; step < v_steps; step++) {
-      uint32_t v[4], u[4], u_rest[4];
-      load_a(v, tile(At::VALUES), rows, 16 * step);
+      uint32_t v[1][4], u[4], u_rest[4];
+      load_a(v[0], tile(At::VALUES), rows, 16 * step);
       load_a(u, tile(M), rows, 16 * step);
       load_a(u_rest, tile(M, 1, VALUE), rows, 16 * step);
       Base::multiply_two(writes[0], v, writes[1], u, u_rest, this->state_at(step));
