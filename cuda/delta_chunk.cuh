@@ -116,9 +116,9 @@ template <int R, int THREADS, class Row>
 CLA_DEVICE void load_decays(const Rows &gate, const SegmentSteps &at, int before, int width, int tid, Row row) {
   constexpr int PER_ROW = R / 4, EVERY = THREADS / PER_ROW, BATCH = CHUNK / EVERY < 8 ? CHUNK / EVERY : 8;
   const int own = tid / PER_ROW, channel = tid % PER_ROW * 4, size = gate.size();
-  const bool wide = gate.dtype == CLA_F32;
+  const bool wide = gate.dtype == CLA_F32, f16 = gate.dtype == CLA_F16;
   auto valid = [&](int step) { return step >= before && step < at.count; };
-  if (gate.dtype == CLA_F16 || !gate.in_pieces(width)) {
+  if (!gate.in_pieces(width)) {
     CLA_NO_UNROLL
     for (int n = 4 * own; n < 4 * CHUNK; n += n % 4 == 3 ? 4 * EVERY - 3 : 1) {
       const int step = n / 4, c = channel + n % 4;
@@ -149,12 +149,23 @@ CLA_DEVICE void load_decays(const Rows &gate, const SegmentSteps &at, int before
       const uint32_t words[4] = {x[i].x, x[i].y, x[i].z, x[i].w};
       float left[4];
       CLA_UNROLL
-      for (int k = 0; k < 4; k++) {
-        left[k] = exp_fast(wide ? bits_to_float(words[k]) : k % 2 ? high_bf16(words[k / 2]) : low_bf16(words[k / 2]));
+      for (int k = 0; k < 4; k += 2) {
+        float two[2] = {bits_to_float(words[k]), bits_to_float(words[k + 1])};
+        if (f16) unpack_pair<CLA_F16>(two, words[k / 2]);
+        else if (!wide) unpack_pair<CLA_BF16>(two, words[k / 2]);
+        left[k] = exp_fast(two[0]), left[k + 1] = exp_fast(two[1]);
       }
       store4(row(first + i * EVERY) + channel, left);
     }
   }
+}
+
+// Two neighbours in f16 as the sum of two in bf16, which they are.
+CLA_DEVICE void split_half(uint32_t &high, uint32_t &rest, uint32_t pair) {
+  float x[2];
+  unpack_pair<CLA_F16>(x, pair);
+  high = pack_bf16(x[0], x[1]);
+  rest = pack_rest(high, x[0], x[1]);
 }
 
 // The rows of a segment, `width` of up to WIDTH columns of 16 bits, to a tile as they are; zeros elsewhere. By THREADS threads, of which this is `tid`, each

@@ -185,19 +185,10 @@ template <int R, int V, int DTYPE = CLA_BF16> struct DeltaChunkGradients {
 
   // Operands of an input, which has as many parts in bf16: f16 is the sum of two.
   static constexpr int INPUT = DTYPE == CLA_F16 ? 2 : 1;
-  CLA_DEVICE static void unpack(float (&x)[2], uint32_t pair) {
-    x[0] = DTYPE == CLA_F16 ? from_f16((uint16_t)pair) : low_bf16(pair);
-    x[1] = DTYPE == CLA_F16 ? from_f16((uint16_t)(pair >> 16)) : high_bf16(pair);
-  }
   CLA_DEVICE static void split_input(uint32_t (&x)[INPUT][4]) {
     if constexpr (INPUT == 2) {
       CLA_UNROLL
-      for (int i = 0; i < 4; i++) {
-        float two[2];
-        unpack(two, x[0][i]);
-        x[0][i] = pack_bf16(two[0], two[1]);
-        x[1][i] = pack_rest(x[0][i], two[0], two[1]);
-      }
+      for (int i = 0; i < 4; i++) split_half(x[0][i], x[1][i], x[0][i]);
     }
   }
 
@@ -375,13 +366,13 @@ template <int R, int V, int DTYPE = CLA_BF16> struct DeltaChunkGradients {
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
         float of_key[2];
-        unpack(of_key, key_pair(y, rows + row0 + 8 * h, j));
+        key_pair(of_key, y, rows + row0 + 8 * h, j);
         sum[h] += factor * (acc[j][2 * h] * of_key[0] + acc[j][2 * h + 1] * of_key[1]);
       }
     }
   }
-  CLA_DEVICE uint32_t key_pair(int which, int row, int j) const {
-    return *(const uint32_t *)tile(which).element(row, channel() + 8 * j + pair);
+  CLA_DEVICE void key_pair(float (&x)[2], int which, int row, int j) const {
+    unpack_pair<DTYPE>(x, *(const uint32_t *)tile(which).element(row, channel() + 8 * j + pair));
   }
   // Of a row, from the four lanes that have it.
   CLA_DEVICE void give_sums(const float (&sum)[2], int to) const {
@@ -403,7 +394,7 @@ template <int R, int V, int DTYPE = CLA_BF16> struct DeltaChunkGradients {
       CLA_UNROLL
       for (int j = 0; j < TILES; j++) {
         float key[2];
-        unpack(key, key_pair(other, row, j));
+        key_pair(key, other, row, j);
         acc[j][2 * h] += x * key[0];
         acc[j][2 * h + 1] += x * key[1];
       }
@@ -417,9 +408,8 @@ template <int R, int V, int DTYPE = CLA_BF16> struct DeltaChunkGradients {
       each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(Vec2 *)at = {float_to_bits(x), float_to_bits(y)}; },
                 [](unsigned char *at, float x) { *(float *)at = x; });
     } else {
-      auto half = [](float x) { return DTYPE == CLA_F16 ? to_f16(x) : to_bf16(x); };
-      each_pair(to, acc, steps, [&](unsigned char *at, float x, float y) { *(uint32_t *)at = half(x) | (uint32_t)half(y) << 16; },
-                [&](unsigned char *at, float x) { *(uint16_t *)at = half(x); });
+      each_pair(to, acc, steps, [](unsigned char *at, float x, float y) { *(uint32_t *)at = pack_pair<DTYPE>(x, y); },
+                [](unsigned char *at, float x) { *(uint16_t *)at = (uint16_t)pack_pair<DTYPE>(x, 0.f); });
     }
   }
   // pair(address, two neighbours), or one(address, number) for either, of all that is accumulated.

@@ -18,8 +18,9 @@ template <int R> struct DecayedGradientsLayout {
   static_assert(4 * CHUNK * (R + 8) <= 2 * Base::STATE_PART, "terms have room");
 };
 
-template <int R> struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R, 128, DecayedGradientsLayout<R>> {
-  using Base = DeltaChunkGradientsFaded<R, 128, DecayedGradientsLayout<R>>;
+template <int R, int DTYPE>
+struct DeltaChunkGradientsDecayed : DeltaChunkGradientsFaded<R, 128, DTYPE, DecayedGradientsLayout<R>> {
+  using Base = DeltaChunkGradientsFaded<R, 128, DTYPE, DecayedGradientsLayout<R>>;
   using At = DecayedGradientsLayout<R>;
   using Base::c, Base::at, Base::tile, Base::numbers, Base::each, Base::each_with_key, Base::has_next, Base::add_own;
   using Base::store, Base::v_steps, Base::TILES, Base::A, Base::B, Base::K, Base::Q, Base::BETA, Base::OWN;

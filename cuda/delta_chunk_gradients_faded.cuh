@@ -13,8 +13,8 @@ namespace cla {
 
 // At: where decays are in shared memory, CHUNK x R floats, and by channel what a block leaves (WHOLE), BLOCKS x R, sums of what
 // stands behind the segment (FIRST), the same, the product of the state with the gradient behind (BEHIND), and terms (TERMS).
-template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGradients<R, V> {
-  using Base = DeltaChunkGradients<R, V>;
+template <int R, int V, int DTYPE, class At> struct DeltaChunkGradientsFaded : DeltaChunkGradients<R, V, DTYPE> {
+  using Base = DeltaChunkGradients<R, V, DTYPE>;
   using Base::c, Base::shared, Base::tid, Base::rows, Base::row0, Base::pair, Base::at, Base::tile, Base::rows_of;
   using Base::channel, Base::key_pair, Base::THREADS, Base::TILES;
   static constexpr int BLOCK = 16, BLOCKS = CHUNK / BLOCK, PITCH = R + 8;
@@ -52,8 +52,9 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
     Tile high, rest;
   };
   CLA_DEVICE void store_faded(const Faded &to, int slot, int key, int t, const float (&left)[2]) const {
-    const uint32_t of_key = *(const uint32_t *)tile(key).element(t, own_pair());
-    const float x[2] = {left[0] * low_bf16(of_key), left[1] * high_bf16(of_key)};
+    float x[2];
+    unpack_pair<DTYPE>(x, *(const uint32_t *)tile(key).element(t, own_pair()));
+    x[0] *= left[0], x[1] *= left[1];
     store_parts(to.high, to.rest, slot * BLOCK + t % BLOCK, own_pair(), x);
   }
   // A key of each block but the last with the decays to its end.
@@ -169,10 +170,7 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
   }
   template <int N> CLA_DEVICE void load_keys(float (&x)[N][2], const int (&keys)[N], int step, int j) const {
     CLA_UNROLL
-    for (int n = 0; n < N; n++) {
-      const uint32_t both = key_pair(keys[n], step, j);
-      x[n][0] = low_bf16(both), x[n][1] = high_bf16(both);
-    }
+    for (int n = 0; n < N; n++) key_pair(x[n], keys[n], step, j);
   }
   template <int M, int N> CLA_DEVICE void load_scores(float (&x)[M][N], const int (&scores)[M][N], int t, int s) const {
     CLA_UNROLL
@@ -235,9 +233,10 @@ template <int R, int V, class At> struct DeltaChunkGradientsFaded : DeltaChunkGr
     for (int j = 0; j < TILES; j++) {
       CLA_UNROLL
       for (int h = 0; h < 2; h++) {
-        const uint32_t key = key_pair(which, rows + row0 + 8 * h, j);
-        f(j, 2 * h, acc[j][2 * h] * low_bf16(key));
-        f(j, 2 * h + 1, acc[j][2 * h + 1] * high_bf16(key));
+        float key[2];
+        key_pair(key, which, rows + row0 + 8 * h, j);
+        f(j, 2 * h, acc[j][2 * h] * key[0]);
+        f(j, 2 * h + 1, acc[j][2 * h + 1] * key[1]);
       }
     }
   }

@@ -29,12 +29,13 @@ template <int R> struct LowRankGradientsLayout {
   static_assert(4 * CHUNK * (R + 8) <= 4 * KEY, "terms have room");
 };
 
-template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>> {
-  using Base = DeltaChunkGradientsFaded<R, R, LowRankGradientsLayout<R>>;
+template <int R, int DTYPE>
+struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R, R, DTYPE, LowRankGradientsLayout<R>> {
+  using Base = DeltaChunkGradientsFaded<R, R, DTYPE, LowRankGradientsLayout<R>>;
   using At = LowRankGradientsLayout<R>;
   using Base::c, Base::tid, Base::rows, Base::part, Base::v_steps, Base::at, Base::tile, Base::floats, Base::rows_of;
   using Base::each, Base::each_with_key, Base::has_next, Base::zero;
-  using Base::COLUMNS, Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
+  using Base::COLUMNS, Base::INPUT, Base::GRAD_OUT, Base::M, Base::U, Base::VALUE, Base::TILES, Base::THREADS;
   using Faded = typename Base::Faded;
   static constexpr int SHARED = At::SHARED;
   enum Own { QV, QU, RV, RU, SCORES };
@@ -74,21 +75,29 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     for (int i = 0; i < SCORES; i++) zero(x[i]);
     CLA_NO_UNROLL
     for (int step = 0; step < this->steps_of_scores(); step++) {
-      uint32_t out[4], read[4], read_rest[4];
-      load_a(out, tile(GRAD_OUT), rows, 16 * step);
+      uint32_t out[INPUT][4], read[4], read_rest[4];
+      load_a(out[0], tile(GRAD_OUT), rows, 16 * step);
+      this->split_input(out);
       load_a(read, tile(U), rows, 16 * step);
       load_a(read_rest, tile(U, 1, VALUE), rows, 16 * step);
       CLA_UNROLL
       for (int j = 0; j < COLUMNS / 8; j += 2) {
-        uint32_t v[4], u[4], u_rest[4];
-        load_b(v, tile(At::VALUES), first + 8 * j, 16 * step);
+        uint32_t v[INPUT][4], u[4], u_rest[4];
+        load_b(v[0], tile(At::VALUES), first + 8 * j, 16 * step);
+        this->split_input(v);
         load_b(u, tile(M), first + 8 * j, 16 * step);
         load_b(u_rest, tile(M, 1, VALUE), first + 8 * j, 16 * step);
-        mma16(x[QV][j], x[QV][j + 1], out, v);
-        mma16(x[QU][j], x[QU][j + 1], out, u);
-        mma16(x[QU][j], x[QU][j + 1], out, u_rest);
-        mma16(x[RV][j], x[RV][j + 1], read, v);
-        mma16(x[RV][j], x[RV][j + 1], read_rest, v);
+        mma16(x[QV][j], x[QV][j + 1], out[0], v[0]);
+        mma16(x[QU][j], x[QU][j + 1], out[0], u);
+        mma16(x[QU][j], x[QU][j + 1], out[0], u_rest);
+        mma16(x[RV][j], x[RV][j + 1], read, v[0]);
+        mma16(x[RV][j], x[RV][j + 1], read_rest, v[0]);
+        if constexpr (INPUT == 2) {
+          mma16(x[QV][j], x[QV][j + 1], out[0], v[1]);
+          mma16(x[QV][j], x[QV][j + 1], out[1], v[0]);
+          mma16(x[QU][j], x[QU][j + 1], out[1], u);
+          mma16(x[RV][j], x[RV][j + 1], read, v[1]);
+        }
         mma16(x[RU][j], x[RU][j + 1], read, u);
         mma16(x[RU][j], x[RU][j + 1], read, u_rest);
         mma16(x[RU][j], x[RU][j + 1], read_rest, u);
@@ -154,8 +163,9 @@ template <int R> struct DeltaChunkGradientsLowRank : DeltaChunkGradientsFaded<R,
     zero(writes[1]);
     CLA_NO_UNROLL
     for (int step = 0; step < v_steps; step++) {
-      uint32_t v[1][4], u[4], u_rest[4];
+      uint32_t v[INPUT][4], u[4], u_rest[4];
       load_a(v[0], tile(At::VALUES), rows, 16 * step);
+      this->split_input(v);
       load_a(u, tile(M), rows, 16 * step);
       load_a(u_rest, tile(M, 1, VALUE), rows, 16 * step);
       Base::multiply_two(writes[0], v, writes[1], u, u_rest, this->state_at(step));

@@ -252,8 +252,9 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false, i
       CLA_UNROLL
       for (int i = 0; i < 4; i++) {
         float(&at)[4] = acc[2 * step + (i >> 1)];
-        f(at[2 * (i & 1)], DTYPE == CLA_F16 ? from_f16((uint16_t)v[i]) : low_bf16(v[i]));
-        f(at[2 * (i & 1) + 1], DTYPE == CLA_F16 ? from_f16((uint16_t)(v[i] >> 16)) : high_bf16(v[i]));
+        float two[2];
+        unpack_pair<DTYPE>(two, v[i]);
+        f(at[2 * (i & 1)], two[0]), f(at[2 * (i & 1) + 1], two[1]);
       }
     }
   }
@@ -270,12 +271,22 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false, i
       }
     }
   };
-  // acc += A b^T for keys, which have two parts if they were faded.
-  template <bool FADED, int COUNT> CLA_DEVICE static void add_by_rows(float (&acc)[8][4], const Operand<COUNT> &a, Tile b) {
+  // Values in f16.
+  CLA_DEVICE void load_values(Operand<STEPS> &a, Tile values) const {
+    CLA_UNROLL
+    for (int k = 0; k < STEPS; k++) {
+      uint32_t v[4];
+      load_a_transposed(v, values, 16 * k, 16 * warp);
+      CLA_UNROLL
+      for (int i = 0; i < 4; i++) split_half(a.high[k][i], a.rest[k][i], v[i]);
+    }
+  }
+  // acc += A b^T for keys in one part or two.
+  template <bool IN_PARTS, int COUNT> CLA_DEVICE static void add_by_rows(float (&acc)[8][4], const Operand<COUNT> &a, Tile b) {
     CLA_UNROLL
     for (int k = 0; k < COUNT; k++) {
       add_parts_by_rows<WGMMA>(acc, b, 16 * k, 0, a.high[k], a.rest[k]);
-      if (FADED) add_parts_by_rows<WGMMA>(acc, {b.base + KEY}, 16 * k, 0, a.high[k]);
+      if (IN_PARTS) add_parts_by_rows<WGMMA>(acc, {b.base + KEY}, 16 * k, 0, a.high[k]);
     }
   }
   // acc += A b^T, b in two parts and zero above its diagonal.
@@ -287,11 +298,11 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false, i
     }
   }
   // X += A b for keys.
-  template <bool FADED> CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) {
+  template <bool IN_PARTS> CLA_DEVICE void add_to_state(const Operand<STEPS> &a, Tile b) {
     CLA_UNROLL
     for (int k = 0; k < STEPS; k++) {
       add_parts_by_columns<WGMMA, R>(state, b, 16 * k, a.high[k], a.rest[k]);
-      if (FADED) add_parts_by_columns<WGMMA, R>(state, {b.base + KEY}, 16 * k, a.high[k]);
+      if (IN_PARTS) add_parts_by_columns<WGMMA, R>(state, {b.base + KEY}, 16 * k, a.high[k]);
     }
   }
   template <bool BY_CHANNEL> CLA_DEVICE void fade_state(const float *whole) {
@@ -328,8 +339,7 @@ template <int R, int W, bool REVERSE, int MOVING, bool SHARED_COLUMNS = false, i
       CLA_UNROLL
       for (int n = 0; n < 4; n++) {
         const float(&from)[4] = acc[j + (n >> 1)];
-        const float low = factor * from[2 * (n & 1)], high = factor * from[2 * (n & 1) + 1];
-        x[n] = DTYPE == CLA_F16 ? to_f16(low) | (uint32_t)to_f16(high) << 16 : pack_bf16(low, high);
+        x[n] = pack_pair<DTYPE>(factor * from[2 * (n & 1)], factor * from[2 * (n & 1) + 1]);
       }
       store_transposed(to, 8 * j, 16 * warp, x);
     }

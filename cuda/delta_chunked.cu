@@ -1,6 +1,5 @@
 // The chunked delta sweep in bf16, and which kernels a sweep takes.
-#include "delta_chunked.cuh"
-#include "delta_chunked_low_rank.cuh"
+#include "delta_chunked_f16.cuh"
 
 namespace cla {
 
@@ -18,7 +17,7 @@ template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
   auto by_columns = [&](auto rows) {
     return s.columns <= 64 ? by_gate(rows, std::integral_constant<int, 1>()) : by_gate(rows, std::integral_constant<int, 2>());
   };
-  auto by_family = [&](auto rows) { return s.of.low_rank ? f(LowRankLayout<decltype(rows)::value>()) : by_columns(rows); };
+  auto by_family = [&](auto rows) { return s.of.low_rank ? f(LowRankLayout<decltype(rows)::value, CLA_BF16>()) : by_columns(rows); };
   if (s.of.k_dim > 128) return f(DeltaChunkLayout<128, 2, false, false, true>());
   return s.of.k_dim <= 64 ? by_family(std::integral_constant<int, 64>()) : by_family(std::integral_constant<int, 128>());
 }
@@ -109,11 +108,11 @@ extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
   const cla_delta_sweep &s = *sweep;
   const int32_t dtype = s.of.k.dtype;
   const bool f16 = dtype == CLA_F16, by_channel = s.of.low_rank || s.of.gate_kind == CLA_GATE_ROWS;
-  if (dtype == CLA_F32 || (f16 && by_channel) || s.of.k_dim > (f16 || by_channel ? 128 : 256)) return -1;
+  if (dtype == CLA_F32 || s.of.k_dim > (f16 || by_channel ? 128 : 256)) return -1;
   if (s.columns > 64 && (f16 || s.of.low_rank || s.of.k_dim > 128)) return -1;
   for (const cla_tensor &x : {s.of.q, s.of.a, s.of.b, s.value, s.out}) {
     if (x.data && x.dtype != dtype) return -1;
   }
-  if (f16) return s.of.k_dim <= 64 ? HalfLayout<64>::SHARED : HalfLayout<128>::SHARED;
-  return with_layout(s, [](auto layout) -> int64_t { return decltype(layout)::SHARED; });
+  auto shared = [](auto layout) -> int64_t { return decltype(layout)::SHARED; };
+  return f16 ? with_half_layout(s, shared) : with_layout(s, shared);
 }

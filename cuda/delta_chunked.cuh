@@ -15,7 +15,6 @@ template <int R_, int W_, bool BY_CHANNEL_, bool AHEAD_, bool SHARED_COLUMNS_ = 
   static constexpr bool IN_PARTS = BY_CHANNEL || !BF16;
   static_assert(AHEAD || !IN_PARTS, "keys in parts leave no room anyway");
   static_assert(!SHARED_COLUMNS || (W == 2 && !AHEAD), "as it is written");
-  static_assert(BF16 || !BY_CHANNEL, "of f16 with a decay by channel nothing is prepared");
   static constexpr int KEY = ROWS * 128, VALUES = COLUMNS * 128;
   // They are too many for a second stage: what is read of the state and what is written to it are each loaded when those of the
   // segment before have been used, though without a decay in them keys are the same.
@@ -203,10 +202,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
     zero(acc);
     zero(result);
     if constexpr (REVERSE && !BF16) {
-      with_values(result, own_values(of), [](float &x, float v) { x = v; });
       Operand<STEPS> g;
-      g.pack(result);
-      zero(result);
+      this->load_values(g, own_values(of));
       products_fence<WGMMA>();
       add_by_triangle(result, g, p);
       products_commit<WGMMA>();
@@ -260,14 +257,18 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
       add_to_state(a, writes(of));
       products_commit<WGMMA>();
       // The gradients of outputs, with q: one of them has been faded to the end of the segment, and scaled.
-      if constexpr (BY_CHANNEL) {
+      if constexpr (BY_CHANNEL && BF16) {
         add_columns_by_columns<WGMMA, R>(state, own_values(of), queries(of));
         add_columns_by_columns<WGMMA, R>(state, own_values(of), {queries(of).base + L::KEY});
       } else {
-        with_values(result, own_values(of), [&](float &x, float v) { x = s.of.scale * v; });
-        scale(result, to_end);
         Operand<STEPS> g;
-        g.pack(result);
+        if constexpr (BY_CHANNEL) {
+          this->load_values(g, own_values(of));
+        } else {
+          with_values(result, own_values(of), [&](float &x, float v) { x = s.of.scale * v; });
+          scale(result, to_end);
+          g.pack(result);
+        }
         products_fence<WGMMA>();
         add_to_state(g, queries(of));
       }
@@ -366,9 +367,5 @@ template <class L> int32_t launch_delta_chunked(L, const cla_delta_sweep &s, voi
   if (s.reverse) return launch_delta_chunked<L, Leaves::BOTH_IN_REVERSE>(s, stream);
   return s.out.data ? launch_delta_chunked<L, Leaves::OUTPUT>(s, stream) : launch_delta_chunked<L, Leaves::WRITTEN>(s, stream);
 }
-
-// Sweeps in f16 have up to 128 rows, no decay by channel, and 64 columns a block.
-template <int R> using HalfLayout = DeltaChunkLayout<R, 1, false, true, false, CLA_F16>;
-int32_t delta_chunked_f16(const cla_delta_sweep &s, void *stream);
 
 }  // namespace cla

@@ -1,10 +1,10 @@
 // The chunked delta sweep in f16.
-#include "delta_chunked.cuh"
+#include "delta_chunked_f16.cuh"
 
 namespace cla {
 
 int32_t delta_chunked_f16(const cla_delta_sweep &s, void *stream) {
-  return s.of.k_dim <= 64 ? launch_delta_chunked(HalfLayout<64>(), s, stream) : launch_delta_chunked(HalfLayout<128>(), s, stream);
+  return with_half_layout(s, [&](auto layout) { return launch_delta_chunked(layout, s, stream); });
 }
 
 }  // namespace cla

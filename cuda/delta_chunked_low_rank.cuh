@@ -7,7 +7,8 @@
 
 namespace cla {
 
-template <int R> struct LowRankLayout {
+template <int R, int DTYPE_> struct LowRankLayout {
+  static constexpr int DTYPE = DTYPE_;
   using Keys = PreparedLowRank<R>;
   static constexpr int COLUMNS = 64, THREADS = 128;
   // In the order in which they come, the values of two segments.
@@ -16,9 +17,9 @@ template <int R> struct LowRankLayout {
   static constexpr int X2 = X1 + Keys::EACH, OUT = X2 + Keys::EACH, SHARED = OUT + SUBTILE;
 };
 
-template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REVERSE, 128> {
-  using Base = DeltaChunkSweep<R, 1, REVERSE, 128>;
-  using At = LowRankLayout<R>;
+template <int R, int DTYPE, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REVERSE, 128, false, DTYPE> {
+  using Base = DeltaChunkSweep<R, 1, REVERSE, 128, false, DTYPE>;
+  using At = LowRankLayout<R, DTYPE>;
   using Keys = PreparedLowRank<R>;
   using Base::s, Base::shared, Base::pair, Base::segments, Base::begin, Base::end, Base::state, Base::columns, Base::count_at;
   using Base::of_columns, Base::prepared_index, Base::zero, Base::add_by_triangle, Base::COLUMNS, Base::STEPS, Base::WGMMA;
@@ -85,10 +86,33 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
 
   // ---- one segment ----
 
+  // V as an operand: bf16 where it lies, f16 in registers, in two parts.
+  static constexpr bool BF16 = DTYPE == CLA_BF16;
+  struct InTile {
+    Tile values;
+  };
+  using Values = std::conditional_t<BF16, InTile, Operand<STEPS>>;
+  CLA_DEVICE void load(Values &v, int i) const {
+    if constexpr (BF16) v.values = values(i);
+    else this->load_values(v, values(i));
+  }
   // acc += V^T m^T for a triangle in two parts.
-  CLA_DEVICE static void add_values_by_triangle(float (&acc)[8][4], Tile values, Tile m) {
-    add_columns_by_rows<WGMMA>(acc, values, m);
-    add_columns_by_rows<WGMMA>(acc, values, {m.base + SUBTILE});
+  CLA_DEVICE static void add_values_by_triangle(float (&acc)[8][4], const Values &v, Tile m) {
+    if constexpr (BF16) {
+      add_columns_by_rows<WGMMA>(acc, v.values, m);
+      add_columns_by_rows<WGMMA>(acc, v.values, {m.base + SUBTILE});
+    } else {
+      add_by_triangle(acc, v, m);
+    }
+  }
+  // X += V^T x1, a key in two parts.
+  CLA_DEVICE void add_values_to_state(const Values &v, Tile x1) {
+    if constexpr (BF16) {
+      add_columns_by_columns<WGMMA, R>(state, v.values, x1);
+      add_columns_by_columns<WGMMA, R>(state, v.values, {x1.base + Base::KEY});
+    } else {
+      Base::template add_to_state<true>(v, x1);
+    }
   }
   // Moves what belongs to a step, of all that is accumulated.
   CLA_DEVICE void move_step(float (&to)[8][4], float (&from)[8][4], int step) const {
@@ -106,10 +130,16 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     zero(acc);
     zero(result);
     {
+      Values v;
+      load(v, i);
+      products_fence<WGMMA>();
+      add_values_by_triangle(acc, v, tile(At::L));
+      // There are not registers enough for them and the state.
+      products_commit<WGMMA>();
+      if (!BF16) products_wait<WGMMA, 0>();
       Operand<R / 16> x;
       x.pack(state);
       products_fence<WGMMA>();
-      add_values_by_triangle(acc, values(i), tile(At::L));
       Base::template add_by_rows<true>(acc, x, tile(At::R1));
       Base::template add_by_rows<true>(result, x, tile(At::R2));
       products_commit<WGMMA>();
@@ -132,12 +162,13 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
     zero(last);
     if (keeps) move_step(last, acc, count_at(i) - 1);
     a.pack(acc);
+    Values v;
+    load(v, i);
     products_fence<WGMMA>();
-    add_columns_by_columns<WGMMA, R>(state, values(i), tile(At::X1));
-    add_columns_by_columns<WGMMA, R>(state, values(i), tile(At::X1 + Base::KEY));
+    add_values_to_state(v, tile(At::X1));
     Base::template add_to_state<true>(a, tile(At::X2));
     add_by_triangle(result, a, tile(At::PREPARED + Prepared::P));
-    add_values_by_triangle(result, values(i), tile(At::N));
+    add_values_by_triangle(result, v, tile(At::N));
     products_commit<WGMMA>();
     products_wait<WGMMA, 0>();
     if (keeps) {
@@ -171,17 +202,18 @@ template <int R, bool REVERSE> struct LowRankChunked : DeltaChunkSweep<R, 1, REV
   }
 };
 
-template <int R, bool REVERSE> CLA_KERNEL(128, 1) void low_rank_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
-  LowRankChunked<R, REVERSE>(s).run();
+template <class At, int R, bool REVERSE> CLA_KERNEL(128, 1) void low_rank_chunked_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+  LowRankChunked<R, At::DTYPE, REVERSE>(s).run();
 }
 
-template <int R, bool REVERSE> int32_t launch_low_rank_chunked(const cla_delta_sweep &s, void *stream) {
-  using At = LowRankLayout<R>;
-  return launch(low_rank_chunked_kernel<R, REVERSE>, LowRankChunked<R, REVERSE>::grid(s), At::THREADS, At::SHARED, stream, s);
+template <class At, int R, bool REVERSE> int32_t launch_low_rank_chunked(const cla_delta_sweep &s, void *stream) {
+  return launch(low_rank_chunked_kernel<At, R, REVERSE>, LowRankChunked<R, At::DTYPE, REVERSE>::grid(s), At::THREADS, At::SHARED,
+                stream, s);
 }
 
-template <int R> int32_t launch_delta_chunked(LowRankLayout<R>, const cla_delta_sweep &s, void *stream) {
-  return s.reverse ? launch_low_rank_chunked<R, true>(s, stream) : launch_low_rank_chunked<R, false>(s, stream);
+template <int R, int DTYPE> int32_t launch_delta_chunked(LowRankLayout<R, DTYPE>, const cla_delta_sweep &s, void *stream) {
+  using At = LowRankLayout<R, DTYPE>;
+  return s.reverse ? launch_low_rank_chunked<At, R, true>(s, stream) : launch_low_rank_chunked<At, R, false>(s, stream);
 }
 
 }  // namespace cla

@@ -21,18 +21,22 @@ template <int R, int PARTS = 1> int32_t launch_delta_prepare(const cla_delta_swe
 extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
-  auto by_gate = [&](auto rows) {
-    constexpr int R = decltype(rows)::value;
-    if (s.of.low_rank) {
-      return s.reverse ? launch_delta_prepare_low_rank<R, true>(s, stream) : launch_delta_prepare_low_rank<R, false>(s, stream);
-    }
-    if (s.of.gate_kind != CLA_GATE_ROWS) {
-      return s.of.k.dtype == CLA_BF16 ? launch_delta_prepare<R>(s, stream) : launch_delta_prepare<R, 2>(s, stream);
-    }
-    return s.reverse ? launch_delta_prepare_decayed<R, true>(s, stream) : launch_delta_prepare_decayed<R, false>(s, stream);
+  auto by_gate = [&](auto rows, auto dtype, auto reverse) {
+    constexpr int R = decltype(rows)::value, DTYPE = decltype(dtype)::value;
+    constexpr bool REVERSE = decltype(reverse)::value;
+    if (s.of.low_rank) return launch_delta_prepare_low_rank<R, REVERSE, DTYPE>(s, stream);
+    if (s.of.gate_kind == CLA_GATE_ROWS) return launch_delta_prepare_decayed<R, REVERSE, DTYPE>(s, stream);
+    return launch_delta_prepare<R, DTYPE == CLA_F16 ? 2 : 1>(s, stream);
+  };
+  auto by_direction = [&](auto rows, auto dtype) {
+    return s.reverse ? by_gate(rows, dtype, std::true_type()) : by_gate(rows, dtype, std::false_type());
+  };
+  auto by_dtype = [&](auto rows) {
+    return s.of.k.dtype == CLA_F16 ? by_direction(rows, std::integral_constant<int, CLA_F16>())
+                                   : by_direction(rows, std::integral_constant<int, CLA_BF16>());
   };
   if (s.of.k_dim > 128) return launch_delta_prepare<256>(s, stream);
-  return s.of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
+  return s.of.k_dim <= 64 ? by_dtype(std::integral_constant<int, 64>()) : by_dtype(std::integral_constant<int, 128>());
 }
 
 extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
@@ -41,7 +45,7 @@ extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
     constexpr int R = decltype(rows)::value;
     if (sweep->of.low_rank) return Prepared::BYTES + PreparedLowRank<R>::BYTES;
     if (sweep->of.gate_kind == CLA_GATE_ROWS) return Prepared::BYTES + PreparedKeys<R>::BYTES;
-    return Prepared::BYTES + (sweep->of.k.dtype == CLA_BF16 ? 0 : PreparedParts<R>::BYTES);
+    return Prepared::BYTES + (sweep->of.k.dtype == CLA_F16 ? PreparedParts<R>::BYTES : 0);
   };
   return sweep->of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
 }

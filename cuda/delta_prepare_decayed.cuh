@@ -4,9 +4,9 @@
 
 namespace cla {
 
-template <int R, bool REVERSE>
-struct DeltaPrepareDecayed : DeltaPrepareFaded<DeltaPrepareDecayed<R, REVERSE>, R, 2, 2> {
-  using Base = DeltaPrepareFaded<DeltaPrepareDecayed, R, 2, 2>;
+template <int R, bool REVERSE, int DTYPE>
+struct DeltaPrepareDecayed : DeltaPrepareFaded<DeltaPrepareDecayed<R, REVERSE, DTYPE>, R, DTYPE, 2, 2> {
+  using Base = DeltaPrepareFaded<DeltaPrepareDecayed, R, DTYPE, 2, 2>;
   using Keys = PreparedKeys<R>;
   using Base::s, Base::tid, Base::lane, Base::head, Base::at, Base::key, Base::decay, Base::factors, Base::prepared;
   using Base::column, Base::diagonal, Base::token, Base::load_row, Base::write_key, Base::SIDE, Base::GROUPS, Base::SYSTEM;
@@ -102,14 +102,14 @@ struct DeltaPrepareDecayed : DeltaPrepareFaded<DeltaPrepareDecayed<R, REVERSE>, 
   }
 };
 
-template <int R, bool REVERSE> CLA_KERNEL(128, 2) void delta_prepare_decayed_kernel(const CLA_CONSTANT cla_delta_sweep s) {
+template <int R, bool REVERSE, int DTYPE> CLA_KERNEL(128, 2) void delta_prepare_decayed_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   const int64_t index = block_x() / s.of.heads;
-  DeltaPrepareDecayed<R, REVERSE>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
+  DeltaPrepareDecayed<R, REVERSE, DTYPE>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
 }
 
-template <int R, bool REVERSE> int32_t launch_delta_prepare_decayed(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaPrepareDecayed<R, REVERSE>;
-  return launch(delta_prepare_decayed_kernel<R, REVERSE>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED,
+template <int R, bool REVERSE, int DTYPE> int32_t launch_delta_prepare_decayed(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaPrepareDecayed<R, REVERSE, DTYPE>;
+  return launch(delta_prepare_decayed_kernel<R, REVERSE, DTYPE>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED,
                 stream, s);
 }
 

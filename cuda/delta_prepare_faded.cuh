@@ -19,7 +19,7 @@
 
 namespace cla {
 
-template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded : DeltaPrepare<R> {
+template <class Family, int R, int DTYPE, int KEYS, int MATRICES> struct DeltaPrepareFaded : DeltaPrepare<R> {
   using Base = DeltaPrepare<R>;
   using Base::s, Base::shared, Base::tid, Base::warp, Base::lane, Base::row0, Base::pair, Base::head, Base::at, Base::to;
   using Base::factors, Base::block, Base::row, Base::column, Base::THREADS, Base::KEY, Base::SIDE;
@@ -59,6 +59,9 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
 
   // ---- keys with their decays ----
 
+  CLA_DEVICE static void load_pair(float (&x)[2], Tile tile, int row, int column) {
+    unpack_pair<DTYPE>(x, *(const uint32_t *)tile.element(row, column));
+  }
   // Two channels of a step, in two parts, to the tiles at `of`.
   CLA_DEVICE void write_pair(int of, int t, int channel, float x, float y) const {
     const Tile high = {to + Prepared::BYTES + of}, rest = {high.base + KEY};
@@ -107,8 +110,9 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
       for (int i = 0; i < SIDE / EVERY; i++) {
         const int t = block * SIDE + tid / PAIRS + i * EVERY;
         const float *by = factor(how, t) + channel;
-        const uint32_t key = *(uint32_t *)from.element(t, channel);
-        write_pair(of, t, channel, x * by[0] * low_bf16(key), y * by[1] * high_bf16(key));
+        float key[2];
+        load_pair(key, from, t, channel);
+        write_pair(of, t, channel, x * by[0] * key[0], y * by[1] * key[1]);
       }
       x *= whole(block)[channel], y *= whole(block)[channel + 1];
     }
@@ -128,9 +132,12 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
   CLA_DEVICE int token(int i) const { return SIDE * warp + 8 * i + lane % 8; }
   // Four neighbours of a row of a tile.
   CLA_DEVICE static void load_row(float (&x)[4], Tile tile, int row, int column) {
-    const Halves v = *(const Halves *)tile.element(row, column);
-    CLA_UNROLL
-    for (int i = 0; i < 4; i++) x[i] = from_bf16(v.x[i]);
+    const Vec2 v = *(const Vec2 *)tile.element(row, column);
+    float two[2];
+    unpack_pair<DTYPE>(two, v.x);
+    x[0] = two[0], x[1] = two[1];
+    unpack_pair<DTYPE>(two, v.y);
+    x[2] = two[0], x[3] = two[1];
   }
   // score(the steps of the first half, whose tokens start; those of the second, by type, where others start)
   template <class Score> CLA_DEVICE void each_step_of_block(Score score) const {
@@ -154,8 +161,9 @@ template <class Family, int R, int KEYS, int MATRICES> struct DeltaPrepareFaded 
     for (int i = 0; i < 4; i++) {
       const int t = SIDE * block + row0 + 8 * (i & 1), channel = 16 * d + pair + 8 * (i >> 1);
       const float *by = factor(of.how, t) + channel;
-      const uint32_t key = *(uint32_t *)of.key.element(t, channel);
-      x[2 * i] = by[0] * low_bf16(key), x[2 * i + 1] = by[1] * high_bf16(key);
+      float key[2];
+      load_pair(key, of.key, t, channel);
+      x[2 * i] = by[0] * key[0], x[2 * i + 1] = by[1] * key[1];
       if (more) x[2 * i] *= more[channel], x[2 * i + 1] *= more[channel + 1];
     }
     parts.split(x);

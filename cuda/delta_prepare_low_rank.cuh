@@ -7,9 +7,9 @@
 
 namespace cla {
 
-template <int R, bool REVERSE>
-struct DeltaPrepareLowRank : DeltaPrepareFaded<DeltaPrepareLowRank<R, REVERSE>, R, 4, 4> {
-  using Base = DeltaPrepareFaded<DeltaPrepareLowRank, R, 4, 4>;
+template <int R, bool REVERSE, int DTYPE>
+struct DeltaPrepareLowRank : DeltaPrepareFaded<DeltaPrepareLowRank<R, REVERSE, DTYPE>, R, DTYPE, 4, 4> {
+  using Base = DeltaPrepareFaded<DeltaPrepareLowRank, R, DTYPE, 4, 4>;
   using Keys = PreparedLowRank<R>;
   using Base::s, Base::shared, Base::lane, Base::key, Base::decay, Base::prepared, Base::diagonal, Base::token, Base::load_row;
   using Base::write_key, Base::SIDE, Base::GROUPS, Base::SYSTEM, Base::P;
@@ -114,15 +114,15 @@ struct DeltaPrepareLowRank : DeltaPrepareFaded<DeltaPrepareLowRank<R, REVERSE>, 
   }
 };
 
-template <int R, bool REVERSE>
+template <int R, bool REVERSE, int DTYPE>
 CLA_KERNEL(128, R > 64 ? 1 : 2) void delta_prepare_low_rank_kernel(const CLA_CONSTANT cla_delta_sweep s) {
   const int64_t index = block_x() / s.of.heads;
-  DeltaPrepareLowRank<R, REVERSE>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
+  DeltaPrepareLowRank<R, REVERSE, DTYPE>(s, SegmentOf(s.anchors, s.of.sequences, index), index, block_x() % s.of.heads).run();
 }
 
-template <int R, bool REVERSE> int32_t launch_delta_prepare_low_rank(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaPrepareLowRank<R, REVERSE>;
-  return launch(delta_prepare_low_rank_kernel<R, REVERSE>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED,
+template <int R, bool REVERSE, int DTYPE> int32_t launch_delta_prepare_low_rank(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaPrepareLowRank<R, REVERSE, DTYPE>;
+  return launch(delta_prepare_low_rank_kernel<R, REVERSE, DTYPE>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED,
                 stream, s);
 }
 

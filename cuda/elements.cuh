@@ -33,6 +33,15 @@ CLA_DEVICE void store_element(void *data, int32_t dtype, int64_t at, float x) {
   }
 }
 
+// Two neighbours of a dtype of 16 bits.
+template <int DTYPE> CLA_DEVICE void unpack_pair(float (&x)[2], uint32_t pair) {
+  x[0] = DTYPE == CLA_F16 ? from_f16((uint16_t)pair) : low_bf16(pair);
+  x[1] = DTYPE == CLA_F16 ? from_f16((uint16_t)(pair >> 16)) : high_bf16(pair);
+}
+template <int DTYPE> CLA_DEVICE uint32_t pack_pair(float low, float high) {
+  return DTYPE == CLA_F16 ? to_f16(low) | (uint32_t)to_f16(high) << 16 : pack_bf16(low, high);
+}
+
 // Four numbers in 16 bytes.
 CLA_DEVICE void load4(float (&x)[4], const float *from) {
   const Vec4 v = load16(from);

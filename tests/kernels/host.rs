@@ -38,8 +38,9 @@ fn the_order_of_the_threads_changes_nothing() {
         if [Op::DeltaRule, Op::GatedDeltaRule].contains(&op) {
             sizes.push((DType::BF16, 136, 72));
         }
+        sizes.extend([(DType::F16, 64, 72), (DType::F16, 128, 72)]);
         if Op::ADDITIVE.contains(&op) {
-            sizes.extend([(DType::F32, 128, 72), (DType::F16, 64, 72), (DType::F16, 128, 72)]);
+            sizes.push((DType::F32, 128, 72));
         }
         for (dtype, k, v) in sizes {
             let case = Case { op, dtype, t: 130, h: 1, k, v, ..Case::default() };
@@ -217,15 +218,21 @@ fn wide_blocks_of_the_chunked_delta_kernels() -> Result<()> {
 #[test]
 fn spans_of_the_chunked_delta_kernels() -> Result<()> {
     for (n, op) in DELTA.into_iter().enumerate() {
-        let mut sizes = vec![(0, 132, 16, 72), (1, 132, 100, 130), (2, 1, 70, 40)];
+        let mut sizes = vec![
+            (0, 132, 16, 72, DType::BF16),
+            (1, 132, 100, 130, DType::BF16),
+            (2, 1, 70, 40, DType::BF16),
+            (1, 132, 100, 130, DType::F16),
+            (2, 132, 16, 72, DType::F16),
+        ];
         if [Op::DeltaRule, Op::GatedDeltaRule].contains(&op) {
-            sizes.push((3, 132, 200, 40));
+            sizes.push((3, 132, 200, 40, DType::BF16));
         }
-        for (order, multiprocessors, k, v) in sizes {
+        for (order, multiprocessors, k, v, dtype) in sizes {
             let cu_seqlens = (n % 2 == 0).then(|| vec![0, 0, 64, 600, 600, 601, 1130]);
             // Even, or a and b are in f32, which go token by token.
             let seed = 2 * n as u64;
-            let case = Case { op, k, v, seed, cu_seqlens, h: 1, dtype: DType::BF16, ..Case::default() };
+            let case = Case { op, k, v, seed, cu_seqlens, h: 1, dtype, ..Case::default() };
             let case = Case { t: 1130, scale: Some(-0.37), ..case };
             let inputs = case.inputs()?;
             let want = case.expected(&inputs, [true; 3])?;

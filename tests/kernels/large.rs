@@ -67,7 +67,7 @@ fn head_sizes() {
 #[test]
 fn few_heads_and_a_long_sequence() {
     for op in Op::ALL {
-        for dtype in [DType::BF16, DType::F32] {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
             check(&Case { op, dtype, t: 9000, h: 2, k: 64, v: 64, ..Case::default() }, &[Mode::Auto]);
         }
     }
@@ -85,7 +85,7 @@ fn more_blocks_than_a_wave() {
 fn packed_sequences() {
     let ends = vec![0, 0, 1, 700, 700, 717, 2000, 2064, 2300];
     for op in Op::ALL {
-        for dtype in [DType::BF16, DType::F32] {
+        for dtype in [DType::BF16, DType::F16, DType::F32] {
             let cu_seqlens = Some(ends.clone());
             check(&Case { op, dtype, t: 2300, h: 4, k: 64, v: 64, cu_seqlens, ..Case::default() }, &MODES);
         }

@@ -10,6 +10,9 @@ use candle_linear_attn::Mode;
 /// What a token writes depends on the state.
 pub const DELTA: [Op; 4] = [Op::DeltaRule, Op::GatedDeltaRule, Op::Kda, Op::Rwkv7];
 
+/// The dtypes in which the delta families go in chunks.
+pub const IN_CHUNKS: [DType; 2] = [DType::BF16, DType::F16];
+
 /// How closely the kernels must agree. States and f32 gradients of 16-bit inputs are sums of products that were rounded.
 pub fn limits(dtype: DType) -> Limits {
     let (out, grad) = match dtype {

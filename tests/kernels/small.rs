@@ -3,7 +3,7 @@
 use crate::case::{ARGS, Case, GATE, Gates, Op, SCALES};
 use crate::compare::Limits;
 use crate::files;
-use crate::kernels::{DELTA, check, limits};
+use crate::kernels::{DELTA, IN_CHUNKS, check, limits};
 use crate::layout::{self, Layout};
 use crate::on_kernels;
 use crate::run::{Graph, MODES};
@@ -84,15 +84,17 @@ fn delta_families_for_every_scale_and_length() {
     }
 }
 
-/// These go in chunks in bf16 alone: on both sides of the end of a segment and of the number of channels that kernels hold.
+/// On both sides of the end of a segment and of the number of channels that kernels hold.
 #[test]
 fn delta_in_chunks_for_every_scale_and_length() {
     let sizes = [(16, 17), (64, 64), (65, 20), (100, 33), (128, 40), (33, 70)];
     for op in DELTA {
         for (i, (k, v)) in sizes.into_iter().enumerate() {
             let (t, scale) = (LENGTHS[1 + i], SCALES[i % SCALES.len()]);
-            let case = Case { op, k, v, t, scale, dtype: DType::BF16, h: 1, group: 2, ..Case::default() };
-            check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+            for dtype in IN_CHUNKS {
+                let case = Case { op, k, v, t, scale, dtype, h: 1, group: 2, ..Case::default() };
+                check(&case, &[Mode::Chunk, Mode::FusedChunk], Graph::ALL);
+            }
         }
     }
 }
@@ -273,9 +275,10 @@ fn delta_rules_of_wide_keys() {
 fn delta_gradients_of_many_values() {
     for (i, (k, v)) in [(128, 256), (64, 200), (100, 129), (7, 250), (128, 131)].into_iter().enumerate() {
         for op in DELTA {
-            let case =
-                Case { op, k, v, t: 70, h: 1, group: 1 + i % 2, dtype: DType::BF16, ..Case::default() };
-            check(&case, &[Mode::FusedChunk], Graph::ALL);
+            for dtype in IN_CHUNKS {
+                let case = Case { op, k, v, t: 70, h: 1, group: 1 + i % 2, dtype, ..Case::default() };
+                check(&case, &[Mode::FusedChunk], Graph::ALL);
+            }
         }
     }
     let ends = vec![0, 65, 65, 66];
@@ -365,7 +368,7 @@ fn a_decay_that_forgets_all_has_no_gradient() {
 fn gates_across_segments() {
     for gates in [Gates::Mild, Gates::Strong, Gates::Forgets] {
         for op in Op::GATED {
-            for dtype in [DType::F32, DType::BF16] {
+            for dtype in DTYPES {
                 let case = Case { op, gates, dtype, t: 600, h: 1, k: 8, v: 8, b: 2, ..Case::default() };
                 check(&case, &[Mode::Chunk, Mode::Auto], Graph::ALL);
             }
