@@ -133,12 +133,6 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   // ---- operands from what is staged ----
 
   CLA_DEVICE Vec2 &four_at(Tile tile, int at) const { return *(Vec2 *)(tile.base + at); }
-  // Numbers of the inputs' 16 bits.
-  CLA_DEVICE static void unpack(float &low, float &high, uint32_t two) {
-    low = L::IN == CLA_F16 ? from_f16((uint16_t)two) : low_bf16(two);
-    high = L::IN == CLA_F16 ? from_f16((uint16_t)(two >> 16)) : high_bf16(two);
-  }
-  CLA_DEVICE static void unpack(float (&x)[4], Vec2 two) { unpack(x[0], x[1], two.x), unpack(x[2], x[3], two.y); }
 
   // As they are, in two parts: a thread has the same 8 columns of several rows.
   template <int WIDTH> CLA_DEVICE void split_staged(int which, Tile high, Tile low) const {
@@ -171,14 +165,14 @@ template <class L> struct ChunkGates : ChunkInputs<L> {
   static_assert(STEPS_EACH % 8 == 0 || 8 % STEPS_EACH == 0, "a thread's steps are part of a block of 8 rows or some of them");
   CLA_DEVICE static int step_in_tile(int first, int i) { return (first ^ (i & 7) << 4) + i * 128; }
   CLA_DEVICE void staged_gates(float (&g)[4], int at, int row, int c) const {
-    if (gates_in_tile()) unpack(g, four_at(raw_gates(), at));
+    if (gates_in_tile()) unpack_four<L::IN>(g, four_at(raw_gates(), at));
     else load4(g, raw_gate_row(row) + c);
   }
   CLA_DEVICE void decay_staged(int which, Tile high, Tile low, int at, int row, int c, const float (&decay)[4],
                                float sign) const {
     float x[4];
     if constexpr (L::IN == CLA_F32) load4(x, raw_row(which, row) + c);
-    else unpack(x, four_at(raw_tile(which), at));
+    else unpack_four<L::IN>(x, four_at(raw_tile(which), at));
     CLA_UNROLL
     for (int k = 0; k < 4; k++) x[k] *= exp2_fast(sign * decay[k]);
     uint32_t h[2], l[2];

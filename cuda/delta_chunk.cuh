@@ -37,7 +37,7 @@ template <int R> struct PreparedKeys {
   static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
 // f16 is the sum of two bf16: k and q as they are, the same.
-template <int R> struct PreparedParts {
+template <int R> struct PreparedPlainKeys {
   static constexpr int EACH = 2 * R * 128, K = 0, Q = EACH, BYTES = 2 * EACH;
 };
 
@@ -203,7 +203,7 @@ template <int WIDTH, int THREADS> struct TileRows {
     }
   }
 };
-// The same of rows of any dtype, in two parts of bf16.
+// The same of rows of any dtype, in two parts of bf16, which leave 2^-17 of f32 out and nothing of others.
 template <int WIDTH, int THREADS>
 CLA_DEVICE void split_rows(Tile high, Tile rest, const Rows &rows, const SegmentSteps &at, int width, int tid) {
   each_eight<CHUNK, WIDTH, THREADS>(rows, rows.in_pieces(width), 0, at.count, width, tid, [&](int row) { return at.token(row); },

@@ -4,7 +4,7 @@
 namespace cla {
 
 // Calls `f` with the layout that a sweep in bf16 takes.
-template <class F> auto with_layout(const cla_delta_sweep &s, F f) {
+template <class F> auto with_bf16_layout(const cla_delta_sweep &s, F f) {
   auto by_gate = [&](auto rows, auto groups) {
     constexpr int R = decltype(rows)::value, W = decltype(groups)::value;
     if (s.of.gate_kind == CLA_GATE_ROWS) return f(DeltaChunkLayout<R, W, true, true>());
@@ -82,7 +82,7 @@ template <class L> CLA_KERNEL(L::THREADS, 1) void delta_starts_kernel(const CLA_
 
 extern "C" int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream) {
   if (sweep->of.k.dtype == CLA_F16) return cla::delta_chunked_f16(*sweep, stream);
-  return cla::with_layout(*sweep, [&](auto layout) { return cla::launch_delta_chunked(layout, *sweep, stream); });
+  return cla::with_bf16_layout(*sweep, [&](auto layout) { return cla::launch_delta_chunked(layout, *sweep, stream); });
 }
 
 extern "C" int32_t cla_delta_changes(const cla_delta_sweep *sweep, void *stream) {
@@ -114,5 +114,5 @@ extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
     if (x.data && x.dtype != dtype) return -1;
   }
   auto shared = [](auto layout) -> int64_t { return decltype(layout)::SHARED; };
-  return f16 ? with_half_layout(s, shared) : with_layout(s, shared);
+  return f16 ? with_f16_layout(s, shared) : with_bf16_layout(s, shared);
 }

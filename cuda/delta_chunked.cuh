@@ -13,11 +13,11 @@ template <int R_, int W_, bool BY_CHANNEL_, bool AHEAD_, bool SHARED_COLUMNS_ = 
   static constexpr int COLUMNS = SHARED_COLUMNS ? 64 : 64 * W, ROWS = SHARED_COLUMNS ? W * R : R;
   // Keys in two parts are prepared: they have a decay by channel in them, or are f16.
   static constexpr bool IN_PARTS = BY_CHANNEL || !BF16;
-  static_assert(AHEAD || !IN_PARTS, "keys in parts leave no room anyway");
+  static_assert(AHEAD || !IN_PARTS, "as it is written");
   static_assert(!SHARED_COLUMNS || (W == 2 && !AHEAD), "as it is written");
   static constexpr int KEY = ROWS * 128, VALUES = COLUMNS * 128;
-  // They are too many for a second stage: what is read of the state and what is written to it are each loaded when those of the
-  // segment before have been used, though without a decay in them keys are the same.
+  // They are too many for a second stage. With a decay in them what is read of the state, k and q, and what is written to it are
+  // each loaded when those of the segment before have been used; else k is the same for both, and has two places in turn.
   static constexpr int PARTS = 2 * R * 128, READS = 0, QUERIES = PARTS, WRITES = 2 * PARTS;
   // A stage has all else that is read of one segment.
   static constexpr int K = 0, Q = KEY, VALUE = IN_PARTS ? 0 : 2 * KEY, PREPARED = VALUE + VALUES;
@@ -53,6 +53,8 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
   template <int WIDTH> using Pieces = typename Base::template Pieces<WIDTH>;
   static constexpr bool REVERSE = LEAVES == Leaves::BOTH_IN_REVERSE, OUTPUT = LEAVES == Leaves::OUTPUT;
   static constexpr bool APART = moves_apart(W, LEAVES);
+  // Whether there are keys in parts with one place, for which all threads meet a second time.
+  static constexpr bool ONE_PLACE = BY_CHANNEL || (IN_PARTS && LEAVES != Leaves::WRITTEN);
   static constexpr int MOVING = APART ? 128 : 128 * W, THREADS = 128 * W + (APART ? MOVING : 0);
 
   CLA_DEVICE DeltaChunked(const cla_delta_sweep &s) : Base(s) {}
@@ -61,9 +63,12 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
   CLA_DEVICE static Tile tile(unsigned char *stage, int at) { return {stage + at}; }
   CLA_DEVICE static Tile prepared(unsigned char *stage, int which) { return {stage + L::PREPARED + which}; }
   // What is read of the state, written to it, and which of these q is.
-  CLA_DEVICE Tile reads(unsigned char *stage) const { return own_key(IN_PARTS ? shared + L::READS : stage + L::K); }
-  CLA_DEVICE Tile writes(unsigned char *stage) const { return own_key(IN_PARTS ? shared + L::WRITES : stage + L::K); }
-  CLA_DEVICE Tile queries(unsigned char *stage) const { return own_key(IN_PARTS ? shared + L::QUERIES : stage + L::Q); }
+  CLA_DEVICE Tile reads(int i) const { return own_key(BY_CHANNEL ? shared + L::READS : key_of(i)); }
+  CLA_DEVICE Tile writes(int i) const { return own_key(BY_CHANNEL ? shared + L::WRITES : key_of(i)); }
+  CLA_DEVICE Tile queries(int i) const { return own_key(IN_PARTS ? shared + L::QUERIES : stage(i) + L::Q); }
+  CLA_DEVICE unsigned char *key_of(int i) const {
+    return IN_PARTS ? shared + (i & 1 ? L::WRITES : L::READS) : stage(i) + L::K;
+  }
   CLA_DEVICE Tile own_key(unsigned char *key) const { return Tile{key}.from_column(this->group_row()); }
   CLA_DEVICE Tile own_values(unsigned char *stage) const { return tile(stage, L::VALUE).from_column(this->group_column()); }
   // Whether the warpgroup has the part of its columns in results and values that it need not share.
@@ -95,18 +100,16 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
 
   // Keys in parts follow what is prepared in any case.
   using Decayed = PreparedKeys<R>;
-  using AsTheyAre = PreparedParts<R>;
-  static constexpr int READS_FROM = BY_CHANNEL ? Decayed::READS : AsTheyAre::K;
+  using AsTheyAre = PreparedPlainKeys<R>;
   static constexpr int QUERIES_FROM = BY_CHANNEL ? Decayed::QUERIES : AsTheyAre::Q;
-  static constexpr int WRITES_FROM = BY_CHANNEL ? Decayed::WRITES : AsTheyAre::K;
   static constexpr int KEYS = !IN_PARTS ? 0 : BY_CHANNEL ? Decayed::BYTES : AsTheyAre::BYTES;
   CLA_DEVICE const unsigned char *prepared_of(int i) const { return s.prepared + prepared_index(i) * (Prepared::BYTES + KEYS); }
   CLA_DEVICE void copy_prepared(unsigned char *to, const unsigned char *from) const {
     this->template copy_triangles<Prepared::FACTORS>(to, from);
     this->template copy<Prepared::BYTES - Prepared::FACTORS>(to + Prepared::FACTORS, from + Prepared::FACTORS);
   }
-  CLA_DEVICE void copy_key(int to, int i, int from) const {
-    this->template copy<L::PARTS>(shared + to, prepared_of(i) + Prepared::BYTES + from);
+  CLA_DEVICE void copy_key(unsigned char *to, int i, int from) const {
+    this->template copy<L::PARTS>(to, prepared_of(i) + Prepared::BYTES + from);
   }
 
   // A stage.
@@ -122,20 +125,21 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
         fetch_apart(s, i);
       }
       copy_prepared(to + L::PREPARED, prepared_of(i));
+      if (IN_PARTS && !BY_CHANNEL) copy_key(key_of(i), i, AsTheyAre::K);
     }
     copies_commit();
   }
-  // Keys in parts that are read, q among them but in reverse, and those that are written.
+  // Keys in parts that have one place: those that are read, q among them but in reverse, and those that are written.
   CLA_DEVICE void fetch_reads(int i) const {
     if (i < end) {
-      copy_key(L::READS, i, READS_FROM);
-      if (OUTPUT) copy_key(L::QUERIES, i, QUERIES_FROM);
+      if (BY_CHANNEL) copy_key(shared + L::READS, i, Decayed::READS);
+      if (OUTPUT) copy_key(shared + L::QUERIES, i, QUERIES_FROM);
     }
     copies_commit();
   }
   CLA_DEVICE void fetch_writes(int i) const {
-    copy_key(L::WRITES, i, WRITES_FROM);
-    if (REVERSE) copy_key(L::QUERIES, i, QUERIES_FROM);
+    if (BY_CHANNEL) copy_key(shared + L::WRITES, i, Decayed::WRITES);
+    if (REVERSE) copy_key(shared + L::QUERIES, i, QUERIES_FROM);
     copies_commit();
   }
   // Rows that lie otherwise, out of the way of the loop over segments.
@@ -154,7 +158,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
   // ---- one segment ----
 
   // All threads meet before a segment, when what is read of it has come and the one before is done; where nothing is copied
-  // ahead, once more when it has come; where keys are in parts, once more when what is read of the state has been read and what
+  // ahead, once more when it has come; where keys have one place, once more when what is read of the state has been read and what
   // is written to it has come; and at the end. Where they share columns, also to exchange.
   enum Meeting { FIRST, SECOND, LAST };
   struct Nothing {
@@ -217,9 +221,9 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
         add_columns_by_rows<WGMMA>(result, own_values(of), p);
         add_columns_by_rows<WGMMA>(result, own_values(of), {p.base + SUBTILE});
       }
-      add_by_rows(acc, x, reads(of));
+      add_by_rows(acc, x, reads(i));
       products_commit<WGMMA>();
-      if (OUTPUT) add_by_rows(result, x, queries(of));
+      if (OUTPUT) add_by_rows(result, x, queries(i));
       products_commit<WGMMA>();
       products_wait<WGMMA, SHARED_COLUMNS ? 0 : 1>();
       if (SHARED_COLUMNS) exchange(acc, result);
@@ -243,7 +247,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
     products_commit<WGMMA>();
     this->template fade_state<BY_CHANNEL>(factors(of, BY_CHANNEL ? Prepared::WHOLE_BY_CHANNEL : Prepared::WHOLE));
     products_wait<WGMMA, 0>();
-    if (IN_PARTS) arrive<SECOND>(company, i);
+    if (ONE_PLACE) arrive<SECOND>(company, i);
 
     if (!OUTPUT && s.inner.data && leads()) store_inner(i, acc);
     scale(acc, factors(of, Prepared::BETA));
@@ -254,12 +258,12 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
       });
       a.pack(acc);
       products_fence<WGMMA>();
-      add_to_state(a, writes(of));
+      add_to_state(a, writes(i));
       products_commit<WGMMA>();
       // The gradients of outputs, with q: one of them has been faded to the end of the segment, and scaled.
       if constexpr (BY_CHANNEL && BF16) {
-        add_columns_by_columns<WGMMA, R>(state, own_values(of), queries(of));
-        add_columns_by_columns<WGMMA, R>(state, own_values(of), {queries(of).base + L::KEY});
+        add_columns_by_columns<WGMMA, R>(state, own_values(of), queries(i));
+        add_columns_by_columns<WGMMA, R>(state, own_values(of), {queries(i).base + L::KEY});
       } else {
         Operand<STEPS> g;
         if constexpr (BY_CHANNEL) {
@@ -270,7 +274,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
           g.pack(result);
         }
         products_fence<WGMMA>();
-        add_to_state(g, queries(of));
+        add_to_state(g, queries(i));
       }
       products_commit<WGMMA>();
       products_wait<WGMMA, 0>();
@@ -282,7 +286,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
         a.pack(acc);
       }
       products_fence<WGMMA>();
-      add_to_state(BY_CHANNEL ? c : a, writes(of));
+      add_to_state(BY_CHANNEL ? c : a, writes(i));
       products_commit<WGMMA>();
       // By both of those that share columns: only one's is used, but products must not stand in a branch.
       if (OUTPUT) add_by_triangle(result, c, p);
@@ -301,18 +305,18 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
   CLA_DEVICE void start(Moved &of) {
     for (int i = 0; i < (L::AHEAD ? 2 : 1); i++) this->template clear_unused<Prepared::FACTORS>(stage(i) + L::PREPARED);
     if (L::AHEAD) fetch(of, begin);
-    if (IN_PARTS) fetch_reads(begin);
+    if (ONE_PLACE) fetch_reads(begin);
   }
   template <Meeting WHICH> CLA_DEVICE void meet_moving(Moved &of, int i) {
     copies_wait<WHICH == SECOND && L::AHEAD ? 1 : 0>();
     shared_fence();
     meet(WHICH);
     if (WHICH == SECOND) {
-      if (IN_PARTS) fetch_reads(i + 1);
+      if (ONE_PLACE) fetch_reads(i + 1);
       return;
     }
     if (WHICH == FIRST) {
-      if (IN_PARTS) fetch_writes(i);
+      if (ONE_PLACE) fetch_writes(i);
       fetch(of, L::AHEAD ? i + 1 : i);
     }
     if (s.out.data && i > begin) flush(of, i - 1);
@@ -329,7 +333,7 @@ template <class L, Leaves LEAVES> struct DeltaChunked : SweepOf<L, LEAVES> {
     CLA_NO_UNROLL
     for (int i = begin; i < end; i++) {
       meet_moving<FIRST>(of, i);
-      if (IN_PARTS || !L::AHEAD) meet_moving<SECOND>(of, i);
+      if (ONE_PLACE || !L::AHEAD) meet_moving<SECOND>(of, i);
     }
     meet_moving<LAST>(of, end);
   }

@@ -5,7 +5,7 @@
 
 namespace cla {
 
-template <class F> auto with_half_layout(const cla_delta_sweep &s, F f) {
+template <class F> auto with_f16_layout(const cla_delta_sweep &s, F f) {
   auto by_rows = [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     if (s.of.low_rank) return f(LowRankLayout<R, CLA_F16>());

@@ -134,8 +134,8 @@ template <int R, int DTYPE, bool REVERSE> struct LowRankChunked : DeltaChunkSwee
       load(v, i);
       products_fence<WGMMA>();
       add_values_by_triangle(acc, v, tile(At::L));
-      // There are not registers enough for them and the state.
       products_commit<WGMMA>();
+      // Of both, values and the state, registers are too few.
       if (!BF16) products_wait<WGMMA, 0>();
       Operand<R / 16> x;
       x.pack(state);

@@ -45,7 +45,7 @@ extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
     constexpr int R = decltype(rows)::value;
     if (sweep->of.low_rank) return Prepared::BYTES + PreparedLowRank<R>::BYTES;
     if (sweep->of.gate_kind == CLA_GATE_ROWS) return Prepared::BYTES + PreparedKeys<R>::BYTES;
-    return Prepared::BYTES + (sweep->of.k.dtype == CLA_F16 ? PreparedParts<R>::BYTES : 0);
+    return Prepared::BYTES + (sweep->of.k.dtype == CLA_F16 ? PreparedPlainKeys<R>::BYTES : 0);
   };
   return sweep->of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
 }

@@ -78,7 +78,7 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
   static_assert(10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
   static constexpr int SUMS = TILES, FACTORS = SUMS + GateSums::BYTES, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
   static constexpr int SHARED = FACTORS + FACTORS_BYTES;
-  static constexpr int BYTES = Prepared::BYTES + (PARTS == 2 ? PreparedParts<R>::BYTES : 0);
+  static constexpr int BYTES = Prepared::BYTES + (PARTS == 2 ? PreparedPlainKeys<R>::BYTES : 0);
 
   const cla_delta_sweep &s;
   unsigned char *shared;
@@ -152,7 +152,7 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
   }
 
   CLA_DEVICE void write_keys() const {
-    static_assert(PARTS == 1 || (PreparedParts<R>::K == 0 && PreparedParts<R>::BYTES == KEYS), "as they lie here");
+    static_assert(PARTS == 1 || (PreparedPlainKeys<R>::K == 0 && PreparedPlainKeys<R>::BYTES == KEYS), "as they lie here");
     CLA_UNROLL
     for (int i = 0; i < KEYS; i += 16 * THREADS) store16(to + Prepared::BYTES + i + 16 * tid, load16(shared + i + 16 * tid));
   }

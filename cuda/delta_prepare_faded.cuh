@@ -132,12 +132,7 @@ template <class Family, int R, int DTYPE, int KEYS, int MATRICES> struct DeltaPr
   CLA_DEVICE int token(int i) const { return SIDE * warp + 8 * i + lane % 8; }
   // Four neighbours of a row of a tile.
   CLA_DEVICE static void load_row(float (&x)[4], Tile tile, int row, int column) {
-    const Vec2 v = *(const Vec2 *)tile.element(row, column);
-    float two[2];
-    unpack_pair<DTYPE>(two, v.x);
-    x[0] = two[0], x[1] = two[1];
-    unpack_pair<DTYPE>(two, v.y);
-    x[2] = two[0], x[3] = two[1];
+    unpack_four<DTYPE>(x, *(const Vec2 *)tile.element(row, column));
   }
   // score(the steps of the first half, whose tokens start; those of the second, by type, where others start)
   template <class Score> CLA_DEVICE void each_step_of_block(Score score) const {

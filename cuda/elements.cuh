@@ -33,13 +33,23 @@ CLA_DEVICE void store_element(void *data, int32_t dtype, int64_t at, float x) {
   }
 }
 
+struct alignas(8) Vec2 {
+  uint32_t x, y;
+};
+
 // Two neighbours of a dtype of 16 bits.
 template <int DTYPE> CLA_DEVICE void unpack_pair(float (&x)[2], uint32_t pair) {
   x[0] = DTYPE == CLA_F16 ? from_f16((uint16_t)pair) : low_bf16(pair);
   x[1] = DTYPE == CLA_F16 ? from_f16((uint16_t)(pair >> 16)) : high_bf16(pair);
 }
+template <int DTYPE> CLA_DEVICE void unpack_four(float (&x)[4], const Vec2 &four) {
+  float low[2], high[2];
+  unpack_pair<DTYPE>(low, four.x);
+  unpack_pair<DTYPE>(high, four.y);
+  x[0] = low[0], x[1] = low[1], x[2] = high[0], x[3] = high[1];
+}
 template <int DTYPE> CLA_DEVICE uint32_t pack_pair(float low, float high) {
-  return DTYPE == CLA_F16 ? to_f16(low) | (uint32_t)to_f16(high) << 16 : pack_bf16(low, high);
+  return DTYPE == CLA_F16 ? pack_f16(low, high) : pack_bf16(low, high);
 }
 
 // Four numbers in 16 bytes.
@@ -50,10 +60,6 @@ CLA_DEVICE void load4(float (&x)[4], const float *from) {
 CLA_DEVICE void store4(float *to, const float (&x)[4]) {
   store16(to, {float_to_bits(x[0]), float_to_bits(x[1]), float_to_bits(x[2]), float_to_bits(x[3])});
 }
-
-struct alignas(8) Vec2 {
-  uint32_t x, y;
-};
 
 // Four neighbours of any dtype, moved at once.
 struct alignas(8) Halves {

@@ -405,6 +405,12 @@ static void check_numbers() {
   auto bf16_value = [](unsigned i) { return from_bf16((uint16_t)i); };
   check(from_bf16(0x3fc0) == 1.5f && from_bf16(0xc049) == -3.140625f && from_bf16(1) == 0x1p-133f, "bf16 is read");
   check(rounds_to_nearest_even(0x7f80, bf16_value, to_bf16) && isnan(from_bf16(to_bf16(NAN))), "bf16 is rounded to");
+  bool sums = true;
+  for (unsigned i = 0; i < 0x7c00; i++) {
+    const float x = f16_value(i), rounded = from_bf16(to_bf16(x));
+    sums &= rounded + from_bf16(to_bf16(x - rounded)) == x;
+  }
+  check(sums, "f16 is the sum of two bf16");
   const uint32_t pair = pack_bf16(1.f, -2.f);
   check(pair == 0xc0003f80 && low_bf16(pair) == 1.f && high_bf16(pair) == -2.f, "the first of a pair is the low half");
   check(exp_fast(0.f) == 1.f && exp_fast(-INFINITY) == 0.f && fabsf(exp_fast(-3.f) - 0.049787068f) < 1e-8f, "exp_fast");

@@ -2,7 +2,7 @@
 
 use crate::case::{Case, Op};
 use crate::convolutions::{Convolution, DTYPES, Lies};
-use crate::kernels::{DELTA, check, limits};
+use crate::kernels::{DELTA, IN_CHUNKS, check, limits};
 use crate::norms::{KINDS, Norm};
 use crate::pointwise::{Kind, Pointwise};
 use crate::run::{Graph, MODES};
@@ -131,6 +131,21 @@ fn less_shared_memory_gives_the_same() -> Result<()> {
     Ok(())
 }
 
+/// What f16 has no room for goes token by token.
+#[test]
+fn delta_rules_in_f16_with_less_shared_memory() -> Result<()> {
+    for bytes in [99 << 10, 163 << 10] {
+        for (op, k) in [(Op::DeltaRule, 128), (Op::GatedDeltaRule, 64), (Op::Kda, 64), (Op::Rwkv7, 64)] {
+            let case = Case { op, dtype: DType::F16, t: 66, h: 1, k, v: 72, ..Case::default() };
+            let inputs = case.inputs()?;
+            let want = case.expected(&inputs, [true; 3])?;
+            let got = cuda_host::run_on(132, bytes, || case.run(Mode::FusedChunk, &inputs, Graph::ALL))?;
+            case.check_within(limits(case.dtype), &got, &want, Graph::ALL, &format!("{bytes}, {case:?}"))?;
+        }
+    }
+    Ok(())
+}
+
 /// The kernels that have room for little else than a chunk: every size that they come in, several chunks, packed sequences.
 #[test]
 fn kernels_with_99_kilobytes() -> Result<()> {
@@ -249,8 +264,8 @@ fn spans_of_the_chunked_delta_kernels() -> Result<()> {
 /// Spans of [`Mode::Chunk`] have four segments. Auto divides these 25 among five spans, every other of which begins with an odd one.
 #[test]
 fn auto_divides_the_chunked_delta_kernels_in_odd_spans() -> Result<()> {
-    for op in DELTA {
-        let case = Case { op, k: 16, v: 40, t: 1590, h: 1, dtype: DType::BF16, ..Case::default() };
+    for (op, dtype) in DELTA.into_iter().flat_map(|op| IN_CHUNKS.map(|dtype| (op, dtype))) {
+        let case = Case { op, k: 16, v: 40, t: 1590, h: 1, dtype, ..Case::default() };
         let inputs = case.inputs()?;
         let want = case.expected(&inputs, [true; 3])?;
         let got = cuda_host::run(|| case.run(Mode::Auto, &inputs, Graph::ALL))?;

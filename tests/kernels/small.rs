@@ -165,14 +165,15 @@ fn rows_in_whole_pieces() {
 /// A gate that forgets nearly all, at the first step of a chunk and within one: the others' decays stay accurate.
 #[test]
 fn a_strong_gate_where_a_chunk_begins() {
-    for (k, v) in [(24, 16), (128, 72)] {
-        let case = Case { op: Op::Gla, k, v, t: 150, h: 1, ..Case::default() };
+    for (k, v, dtype) in [(24, 16, DType::F32), (128, 72, DType::F32), (64, 72, DType::F16)] {
+        let case = Case { op: Op::Gla, k, v, dtype, gate_dtype: dtype, t: 150, h: 1, ..Case::default() };
         let mut inputs = case.inputs().unwrap();
         let gate = inputs.args[GATE].take().unwrap();
         let mut shape = gate.dims().to_vec();
         shape[1] = 1;
-        let strong = Tensor::full(-90f32, shape, &Device::Cpu).unwrap();
-        for at in [64, 85, 128] {
+        let strong = Tensor::full(-90f32, shape, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        // Forwards, and where the decay before a step is that of the token before it.
+        for at in [64, 128, 86, 22] {
             let (before, behind) = (gate.narrow(1, 0, at), gate.narrow(1, at + 1, 149 - at));
             let gate = Tensor::cat(&[&before.unwrap(), &strong, &behind.unwrap()], 1).unwrap();
             inputs.args[GATE] = Some(gate);
@@ -252,8 +253,10 @@ fn heads_wider_than_a_block() {
 #[test]
 fn delta_rules_of_wide_keys() {
     for (i, (k, v)) in [(256, 64), (136, 72), (200, 20), (129, 130)].into_iter().enumerate() {
-        for op in [Op::DeltaRule, Op::GatedDeltaRule] {
+        for (n, op) in [Op::DeltaRule, Op::GatedDeltaRule].into_iter().enumerate() {
             let gates = [Gates::Mild, Gates::Strong][i % 2];
+            let dtype = IN_CHUNKS[(i + n) % 2];
+            check(&Case { op, k, v, dtype, t: 66, h: 1, ..Case::default() }, &[Mode::FusedChunk], Graph::ALL);
             let case = Case { op, gates, k, v, dtype: DType::BF16, h: 1, ..Case::default() };
             let (scale, group) = (SCALES[i % SCALES.len()], 1 + i % 2);
             check(&Case { t: 130, scale, group, ..case.clone() }, &[Mode::FusedChunk], Graph::ALL);
@@ -434,6 +437,26 @@ fn inputs_in_every_layout() {
             on_kernels(|device| {
                 layout::check_on(device, case, layout, &[0, 1, 2, 3, 4, 5, 6, 7, 8], [2e-5; 2])
             });
+        }
+    }
+}
+
+/// Rows whose elements lie apart.
+#[test]
+fn delta_inputs_in_16_bits_apart() {
+    for op in DELTA {
+        for dtype in IN_CHUNKS {
+            let case = Case { op, dtype, t: 66, h: 2, k: 16, v: 16, ..Case::default() };
+            let mut inputs = case.inputs().unwrap();
+            for x in inputs.args.iter_mut().flatten().filter(|x| x.rank() == 4 && x.dtype() == dtype) {
+                *x = x.transpose(2, 3).unwrap().contiguous().unwrap().transpose(2, 3).unwrap();
+            }
+            let want = case.expected(&inputs, [false; 3]).unwrap();
+            on_kernels(|device| {
+                let got = case.run(Mode::FusedChunk, &inputs.on(device)?, Graph::NONE)?;
+                case.check_within(limits(dtype), &got, &want, Graph::NONE, &format!("{case:?}"))
+            })
+            .unwrap();
         }
     }
 }
