@@ -210,11 +210,43 @@ template <class L> struct ChunkInputs {
     }
   }
 
+  // Pieces of 8 elements that a thread loads before it looks at the first, so that the loads are under way together.
+  static constexpr int BATCH = 4;
+
   // The rows of a chunk, 8 elements at a time, to `use(row, column, elements)`; zeros for rows outside from..to. `token_of`
   // is where a row comes from.
   template <int WIDTH, class Token, class Use>
   CLA_DEVICE void each8(const Rows &rows, int from, int to, int width, Token token_of, Use use) {
-    each_eight<CHUNK, WIDTH, THREADS>(rows, L::COPIED || rows.in_pieces(width), from, to, width, opaque(tid), token_of, use);
+    const int tid = opaque(this->tid);
+    const bool pieces = L::COPIED || rows.in_pieces(width);
+    constexpr int EACH = CHUNK * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
+    static_assert(EACH % N == 0, "whole batches");
+    CLA_NO_UNROLL
+    for (int first = 0; first < EACH; first += N) {
+      Vec4 low[N], high[N];
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
+        const bool valid = pieces && row >= from && row < to && c < width;
+        const unsigned char *p = rows.data + (valid ? (token_of(row) * rows.token + c) * rows.size() : 0);
+        low[i] = high[i] = Vec4{0, 0, 0, 0};
+        if (valid) low[i] = load16(p);
+        if (valid && rows.dtype == CLA_F32 && c + 4 < width) high[i] = load16(p + 16);
+      }
+      CLA_UNROLL
+      for (int i = 0; i < N; i++) {
+        const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
+        const bool valid = row >= from && row < to && c < width;
+        float x[8];
+        if (pieces) {
+          unpack_eight(x, rows.dtype, low[i], high[i]);
+        } else {
+          CLA_UNROLL
+          for (int k = 0; k < 8; k++) x[k] = valid && c + k < width ? rows.load(token_of(row), c + k) : 0.f;
+        }
+        use(row, c, x);
+      }
+    }
   }
 };
 

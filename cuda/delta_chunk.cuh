@@ -203,11 +203,4 @@ template <int WIDTH, int THREADS> struct TileRows {
     }
   }
 };
-// The same of rows of any dtype, in two parts of bf16, which leave 2^-17 of f32 out and nothing of others.
-template <int WIDTH, int THREADS>
-CLA_DEVICE void split_rows(Tile high, Tile rest, const Rows &rows, const SegmentSteps &at, int width, int tid) {
-  each_eight<CHUNK, WIDTH, THREADS>(rows, rows.in_pieces(width), 0, at.count, width, tid, [&](int row) { return at.token(row); },
-                                    [&](int row, int c, const float(&x)[8]) { store_parts(high, rest, row, c, x); });
-}
-
 }  // namespace cla

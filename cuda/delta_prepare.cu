@@ -5,15 +5,15 @@
 
 namespace cla {
 
-template <int R, int PARTS> CLA_KERNEL(128, R > 128 || PARTS > 1 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
+template <int R, int DTYPE> CLA_KERNEL(128, R > 128 ? 3 : 5) void delta_prepare_kernel(cla_delta_sweep s) {
   const unsigned index = block_x() / s.of.heads;
   const SegmentOf segment(s.anchors, s.of.sequences, index);
-  DeltaPrepare<R, PARTS>(s, segment, index, (int)(block_x() - index * s.of.heads)).run();
+  DeltaPrepare<R, DTYPE>(s, segment, index, (int)(block_x() - index * s.of.heads)).run();
 }
 
-template <int R, int PARTS = 1> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {
-  using Kernel = DeltaPrepare<R, PARTS>;
-  return launch(delta_prepare_kernel<R, PARTS>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
+template <int R, int DTYPE> int32_t launch_delta_prepare(const cla_delta_sweep &s, void *stream) {
+  using Kernel = DeltaPrepare<R, DTYPE>;
+  return launch(delta_prepare_kernel<R, DTYPE>, Dims{s.anchors.all * s.of.heads, 1}, Kernel::THREADS, Kernel::SHARED, stream, s);
 }
 
 }  // namespace cla
@@ -26,7 +26,7 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
     constexpr bool REVERSE = decltype(reverse)::value;
     if (s.of.low_rank) return launch_delta_prepare_low_rank<R, REVERSE, DTYPE>(s, stream);
     if (s.of.gate_kind == CLA_GATE_ROWS) return launch_delta_prepare_decayed<R, REVERSE, DTYPE>(s, stream);
-    return launch_delta_prepare<R, DTYPE == CLA_F16 ? 2 : 1>(s, stream);
+    return launch_delta_prepare<R, DTYPE>(s, stream);
   };
   auto by_direction = [&](auto rows, auto dtype) {
     return s.reverse ? by_gate(rows, dtype, std::true_type()) : by_gate(rows, dtype, std::false_type());
@@ -35,7 +35,7 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
     return s.of.k.dtype == CLA_F16 ? by_direction(rows, std::integral_constant<int, CLA_F16>())
                                    : by_direction(rows, std::integral_constant<int, CLA_BF16>());
   };
-  if (s.of.k_dim > 128) return launch_delta_prepare<256>(s, stream);
+  if (s.of.k_dim > 128) return launch_delta_prepare<256, CLA_BF16>(s, stream);
   return s.of.k_dim <= 64 ? by_dtype(std::integral_constant<int, 64>()) : by_dtype(std::integral_constant<int, 128>());
 }
 

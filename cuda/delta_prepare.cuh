@@ -64,21 +64,26 @@ CLA_DEVICE void add_product(float (&c)[8], const Parts &a, const Parts &b) {
   for (int e = 0; e < 8; e++) c[e] = large[e / 4][e % 4] + small[e / 4][e % 4];
 }
 
-// c += a b^T, b as an A operand.
-CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
-  mma(c[0], a, b[0], b[2]);
-  mma(c[1], a, b[1], b[3]);
+// c += a b^T for inputs, b as an A operand.
+template <int DTYPE> CLA_DEVICE void mma_transposed(float (&c)[2][4], const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  if constexpr (DTYPE == CLA_F16) {
+    mma_f16(c[0], a, b[0], b[2]);
+    mma_f16(c[1], a, b[1], b[3]);
+  } else {
+    mma(c[0], a, b[0], b[2]);
+    mma(c[1], a, b[1], b[3]);
+  }
 }
 
-// PARTS: of k and q. If these are two they are f16, and are prepared for the sweep as well.
-template <int R, int PARTS = 1> struct DeltaPrepare {
+// In f16 k and q are prepared for the sweep as well.
+template <int R, int DTYPE = CLA_BF16> struct DeltaPrepare {
   static constexpr int THREADS = 128, SIDE = 16, PITCH = 20;
   // Tiles of k and q make room for blocks of A and of the diagonal of T, and for P; the blocks for T.
-  static constexpr int KEY = R * 128, KEYS = 2 * PARTS * KEY, TILES = KEYS > 4 * SUBTILE ? KEYS : 4 * SUBTILE, BLOCK = 3 * 512;
+  static constexpr int KEY = R * 128, TILES = 2 * KEY > 4 * SUBTILE ? 2 * KEY : 4 * SUBTILE, BLOCK = 3 * 512;
   static_assert(10 * BLOCK <= 2 * SUBTILE && 4 * SIDE * PITCH <= BLOCK, "they fit");
   static constexpr int SUMS = TILES, FACTORS = SUMS + GateSums::BYTES, FACTORS_BYTES = 4 * (3 * CHUNK + 4);
   static constexpr int SHARED = FACTORS + FACTORS_BYTES;
-  static constexpr int BYTES = Prepared::BYTES + (PARTS == 2 ? PreparedPlainKeys<R>::BYTES : 0);
+  static constexpr int BYTES = Prepared::BYTES + (DTYPE == CLA_F16 ? PreparedPlainKeys<R>::BYTES : 0);
 
   const cla_delta_sweep &s;
   unsigned char *shared;
@@ -97,7 +102,7 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
   }
 
   // Of k (0) or q (1).
-  CLA_DEVICE Tile tile(int which, int part = 0) const { return {shared + (which * PARTS + part) * KEY}; }
+  CLA_DEVICE Tile tile(int which) const { return {shared + which * KEY}; }
   CLA_DEVICE Tile prepared(int which) const { return {shared + which * SUBTILE}; }
   // Of T on the diagonal, or of -A as far below it as `below` says, in block column j: this lane's part.
   CLA_DEVICE unsigned char *block(int below, int j) const {
@@ -114,11 +119,6 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
   CLA_DEVICE void load_keys() const {
     constexpr int AT_ONCE = R < 128 ? R : 128;
     const Rows q(s.of.q, at.steps.batch, head), k(s.of.k, at.steps.batch, head);
-    if constexpr (PARTS == 2) {
-      split_rows<R, THREADS>(tile(0), tile(0, 1), k, at, s.of.k_dim, tid);
-      split_rows<R, THREADS>(tile(1), tile(1, 1), q, at, s.of.k_dim, tid);
-      return;
-    }
     CLA_UNROLL
     for (int c = 0; c < R; c += AT_ONCE) {
       TileRows<AT_ONCE, THREADS>::fetch(tile(0).from_column(c), k.from_column(c), at, s.of.k_dim - c, tid);
@@ -151,10 +151,21 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
     }
   }
 
+  // In two parts, each as it lies here.
   CLA_DEVICE void write_keys() const {
-    static_assert(PARTS == 1 || (PreparedPlainKeys<R>::K == 0 && PreparedPlainKeys<R>::BYTES == KEYS), "as they lie here");
     CLA_UNROLL
-    for (int i = 0; i < KEYS; i += 16 * THREADS) store16(to + Prepared::BYTES + i + 16 * tid, load16(shared + i + 16 * tid));
+    for (int which = 0; which < 2; which++) {
+      const unsigned char *from = tile(which).base + 16 * tid;
+      unsigned char *high = to + Prepared::BYTES + (which == 0 ? PreparedPlainKeys<R>::K : PreparedPlainKeys<R>::Q) + 16 * tid;
+      CLA_UNROLL
+      for (int i = 0; i < KEY; i += 16 * THREADS) {
+        const Vec4 x = load16(from + i);
+        Vec4 h, rest;
+        split_half(h.x, rest.x, x.x), split_half(h.y, rest.y, x.y), split_half(h.z, rest.z, x.z), split_half(h.w, rest.w, x.w);
+        store16(high + i, h);
+        store16(high + KEY + i, rest);
+      }
+    }
   }
 
   // What is left in block i of what block j writes.
@@ -169,14 +180,6 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
     }
   }
 
-  // c += x y^T for keys in parts.
-  CLA_DEVICE static void mma_keys(float (&c)[2][4], const uint32_t (&x)[PARTS][4], const uint32_t (&y)[PARTS][4]) {
-    CLA_UNROLL
-    for (int i = 0; i < PARTS; i++) {
-      CLA_UNROLL
-      for (int j = 0; j < PARTS; j++) mma_transposed(c, x[i], y[j]);
-    }
-  }
   // l[n] = block warp - n of this warp's of K K^T, p[n] = block i - n of block row i of the scores, transposed, where i is two
   // on from the warp. Where there is none, another is computed: that is less than to ask.
   template <bool REVERSE> CLA_DEVICE void multiply(float (&l)[4][2][4], float (&p)[4][2][4]) {
@@ -190,21 +193,18 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
     CLA_UNROLL_TWICE
     for (int d = 0; d < R / 16; d++) {
       const unsigned char *from = shared + (first ^ (d % 4 * 32)) + d / 4 * SUBTILE;
-      auto load = [&](uint32_t (&x)[PARTS][4], int which, int n) {
-        CLA_UNROLL
-        for (int part = 0; part < PARTS; part++) {
-          load_matrices(x[part], from + (which * PARTS + part) * KEY + ((warp - n) & 3) * SIDE * 128);
-        }
+      auto load = [&](uint32_t (&x)[4], int which, int n) {
+        load_matrices(x, from + which * KEY + ((warp - n) & 3) * SIDE * 128);
       };
-      uint32_t k[4][PARTS][4], q[PARTS][4];
+      uint32_t k[4][4], q[4];
       CLA_UNROLL
       for (int n = 0; n < 4; n++) load(k[n], 0, n);
       if (!REVERSE) load(q, 1, 2);
       CLA_UNROLL
       for (int n = 0; n < 4; n++) {
-        mma_keys(l[n], k[0], k[n]);
+        mma_transposed<DTYPE>(l[n], k[0], k[n]);
         if (REVERSE) load(q, 1, n + 2);
-        mma_keys(p[n], REVERSE ? q : k[(n + 2) & 3], REVERSE ? k[2] : q);
+        mma_transposed<DTYPE>(p[n], REVERSE ? q : k[(n + 2) & 3], REVERSE ? k[2] : q);
       }
     }
     barrier();  // the tiles have been read
@@ -322,7 +322,7 @@ template <int R, int PARTS = 1> struct DeltaPrepare {
   CLA_DEVICE void run() {
     float l[4][2][4], p[4][2][4];
     load();
-    if (PARTS == 2) write_keys();
+    if (DTYPE == CLA_F16) write_keys();
     // Who has much of P has little of A.
     const int i = (warp + 2) & 3;
     if (s.reverse) multiply<true>(l, p);

@@ -151,43 +151,6 @@ CLA_DEVICE void unpack_eight(float (&x)[8], int32_t dtype, const Vec4 &low, cons
   }
 }
 
-// ROWS rows of WIDTH elements, 8 at a time, to `use(row, column, elements)`; zeros for rows outside from..to and columns from
-// `width` on. By THREADS threads, of which this is `tid`. `token_of` is where a row comes from, `pieces` whether rows can be
-// moved 16 bytes at a time.
-template <int ROWS, int WIDTH, int THREADS, class Token, class Use>
-CLA_DEVICE void each_eight(const Rows &rows, bool pieces, int from, int to, int width, int tid, Token token_of, Use use) {
-  // Of what a thread loads, so much before it looks at the first, so that the loads are under way together.
-  constexpr int BATCH = 4, EACH = ROWS * WIDTH / 8 / THREADS, N = EACH < BATCH ? EACH : BATCH;
-  static_assert(EACH % N == 0, "whole batches");
-  const bool wide = rows.dtype == CLA_F32;
-  CLA_NO_UNROLL
-  for (int first = 0; first < EACH; first += N) {
-    Vec4 low[N], high[N];
-    CLA_UNROLL
-    for (int i = 0; i < N; i++) {
-      const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-      const bool valid = pieces && row >= from && row < to && c < width;
-      const unsigned char *p = rows.data + (valid ? (token_of(row) * rows.token + c) * rows.size() : 0);
-      low[i] = high[i] = Vec4{0, 0, 0, 0};
-      if (valid) low[i] = load16(p);
-      if (valid && wide && c + 4 < width) high[i] = load16(p + 16);
-    }
-    CLA_UNROLL
-    for (int i = 0; i < N; i++) {
-      const int at = tid + (first + i) * THREADS, row = at / (WIDTH / 8), c = at % (WIDTH / 8) * 8;
-      const bool valid = row >= from && row < to && c < width;
-      float x[8];
-      if (!pieces) {
-        CLA_UNROLL
-        for (int k = 0; k < 8; k++) x[k] = valid && c + k < width ? rows.load(token_of(row), c + k) : 0.f;
-      } else {
-        unpack_eight(x, rows.dtype, low[i], high[i]);
-      }
-      use(row, c, x);
-    }
-  }
-}
-
 // The tokens of one sequence in the order in which a sweep takes them.
 struct Steps {
   int64_t batch, start, count;

@@ -199,6 +199,19 @@ inline uint16_t to_f16(float x) {
 }
 inline uint32_t pack_f16(float low, float high) { return to_f16(low) | (uint32_t)to_f16(high) << 16; }
 
+// The same of f16, each of which is the sum of two bf16.
+inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, CLA_HOST_SITE) {
+  auto part = [](uint32_t pair, bool rest) {
+    const float low = from_f16((uint16_t)pair), high = from_f16((uint16_t)(pair >> 16));
+    const uint32_t rounded = pack_bf16(low, high);
+    return rest ? pack_bf16(low - low_bf16(rounded), high - high_bf16(rounded)) : rounded;
+  };
+  for (bool of_a : {true, false}) {
+    const uint32_t x[4] = {part(a[0], of_a), part(a[1], of_a), part(a[2], of_a), part(a[3], of_a)};
+    for (bool of_b : {true, false}) mma(c, x, part(b0, of_b), part(b1, of_b), file, line);
+  }
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float exp_fast(float x) { return expf(x); }
 inline float larger(float x, float y) { return x != x || x > y ? x : y; }

@@ -46,7 +46,7 @@ static void c_place(int lane, int i, int &row, int &col) {
   col = lane % 4 * 2 + (i & 1);
 }
 
-CLA_KERNEL(32, 1) static void product_of_fragments(Product p) {
+template <bool F16> CLA_KERNEL(32, 1) static void product_of_fragments(Product p) {
   const int lane = (int)thread_index();
   uint16_t a[8], b[4];
   float c[4];
@@ -56,7 +56,8 @@ CLA_KERNEL(32, 1) static void product_of_fragments(Product p) {
   for (int i = 0; i < 4; i++) c_place(lane, i, row, col), c[i] = p.c[row * 8 + col];
   uint32_t packed[4];
   for (int i = 0; i < 4; i++) packed[i] = a[2 * i] | (uint32_t)a[2 * i + 1] << 16;
-  mma(c, packed, b[0] | (uint32_t)b[1] << 16, b[2] | (uint32_t)b[3] << 16);
+  const uint32_t b0 = b[0] | (uint32_t)b[1] << 16, b1 = b[2] | (uint32_t)b[3] << 16;
+  F16 ? mma_f16(c, packed, b0, b1) : mma(c, packed, b0, b1);
   for (int i = 0; i < 4; i++) c_place(lane, i, row, col), p.c[row * 8 + col] = c[i];
 }
 
@@ -87,14 +88,17 @@ template <bool A_TRANSPOSED, bool B_TRANSPOSED> static void product_of_tiles(Pro
   for (int i = 0; i < 4; i++) c_place(lane, i, row, col), p.c[row * 8 + col] = c[i];
 }
 
-static bool is_product(void (*kernel)(Product)) {
+// Of bf16, or of f16 with more bits than those have; the sums have few enough to be exact.
+static bool is_product(void (*kernel)(Product), bool f16 = false) {
   std::vector<uint16_t> a(256), b(128);
   std::vector<float> c(128), expected(128);
-  for (unsigned i = 0; i < 256; i++) a[i] = to_bf16(entry(i));
-  for (unsigned i = 0; i < 128; i++) b[i] = to_bf16(entry(1000 + i)), expected[i] = c[i] = entry(2000 + i);
+  auto number = [&](unsigned i) { return f16 ? to_f16(entry(i) + entry(3000 + i) / 64.f) : to_bf16(entry(i)); };
+  auto value = [&](uint16_t x) { return f16 ? from_f16(x) : from_bf16(x); };
+  for (unsigned i = 0; i < 256; i++) a[i] = number(i);
+  for (unsigned i = 0; i < 128; i++) b[i] = number(1000 + i), expected[i] = c[i] = entry(2000 + i);
   for (int i = 0; i < 16; i++) {
     for (int j = 0; j < 8; j++) {
-      for (int k = 0; k < 16; k++) expected[i * 8 + j] += from_bf16(a[i * 16 + k]) * from_bf16(b[k * 8 + j]);
+      for (int k = 0; k < 16; k++) expected[i * 8 + j] += value(a[i * 16 + k]) * value(b[k * 8 + j]);
     }
   }
   const Product p = {a.data(), b.data(), c.data()};
@@ -457,7 +461,8 @@ int main(int argc, char **argv) {
   if (argc > 1 && std::string(argv[1]) == "speed") return measure(), 0;
   for (uint32_t order : {0, 1, 2, 3, 4}) {
     cla_host_order(order);
-    check(is_product(product_of_fragments), "mma multiplies the fragments that PTX describes");
+    check(is_product(product_of_fragments<false>), "mma multiplies the fragments that PTX describes");
+    check(is_product(product_of_fragments<true>, true), "mma_f16 does too");
     check(is_product(product_of_tiles<false, true>), "A by rows, B by columns");
     check(is_product(product_of_tiles<false, false>), "A by rows, B by rows");
     check(is_product(product_of_tiles<true, true>), "A by columns, B by columns");
