@@ -1,5 +1,5 @@
 # Times an operator of flash-linear-attention: forward, and forward and backward, medians of CUDA events in milliseconds.
-# python3 -c THIS OPERATOR '[B, T, H, K, V]' prints {"forward": .., "both": ..}, null for what it does not do.
+# python3 -c THIS OPERATOR '[B, T, H, K, V]' bf16|f16|f32 prints {"forward": .., "both": ..}, null for what it does not do.
 import json
 import sys
 
@@ -9,14 +9,14 @@ import torch.nn.functional as F
 import triton
 
 
-def operator(name, b, t, h, k_dim, v_dim):
+def operator(name, b, t, h, k_dim, v_dim, dtype):
     """A function of q, k and v, as the bench in Rust gives the same operator its inputs."""
 
-    def gate(*shape, dtype=torch.bfloat16):
+    def gate(*shape, dtype=dtype):
         return torch.randn(*shape, device="cuda").abs().mul(-0.05).to(dtype).requires_grad_()
 
     def beta():
-        return torch.rand(b, t, h, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        return torch.rand(b, t, h, device="cuda", dtype=dtype).requires_grad_()
 
     if name == "linear_attn":
         from fla.ops.linear_attn import chunk_linear_attn
@@ -55,15 +55,16 @@ def milliseconds(f):
 
 
 name, (b, t, h, k_dim, v_dim) = sys.argv[1], json.loads(sys.argv[2])
+dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[sys.argv[3]]
 found = {"forward": None, "both": None}
 try:
-    op = operator(name, b, t, h, k_dim, v_dim)
+    op = operator(name, b, t, h, k_dim, v_dim, dtype)
     if op is not None:
         k = torch.randn(b, t, h, k_dim, device="cuda")
         if name in ("delta_rule", "gated_delta_rule", "kda"):
             k = F.normalize(k, dim=-1)
         q, v = torch.randn_like(k), torch.randn(b, t, h, v_dim, device="cuda")
-        q, k, v = (x.to(torch.bfloat16).requires_grad_() for x in (q, k, v))
+        q, k, v = (x.to(dtype).requires_grad_() for x in (q, k, v))
         do = torch.randn_like(v)
         with torch.no_grad():
             found["forward"] = milliseconds(lambda: op(q, k, v))

@@ -21,7 +21,7 @@ struct Args {
     /// Only lines whose description contains this.
     #[arg(long, default_value = "")]
     only: String,
-    /// Also time flash-linear-attention on the same shapes, in bf16: `both` is forward and backward, of ours with Candle's sums.
+    /// Also time flash-linear-attention on the same shapes: `both` is forward and backward, of ours with Candle's sums.
     #[arg(long)]
     fla: bool,
     /// What `cargo bench` passes.
@@ -241,8 +241,7 @@ fn main() -> Result<()> {
             backward - sums
         );
         if args.fla {
-            let has = line.dtype == DType::BF16 && line.mode == Mode::Auto;
-            let theirs = if has { peer::times(&line)? } else { peer::Times::default() };
+            let theirs = if line.mode == Mode::Auto { peer::times(&line)? } else { peer::Times::default() };
             for (theirs, ours) in [(theirs.forward, forward), (theirs.both, forward + backward)] {
                 match theirs {
                     Some(theirs) => print!(" {theirs:.3} | {:.2} |", theirs / ours),

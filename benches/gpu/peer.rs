@@ -21,7 +21,7 @@ pub struct Times {
 /// the rest.
 pub fn times(line: &Line) -> Result<Times> {
     let mut python = Command::new("python3");
-    python.args(["-c", SCRIPT, line.op.name(), &serde_json::to_string(&line.shape)?]);
+    python.args(["-c", SCRIPT, line.op.name(), &serde_json::to_string(&line.shape)?, line.dtype.as_str()]);
     let done = python.stderr(Stdio::inherit()).output().context("python3 cannot be started")?;
     ensure!(done.status.success(), "fla.py failed: it needs torch, triton and fla, and a GPU");
     serde_json::from_slice(&done.stdout).context("fla.py printed something else than its times")
