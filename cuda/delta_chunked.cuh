@@ -1,5 +1,5 @@
-// The chunked delta sweep of the delta rules: see delta_chunk.cuh for the equations. The three products of a segment that wait for one another are
-// X^T K^T, the right side times T^T and the state's update; outputs are computed beside them.
+// The chunked delta sweep of the delta rules: see delta_chunk.cuh for the equations. The three products of a segment that wait for
+// one another are X^T K^T, the right side times T^T and the state's update; outputs are computed beside them.
 #pragma once
 #include "delta_chunk_sweep.cuh"
 
