@@ -82,8 +82,8 @@ typedef struct {
 // Token by token, K up to 256 and any V.
 int32_t cla_delta_recurrent(const cla_delta_sweep *sweep, void *stream);
 
-// A segment at a time, in matrix form, on tensor cores: bf16 or f16, K up to 128, or in bf16 256 with a decay by token or none. What does not
-// depend on the state is prepared for all segments first, by cla_delta_prepare.
+// A segment at a time, in matrix form, on tensor cores: bf16 or f16, K up to 128, or in bf16 256 with a decay by token or none.
+// What does not depend on the state is prepared for all segments first, by cla_delta_prepare.
 int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep);
 int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream);
 int32_t cla_delta_chunked(const cla_delta_sweep *sweep, void *stream);

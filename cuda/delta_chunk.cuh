@@ -14,6 +14,8 @@
 // T, P and the decays depend on no state. They are found for all segments at once, T by substitution, with all bits of f32: with
 // beta up to 2 and keys of any length it is only as large as what tokens do to each other.
 #pragma once
+#include <type_traits>
+
 #include "delta_segments.cuh"
 #include "products.cuh"
 
@@ -36,7 +38,7 @@ struct Prepared {
 template <int R> struct PreparedKeys {
   static constexpr int EACH = 2 * R * 128, READS = 0, QUERIES = EACH, WRITES = 2 * EACH, BYTES = 3 * EACH;
 };
-// f16 is the sum of two bf16: k and q as they are, the same.
+// Without one, of f16: k and q, each the sum of two bf16, which f16 is.
 template <int R> struct PreparedPlainKeys {
   static constexpr int EACH = 2 * R * 128, K = 0, Q = EACH, BYTES = 2 * EACH;
 };
@@ -168,8 +170,8 @@ CLA_DEVICE void split_half(uint32_t &high, uint32_t &rest, uint32_t pair) {
   rest = pack_rest(high, x[0], x[1]);
 }
 
-// The rows of a segment, `width` of up to WIDTH columns of 16 bits, to a tile as they are; zeros elsewhere. By THREADS threads, of which this is `tid`, each
-// of which has the same piece of every EVERY-th row, so that one address and one stride lead to all of them.
+// The rows of a segment, `width` of up to WIDTH columns of 16 bits, to a tile as they are; zeros elsewhere. By THREADS threads, of
+// which this is `tid`, each of which has the same piece of every EVERY-th row, so that one address and one stride lead to all.
 template <int WIDTH, int THREADS> struct TileRows {
   static constexpr int EVERY = THREADS / (WIDTH / 8), EACH = CHUNK / EVERY;
   static_assert(EVERY % 8 == 0 && EACH * EVERY == CHUNK, "pieces cover the rows");
@@ -203,4 +205,22 @@ template <int WIDTH, int THREADS> struct TileRows {
     }
   }
 };
+
+// ---- on the side of the launch: what kernels in matrix form are for ----
+
+// Whether all inputs of a call have one dtype of 16 bits.
+inline bool in_16_bits(const cla_delta_problem &of, const cla_tensor &value, const cla_tensor &other) {
+  for (const cla_tensor &x : {of.q, of.a, of.b, value, other}) {
+    if (x.data && x.dtype != of.k.dtype) return false;
+  }
+  return of.k.dtype != CLA_F32;
+}
+// Calls `f` with that dtype, and with the rows that a state of up to 128 is padded to, as types.
+template <class F> auto by_16_bits(int32_t dtype, F f) {
+  return dtype == CLA_F16 ? f(std::integral_constant<int, CLA_F16>()) : f(std::integral_constant<int, CLA_BF16>());
+}
+template <class F> auto by_rows(int32_t k_dim, F f) {
+  return k_dim <= 64 ? f(std::integral_constant<int, 64>()) : f(std::integral_constant<int, 128>());
+}
+
 }  // namespace cla

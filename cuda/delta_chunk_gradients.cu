@@ -20,25 +20,21 @@ constexpr int most_in_chunks(bool low_rank) { return low_rank ? 64 : 128; }
 
 // f(the Kind of gradients that a call takes), or NOT_IN_CHUNKS.
 template <class F> int32_t with_gradients(const cla_delta_gradient &c, F f) {
-  const int32_t dtype = c.of.k.dtype;
-  for (const cla_tensor &x : {c.of.q, c.of.a, c.of.b, c.v, c.grad_out}) {
-    if (x.data && x.dtype != dtype) return NOT_IN_CHUNKS;
-  }
-  if (dtype == CLA_F32) return NOT_IN_CHUNKS;
+  if (!in_16_bits(c.of, c.v, c.grad_out)) return NOT_IN_CHUNKS;
   auto fitting = [&](auto kind) { return decltype(kind)::type::SHARED > c.shared_limit ? NOT_IN_CHUNKS : f(kind); };
   const int most = most_in_chunks(c.of.low_rank);
   if (c.of.k_dim > most || c.of.v_dim > most) return NOT_IN_CHUNKS;
   const bool by_channel = c.of.gate_kind == CLA_GATE_ROWS;
   if (c.of.low_rank && !by_channel) return NOT_IN_CHUNKS;
-  auto of_rows = [&](auto of_dtype, auto rows) {
-    constexpr int R = decltype(rows)::value, DTYPE = decltype(of_dtype)::value;
-    return by_channel ? fitting(Kind<DeltaChunkGradientsDecayed<R, DTYPE>>()) : fitting(Kind<DeltaChunkGradients<R, 128, DTYPE>>());
-  };
-  auto of_dtype = [&](auto dtype) {
-    if (c.of.low_rank) return fitting(Kind<DeltaChunkGradientsLowRank<64, decltype(dtype)::value>>());
-    return c.of.k_dim <= 64 ? of_rows(dtype, std::integral_constant<int, 64>()) : of_rows(dtype, std::integral_constant<int, 128>());
-  };
-  return dtype == CLA_F16 ? of_dtype(std::integral_constant<int, CLA_F16>()) : of_dtype(std::integral_constant<int, CLA_BF16>());
+  return by_16_bits(c.of.k.dtype, [&](auto dtype) {
+    constexpr int DTYPE = decltype(dtype)::value;
+    if (c.of.low_rank) return fitting(Kind<DeltaChunkGradientsLowRank<64, DTYPE>>());
+    return by_rows(c.of.k_dim, [&](auto rows) {
+      constexpr int R = decltype(rows)::value;
+      return by_channel ? fitting(Kind<DeltaChunkGradientsDecayed<R, DTYPE>>())
+                        : fitting(Kind<DeltaChunkGradients<R, 128, DTYPE>>());
+    });
+  });
 }
 
 int32_t delta_chunk_gradients(const cla_delta_gradient &c, void *stream) {

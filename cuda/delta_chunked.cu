@@ -17,9 +17,10 @@ template <class F> auto with_bf16_layout(const cla_delta_sweep &s, F f) {
   auto by_columns = [&](auto rows) {
     return s.columns <= 64 ? by_gate(rows, std::integral_constant<int, 1>()) : by_gate(rows, std::integral_constant<int, 2>());
   };
-  auto by_family = [&](auto rows) { return s.of.low_rank ? f(LowRankLayout<decltype(rows)::value, CLA_BF16>()) : by_columns(rows); };
   if (s.of.k_dim > 128) return f(DeltaChunkLayout<128, 2, false, false, true>());
-  return s.of.k_dim <= 64 ? by_family(std::integral_constant<int, 64>()) : by_family(std::integral_constant<int, 128>());
+  return by_rows(s.of.k_dim, [&](auto rows) {
+    return s.of.low_rank ? f(LowRankLayout<decltype(rows)::value, CLA_BF16>()) : by_columns(rows);
+  });
 }
 
 // The states before spans, one after another: a thread has one row and EACH columns of a state. What a span makes of them is a
@@ -106,13 +107,9 @@ extern "C" int32_t cla_delta_starts(const cla_delta_sweep *sweep, void *stream) 
 extern "C" int64_t cla_delta_shared_memory(const cla_delta_sweep *sweep) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
-  const int32_t dtype = s.of.k.dtype;
-  const bool f16 = dtype == CLA_F16, by_channel = s.of.low_rank || s.of.gate_kind == CLA_GATE_ROWS;
-  if (dtype == CLA_F32 || s.of.k_dim > (f16 || by_channel ? 128 : 256)) return -1;
+  const bool f16 = s.of.k.dtype == CLA_F16, by_channel = s.of.low_rank || s.of.gate_kind == CLA_GATE_ROWS;
+  if (!in_16_bits(s.of, s.value, s.out) || s.of.k_dim > (f16 || by_channel ? 128 : 256)) return -1;
   if (s.columns > 64 && (f16 || s.of.low_rank || s.of.k_dim > 128)) return -1;
-  for (const cla_tensor &x : {s.of.q, s.of.a, s.of.b, s.value, s.out}) {
-    if (x.data && x.dtype != dtype) return -1;
-  }
   auto shared = [](auto layout) -> int64_t { return decltype(layout)::SHARED; };
   return f16 ? with_f16_layout(s, shared) : with_bf16_layout(s, shared);
 }

@@ -6,13 +6,12 @@
 namespace cla {
 
 template <class F> auto with_f16_layout(const cla_delta_sweep &s, F f) {
-  auto by_rows = [&](auto rows) {
+  return by_rows(s.of.k_dim, [&](auto rows) {
     constexpr int R = decltype(rows)::value;
     if (s.of.low_rank) return f(LowRankLayout<R, CLA_F16>());
     return s.of.gate_kind == CLA_GATE_ROWS ? f(DeltaChunkLayout<R, 1, true, true, false, CLA_F16>())
                                            : f(DeltaChunkLayout<R, 1, false, true, false, CLA_F16>());
-  };
-  return s.of.k_dim <= 64 ? by_rows(std::integral_constant<int, 64>()) : by_rows(std::integral_constant<int, 128>());
+  });
 }
 
 int32_t delta_chunked_f16(const cla_delta_sweep &s, void *stream);

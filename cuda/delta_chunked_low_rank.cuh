@@ -88,19 +88,16 @@ template <int R, int DTYPE, bool REVERSE> struct LowRankChunked : DeltaChunkSwee
 
   // V as an operand: bf16 where it lies, f16 in registers, in two parts.
   static constexpr bool BF16 = DTYPE == CLA_BF16;
-  struct InTile {
-    Tile values;
-  };
-  using Values = std::conditional_t<BF16, InTile, Operand<STEPS>>;
+  using Values = std::conditional_t<BF16, Tile, Operand<STEPS>>;
   CLA_DEVICE void load(Values &v, int i) const {
-    if constexpr (BF16) v.values = values(i);
+    if constexpr (BF16) v = values(i);
     else this->load_values(v, values(i));
   }
   // acc += V^T m^T for a triangle in two parts.
   CLA_DEVICE static void add_values_by_triangle(float (&acc)[8][4], const Values &v, Tile m) {
     if constexpr (BF16) {
-      add_columns_by_rows<WGMMA>(acc, v.values, m);
-      add_columns_by_rows<WGMMA>(acc, v.values, {m.base + SUBTILE});
+      add_columns_by_rows<WGMMA>(acc, v, m);
+      add_columns_by_rows<WGMMA>(acc, v, {m.base + SUBTILE});
     } else {
       add_by_triangle(acc, v, m);
     }
@@ -108,8 +105,8 @@ template <int R, int DTYPE, bool REVERSE> struct LowRankChunked : DeltaChunkSwee
   // X += V^T x1, a key in two parts.
   CLA_DEVICE void add_values_to_state(const Values &v, Tile x1) {
     if constexpr (BF16) {
-      add_columns_by_columns<WGMMA, R>(state, v.values, x1);
-      add_columns_by_columns<WGMMA, R>(state, v.values, {x1.base + Base::KEY});
+      add_columns_by_columns<WGMMA, R>(state, v, x1);
+      add_columns_by_columns<WGMMA, R>(state, v, {x1.base + Base::KEY});
     } else {
       Base::template add_to_state<true>(v, x1);
     }

@@ -21,6 +21,7 @@ template <int R, int DTYPE> int32_t launch_delta_prepare(const cla_delta_sweep &
 extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream) {
   using namespace cla;
   const cla_delta_sweep &s = *sweep;
+  if (s.of.k_dim > 128) return launch_delta_prepare<256, CLA_BF16>(s, stream);
   auto by_gate = [&](auto rows, auto dtype, auto reverse) {
     constexpr int R = decltype(rows)::value, DTYPE = decltype(dtype)::value;
     constexpr bool REVERSE = decltype(reverse)::value;
@@ -28,24 +29,19 @@ extern "C" int32_t cla_delta_prepare(const cla_delta_sweep *sweep, void *stream)
     if (s.of.gate_kind == CLA_GATE_ROWS) return launch_delta_prepare_decayed<R, REVERSE, DTYPE>(s, stream);
     return launch_delta_prepare<R, DTYPE>(s, stream);
   };
-  auto by_direction = [&](auto rows, auto dtype) {
-    return s.reverse ? by_gate(rows, dtype, std::true_type()) : by_gate(rows, dtype, std::false_type());
-  };
-  auto by_dtype = [&](auto rows) {
-    return s.of.k.dtype == CLA_F16 ? by_direction(rows, std::integral_constant<int, CLA_F16>())
-                                   : by_direction(rows, std::integral_constant<int, CLA_BF16>());
-  };
-  if (s.of.k_dim > 128) return launch_delta_prepare<256, CLA_BF16>(s, stream);
-  return s.of.k_dim <= 64 ? by_dtype(std::integral_constant<int, 64>()) : by_dtype(std::integral_constant<int, 128>());
+  return by_rows(s.of.k_dim, [&](auto rows) {
+    return by_16_bits(s.of.k.dtype, [&](auto dtype) {
+      return s.reverse ? by_gate(rows, dtype, std::true_type()) : by_gate(rows, dtype, std::false_type());
+    });
+  });
 }
 
 extern "C" int64_t cla_delta_prepared_bytes(const cla_delta_sweep *sweep) {
   using namespace cla;
-  auto by_gate = [&](auto rows) {
+  return by_rows(sweep->of.k_dim, [&](auto rows) -> int64_t {
     constexpr int R = decltype(rows)::value;
     if (sweep->of.low_rank) return Prepared::BYTES + PreparedLowRank<R>::BYTES;
     if (sweep->of.gate_kind == CLA_GATE_ROWS) return Prepared::BYTES + PreparedKeys<R>::BYTES;
     return Prepared::BYTES + (sweep->of.k.dtype == CLA_F16 ? PreparedPlainKeys<R>::BYTES : 0);
-  };
-  return sweep->of.k_dim <= 64 ? by_gate(std::integral_constant<int, 64>()) : by_gate(std::integral_constant<int, 128>());
+  });
 }

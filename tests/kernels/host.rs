@@ -118,25 +118,13 @@ fn any_number_of_multiprocessors_gives_the_same_layers() -> Result<()> {
 #[test]
 fn less_shared_memory_gives_the_same() -> Result<()> {
     for bytes in [99 << 10, 163 << 10, 40 << 10] {
-        for op in [Op::LinearAttn, Op::SimpleGla, Op::Gla] {
-            for (dtype, k, v) in [(DType::BF16, 128, 128), (DType::F32, 64, 100), (DType::BF16, 264, 72)] {
-                let case = Case { op, dtype, t: 66, h: 1, k, v, ..Case::default() };
-                let inputs = case.inputs()?;
-                let want = case.expected(&inputs, [true; 3])?;
-                let got = cuda_host::run_on(132, bytes, || case.run(Mode::FusedChunk, &inputs, Graph::ALL))?;
-                case.check_within(limits(dtype), &got, &want, Graph::ALL, &format!("{bytes}, {case:?}"))?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// What f16 has no room for goes token by token.
-#[test]
-fn delta_rules_in_f16_with_less_shared_memory() -> Result<()> {
-    for bytes in [99 << 10, 163 << 10] {
-        for (op, k) in [(Op::DeltaRule, 128), (Op::GatedDeltaRule, 64), (Op::Kda, 64), (Op::Rwkv7, 64)] {
-            let case = Case { op, dtype: DType::F16, t: 66, h: 1, k, v: 72, ..Case::default() };
+        let additive = [Op::LinearAttn, Op::SimpleGla, Op::Gla].into_iter().flat_map(|op| {
+            [(DType::BF16, 128, 128), (DType::F32, 64, 100), (DType::BF16, 264, 72)].map(|size| (op, size))
+        });
+        let delta = [(Op::DeltaRule, 128), (Op::GatedDeltaRule, 64), (Op::Kda, 64), (Op::Rwkv7, 64)];
+        let delta = delta.map(|(op, k)| (op, (DType::F16, k, 72)));
+        for (op, (dtype, k, v)) in additive.chain(delta) {
+            let case = Case { op, dtype, t: 66, h: 1, k, v, ..Case::default() };
             let inputs = case.inputs()?;
             let want = case.expected(&inputs, [true; 3])?;
             let got = cuda_host::run_on(132, bytes, || case.run(Mode::FusedChunk, &inputs, Graph::ALL))?;
